@@ -1,0 +1,252 @@
+"""The seams to the world: time, chance and files. Production and simulator put different things behind them.
+
+Whatever decides takes one of these as an argument and never reaches for ``time``, ``random`` or ``os`` itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from marble.errors import UnavailableError, UsageError
+
+
+class Clock(Protocol):
+    """Monotonic time in seconds. Only differences mean anything."""
+
+    def monotonic(self) -> float:
+        """Seconds since some fixed moment; never goes back."""
+        ...
+
+
+class Random(Protocol):
+    """A seeded source of chance."""
+
+    def randrange(self, start: int, stop: int) -> int:
+        """An integer in ``[start, stop)``."""
+        ...
+
+
+class AppendFile(Protocol):
+    """A file that only grows. One thread at a time.
+
+    - What `write` has returned may be lost by a crash until `sync` has returned.
+    - A `sync` that raised is never repeated: what it covered may be gone although the next one succeeds.
+    """
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far, synced or not."""
+        ...
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append all of `data`. Raises OSError; how much of it was written is then unknown."""
+        ...
+
+    def sync(self) -> None:
+        """Return when everything written is on the disk. Raises OSError."""
+        ...
+
+    def close(self) -> None:
+        """Give the file back without a sync. Idempotent."""
+        ...
+
+
+class Files(Protocol):
+    """A directory tree. Paths are strings relative to the root that the implementation was made with."""
+
+    def make_directory(self, path: str) -> None:
+        """Create `path` and its parents unless they exist, and sync the parents."""
+        ...
+
+    def list(self, path: str) -> Sequence[str]:
+        """Names in directory `path`, sorted."""
+        ...
+
+    def exists(self, path: str) -> bool: ...
+
+    def size(self, path: str) -> int: ...
+
+    def read(self, path: str, offset: int = 0, size: int | None = None) -> bytes:
+        """Up to `size` bytes (all, if None) from `offset`; fewer only at the end of the file."""
+        ...
+
+    def create(self, path: str) -> AppendFile:
+        """A new, empty file that must not exist yet. Durable in the directory only after `sync_directory`."""
+        ...
+
+    def open_append(self, path: str) -> AppendFile:
+        """An existing file, to be continued at its end."""
+        ...
+
+    def overwrite(self, path: str, data: bytes) -> None:
+        """Write `data` over the first bytes of `path` (created if missing), without a sync."""
+        ...
+
+    def truncate(self, path: str, size: int) -> None:
+        """Cut `path` to `size` bytes and sync it."""
+        ...
+
+    def rename(self, source: str, target: str) -> None:
+        """Put `source` in the place of `target`. Durable only after `sync_directory`."""
+        ...
+
+    def remove(self, path: str) -> None: ...
+
+    def sync_directory(self, path: str) -> None:
+        """Make creations, renames and removals in `path` durable."""
+        ...
+
+    def lock(self, path: str) -> contextlib.AbstractContextManager[None]:
+        """Hold the tree for this process. Raises UnavailableError if another holder lives."""
+        ...
+
+    def describe(self, path: str) -> str:
+        """`path` as the user would find it, for messages."""
+        ...
+
+
+class SystemClock:
+    """The operating system's monotonic clock."""
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+
+class SystemRandom:
+    """Chance for production: seeded from the operating system unless a seed is given."""
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._random = random.Random(seed)
+
+    def randrange(self, start: int, stop: int) -> int:
+        return self._random.randrange(start, stop)
+
+
+class SystemAppendFile:
+    """An `AppendFile` on a real file system."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self._descriptor = descriptor
+        self._size = size
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        while view:
+            written = os.write(self._descriptor, view)
+            self._size += written
+            view = view[written:]
+
+    def sync(self) -> None:
+        os.fdatasync(self._descriptor)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class SystemFiles:
+    """`Files` below a directory of a real file system."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._root = Path(root).absolute()
+
+    def _path(self, path: str) -> Path:
+        if path.startswith("/") or ".." in path.split("/"):
+            raise UsageError(f"path {path!r} leaves the data directory")
+        return self._root / path
+
+    def make_directory(self, path: str) -> None:
+        missing = []
+        directory = self._path(path)
+        while not directory.exists():
+            missing.append(directory)
+            directory = directory.parent
+        for directory in reversed(missing):
+            directory.mkdir(exist_ok=True)
+            self._sync_directory(directory.parent)
+
+    def list(self, path: str) -> Sequence[str]:
+        return sorted(os.listdir(self._path(path)))
+
+    def exists(self, path: str) -> bool:
+        return self._path(path).exists()
+
+    def size(self, path: str) -> int:
+        return self._path(path).stat().st_size
+
+    def read(self, path: str, offset: int = 0, size: int | None = None) -> bytes:
+        with open(self._path(path), "rb") as file:
+            file.seek(offset)
+            return file.read(-1 if size is None else size)
+
+    def create(self, path: str) -> AppendFile:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        return SystemAppendFile(os.open(self._path(path), flags, 0o644), 0)
+
+    def open_append(self, path: str) -> AppendFile:
+        descriptor = os.open(self._path(path), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        return SystemAppendFile(descriptor, os.fstat(descriptor).st_size)
+
+    def overwrite(self, path: str, data: bytes) -> None:
+        descriptor = os.open(self._path(path), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.pwrite(descriptor, data, 0)
+        finally:
+            os.close(descriptor)
+
+    def truncate(self, path: str, size: int) -> None:
+        descriptor = os.open(self._path(path), os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.ftruncate(descriptor, size)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, source: str, target: str) -> None:
+        os.rename(self._path(source), self._path(target))
+
+    def remove(self, path: str) -> None:
+        os.unlink(self._path(path))
+
+    def sync_directory(self, path: str) -> None:
+        self._sync_directory(self._path(path))
+
+    @staticmethod
+    def _sync_directory(path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def lock(self, path: str) -> Iterator[None]:
+        descriptor = os.open(self._path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise
+                raise UnavailableError(
+                    f"{self._root} is in use by another marble node: stop that one, or choose another directory"
+                ) from None
+            yield
+        finally:
+            os.close(descriptor)
+
+    def describe(self, path: str) -> str:
+        return str(self._path(path))

@@ -1,0 +1,1 @@
+"""Raft as pure decisions: no clock, thread, file, socket or unseeded chance."""
