@@ -1,0 +1,132 @@
+"""What goes into and comes out of the core: messages between nodes, and `Ready`, the one door for all effects.
+
+Rule 1: these are frozen values, checked when they are made. A message from the network that cannot be made is a
+`ProtocolError` of the peer; it never reaches the core. Messages name ranges of entries (`EntrySpan`: indexes, terms and
+sizes), never payloads; the driver attaches the batches.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from marble._core.term_index import EntrySpan
+from marble.errors import ProtocolError
+from marble.types import INDEX_MAX, NODE_ID_MAX, HardState, Role
+
+
+class MessageKind(enum.IntEnum):
+    """Kinds of message. The numbers are on the wire: never reuse one.
+
+    Kept free for what comes with membership, snapshots and transfer: 11 INSTALL_SNAPSHOT, 12 its response, 13 TIMEOUT_NOW.
+    """
+
+    REQUEST_PRE_VOTE = 1
+    REQUEST_PRE_VOTE_RESPONSE = 2
+    REQUEST_VOTE = 3
+    REQUEST_VOTE_RESPONSE = 4
+    APPEND_ENTRIES = 5
+    APPEND_ENTRIES_RESPONSE = 6
+    HEARTBEAT = 7
+    HEARTBEAT_RESPONSE = 8
+    READ_INDEX = 9
+    READ_INDEX_RESPONSE = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message from `sender` to `to`; field by field etcd/raft's ``raftpb.Message``, under the field's names.
+
+    - ``term`` is the sender's term, except in pre-votes, which carry the term asked for (thesis §9.6).
+    - APPEND_ENTRIES: ``log_index`` and ``log_term`` name the entry before ``entries``; ``entries`` may be empty (a probe) but not None.
+    - APPEND_ENTRIES_RESPONSE: accepted: ``log_index`` is the last index known to match. Rejected: ``log_index`` is the ``log_index``
+      that was refused; ``reject_hint`` and ``log_term`` say where to look next (the follower's best guess of a match).
+    - HEARTBEAT: ``commit`` is never above what the follower is known to hold.
+    - ``context`` ties the rounds of ReadIndex together. It is made by the core, never by a caller; 0 means none.
+    """
+
+    kind: MessageKind
+    sender: int
+    to: int
+    term: int
+    log_index: int = 0
+    log_term: int = 0
+    commit: int = 0
+    entries: EntrySpan | None = None
+    reject: bool = False
+    reject_hint: int = 0
+    context: int = 0
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.sender <= NODE_ID_MAX and 1 <= self.to <= NODE_ID_MAX):
+            raise ProtocolError(f"node ids {self.sender} -> {self.to} are not within 1 to {NODE_ID_MAX}")
+        for name in ("term", "log_index", "log_term", "commit", "reject_hint", "context"):
+            value = getattr(self, name)
+            if not 0 <= value <= INDEX_MAX:
+                raise ProtocolError(f"{name} {value} of a {self.kind.name} is not within 0 to {INDEX_MAX}")
+        if (self.entries is not None) != (self.kind is MessageKind.APPEND_ENTRIES):
+            raise ProtocolError(f"a {self.kind.name} with {'' if self.entries else 'no '}entries")
+        if self.entries is not None:
+            if self.entries.first != self.log_index + 1:
+                raise ProtocolError(f"entries start at {self.entries.first}, not after log_index {self.log_index}")
+            # Terms never fall along a log and never exceed the sender's term.
+            if len(self.entries) and not self.log_term <= self.entries.first_term <= self.entries.last_term <= self.term:
+                raise ProtocolError(
+                    f"terms of entries {self.entries.first_term} to {self.entries.last_term} do not lie between "
+                    f"log_term {self.log_term} and the message's term {self.term}"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A half-open range of indexes ``[first, end)``; never empty."""
+
+    first: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadState:
+    """The answer to `Raft.read_index`: once ``index`` is applied, the read `request` is linearizable (thesis §6.4).
+
+    ``index`` 0 means that the read was dropped (this node lost the lead or the term): ask again.
+    """
+
+    request: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoleChanged:
+    """An event for observers: this node's role, term or known leader changed. ``leader`` is 0 when unknown.
+
+    ``noop_index`` is not 0 exactly when the node has just become leader: where in the log its no-op stands.
+    The driver makes that entry (kind NOOP); it is in the `append` of the same Ready.
+    """
+
+    role: Role
+    term: int
+    leader: int
+    noop_index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """All effects of the steps since the last Ready, in the order in which the driver carries them out.
+
+    1. send ``messages`` at once;
+    2. persist ``hard_state`` and then the entries ``append`` (which replace everything from ``append.first`` on), under one
+       sync if ``must_sync``; then call ``Raft.persisted(number)``;
+    3. only then send ``messages_after_persist``;
+    4. apply ``committed``, then call ``Raft.applied``; answer ``reads`` whose index is applied.
+    """
+
+    number: int
+    hard_state: HardState | None
+    append: Span | None
+    must_sync: bool
+    messages: tuple[Message, ...]
+    messages_after_persist: tuple[Message, ...]
+    committed: Span | None
+    reads: tuple[ReadState, ...]
+    events: tuple[RoleChanged, ...]
