@@ -1,0 +1,150 @@
+"""The tables of a node in this process: `marble.open`, and what the Flight server answers from.
+
+Rule 1: nothing is proposed that apply would refuse for its form. Whatever a caller can get wrong is a UsageError here, before
+the log sees it; what depends on the order of the log (a table dropped meanwhile) is decided by apply, alike on every replica.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from marble._core.entry_batch import Proposal
+from marble.database import Database
+from marble.env import SystemFiles
+from marble.lsm import payload
+from marble.lsm.machine import TableMachine, TableView
+from marble.node import Committed, Node, NodeOptions
+from marble.schema import TableInfo, conform, conform_keys
+from marble.types import EntryKind
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def then(future: Future[A], function: Callable[[A], B]) -> Future[B]:
+    """A future of `function` applied to the result of `future`; errors pass through."""
+    answer: Future[B] = Future()
+    answer.set_running_or_notify_cancel()
+
+    def done(source: Future[A]) -> None:
+        error = source.exception()
+        if error is not None:
+            answer.set_exception(error)
+        else:
+            answer.set_result(function(source.result()))
+
+    future.add_done_callback(done)
+    return answer
+
+
+class LocalBackend:
+    """What `marble.database.Database` does, done on a node in this process. Thread-safe.
+
+    Parameters
+    ----------
+    node
+        A started node whose machine is `machine`.
+    machine
+        The tables.
+    """
+
+    def __init__(self, node: Node, machine: TableMachine) -> None:
+        self.node = node
+        self.machine = machine
+
+    def propose(self, kind: EntryKind, table_id: int, body: pa.Buffer) -> Future[Committed]:
+        """Offer one entry of `kind` for the log."""
+        return self.node.propose(Proposal(kind, table_id, body))
+
+    def write_entry(self, table: TableInfo, batch: pa.RecordBatch) -> Future[Committed]:
+        """Upsert the rows of `batch`, as one entry."""
+        return self.propose(EntryKind.WRITE, table.id, payload.encode_rows(conform(batch, table)))
+
+    def delete_entry(self, table: TableInfo, keys: pa.RecordBatch) -> Future[Committed]:
+        """Delete the rows with these `keys`, as one entry."""
+        return self.propose(EntryKind.DELETE, table.id, payload.encode_rows(conform_keys(keys, table)))
+
+    def write(self, table: TableInfo, batch: pa.RecordBatch) -> Future[int]:
+        return then(self.write_entry(table, batch), lambda committed: committed.index)
+
+    def delete(self, table: TableInfo, keys: pa.RecordBatch) -> Future[int]:
+        return then(self.delete_entry(table, keys), lambda committed: committed.index)
+
+    def create_table(self, name: str, schema: pa.Schema, key: Sequence[str]) -> TableInfo:
+        body = payload.encode_create_table(name, schema, key)
+        committed = self.propose(EntryKind.CREATE_TABLE, 0, body).result()
+        return self.machine.read(committed.value).info
+
+    def drop_table(self, name: str) -> int:
+        return self.propose(EntryKind.DROP_TABLE, 0, payload.encode_drop_table(name)).result().index
+
+    def tables(self) -> Sequence[TableInfo]:
+        self.node.read_index().result()
+        return self.machine.tables()
+
+    def view(self, table: TableInfo, consistency: str) -> TableView:
+        """The table as of now: of the whole cluster ("linearizable") or of what this replica has applied ("local")."""
+        if consistency == "linearizable":
+            self.node.read_index().result()
+        return self.machine.read(table.id)
+
+    def get_many(self, table: TableInfo, keys: pa.RecordBatch, consistency: str) -> pa.RecordBatch:
+        return self.view(table, consistency).get_many(keys)
+
+    def scan(
+        self, table: TableInfo, columns: Sequence[str] | None, filter: pc.Expression | None, consistency: str
+    ) -> pa.RecordBatchReader:
+        return self.view(table, consistency).scan(columns, filter)
+
+    def status(self) -> dict[str, Any]:
+        return self.node.status()
+
+    def close(self) -> None:
+        self.node.stop()
+
+
+def open(path: str | os.PathLike[str], *, max_log_size: int | None = None, max_entry_size: int = 16 * 1024 * 1024) -> Database:
+    """Open a database in a directory of this machine: a Raft cluster of one, no server.
+
+    The log and the guarantees are those of a cluster: a write that has returned is on the disk.
+
+    Parameters
+    ----------
+    path
+        The data directory, made if missing. One process at a time may have it open.
+    max_log_size
+        In bytes; writes are refused with UnavailableError while the log is larger. None: no limit.
+    max_entry_size
+        In bytes; a larger batch is refused with UsageError.
+
+    Returns
+    -------
+    Database
+        To be closed, or used with ``with``.
+
+    Raises
+    ------
+    UnavailableError
+        If the directory is in use.
+    UsageError
+        If the directory belongs to a node of a cluster.
+    CorruptionError
+        If the log is damaged: names the file and the offset.
+    """
+    machine = TableMachine()
+    options = NodeOptions(
+        cluster_id="embedded",
+        node_id=1,
+        endpoints={1: "embedded"},
+        log_bytes_max=max_log_size,
+        entry_bytes_max=max_entry_size,
+    )
+    node = Node(options, SystemFiles(path), machine)
+    node.start()
+    return Database(LocalBackend(node, machine))

@@ -1,0 +1,612 @@
+"""A running node: one engine thread that owns the drivers, a bounded inbox before it, and the clock behind it.
+
+Rule 1: everything that touches a driver, the log or the state machine's writing side happens on the engine thread. Other
+threads (callers, Flight handlers) post to the inbox and wait on futures; readers of tables need no thread of ours at all.
+
+Life: `Node` (opens the log, replays it) -> `start` -> `stop`. The engine ends by itself only when it must not go on (a failed
+sync, a broken invariant): then `failure` says why, every waiting caller gets an error, and `stopped` is set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeVar
+
+from marble._core.entry_batch import Proposal
+from marble._core.term_index import TermIndex
+from marble.driver import Applied, Driver, DurableState, turn
+from marble.env import Clock, Files, Random, SystemClock, SystemRandom
+from marble.errors import (
+    CorruptionError,
+    InvariantError,
+    MarbleError,
+    NotLeaderError,
+    OutcomeUnknownError,
+    UnavailableError,
+    UsageError,
+)
+from marble.logstore.log import Log, LogOptions
+from marble.machine import StateMachine
+from marble.metrics import Metrics
+from marble.raft.config import RaftConfig
+from marble.raft.core import Raft
+from marble.raft.messages import ReadState, RoleChanged
+from marble.transport.codec import Envelope
+from marble.types import NO_NODE, HardState, Role
+
+logger = logging.getLogger("marble.node")
+
+GROUP: Final = 0
+"""The one group of a node, until there are many."""
+
+IDENTITY_FILE: Final = "identity.json"
+LOCK_FILE: Final = "LOCK"
+FORMAT_VERSION: Final = 1
+"""Of the data directory. A node refuses a directory of another version."""
+
+T = TypeVar("T")
+
+
+def _future() -> Future[Any]:
+    """A future that a caller cannot cancel: what was proposed cannot be called back."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOptions:
+    """What a node is made of, checked by `marble.config` or by the caller.
+
+    - ``endpoints`` holds every voter, this node (``node_id``) included.
+    - ``election_ticks`` and ``heartbeat_ticks`` count ticks of ``tick_ms`` milliseconds.
+    """
+
+    cluster_id: str
+    node_id: int
+    endpoints: Mapping[int, str]
+    tick_ms: float = 100.0
+    election_ticks: int = 15
+    heartbeat_ticks: int = 3
+    pre_vote: bool = True
+    check_quorum: bool = True
+    log_bytes_max: int | None = None
+    """Writes are refused with UnavailableError while the log is larger. None: as large as the disk."""
+    entry_bytes_max: int = 16 * 1024 * 1024
+    append_bytes_max: int = 4 * 1024 * 1024
+    """One AppendEntries carries at most this much, but always one entry."""
+    inflight_messages_max: int = 256
+    inflight_bytes_max: int = 64 * 1024 * 1024
+    uncommitted_bytes_max: int = 256 * 1024 * 1024
+    inbox_messages_max: int = 16_384
+    """Peers' messages waiting for the engine; more are dropped and counted, which Raft tolerates."""
+    inbox_bytes_max: int = 128 * 1024 * 1024
+    """Proposals waiting for the engine; more are refused with UnavailableError."""
+    propose_timeout_s: float = 10.0
+    """After this an undecided proposal ends in OutcomeUnknownError."""
+    read_timeout_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The answer to a proposal: it is durable on a quorum and applied here."""
+
+    index: int
+    term: int
+    value: int
+
+
+class Transport(Protocol):
+    """What the node needs of `marble.transport.flight.FlightTransport`."""
+
+    def send(self, to: int, envelopes: list[Envelope]) -> bool: ...
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A proposal that the core has taken and that has not been decided."""
+
+    term: int
+    future: Future[Committed]
+    deadline: float
+
+
+@dataclass(slots=True)
+class _Reading:
+    """A read that waits for its index."""
+
+    future: Future[int]
+    deadline: float
+    index: int = 0
+    asked: int = 0
+
+
+class Node:
+    """One member of a cluster. Thread-safe, except that `start` and `stop` belong to one caller.
+
+    Parameters
+    ----------
+    options
+        Identity, cluster and limits.
+    files
+        The data directory.
+    machine
+        What committed entries are applied to; must be empty.
+    transport
+        Carries messages to peers; None for a cluster of one.
+    clock, random
+        Time and chance; the system's by default.
+    metrics
+        Where counters go.
+
+    Raises
+    ------
+    UnavailableError
+        If another process holds the directory.
+    UsageError
+        If the directory belongs to another node or cluster.
+    CorruptionError
+        If the log is damaged, or has lost bytes that other nodes were told are durable.
+    """
+
+    def __init__(
+        self,
+        options: NodeOptions,
+        files: Files,
+        machine: StateMachine,
+        transport: Transport | None = None,
+        *,
+        clock: Clock | None = None,
+        random: Random | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        if options.node_id not in options.endpoints:
+            raise UsageError(f"node {options.node_id} is not among the cluster's nodes {sorted(options.endpoints)}")
+        self.options = options
+        self.machine = machine
+        self.metrics = metrics or Metrics()
+        self.failure: BaseException | None = None
+        self.stopped = threading.Event()
+        self._files = files
+        self._transport = transport
+        self._clock = clock or SystemClock()
+        self._random = random or SystemRandom()
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._inbox_lock = threading.Lock()
+        self._inbox_bytes = 0
+        self._batching: list[tuple[Proposal, Future[Committed]]] = []
+        self._waiting: dict[int, list[_Waiting]] = {}
+        self._reading: dict[int, _Reading] = {}
+        self._next_request = 1
+        self._closing = False
+        self._thread: threading.Thread | None = None
+        self._view = threading.Condition()
+        self._role = Role.FOLLOWER
+        self._leader = NO_NODE
+        self._resources = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            files.make_directory("")
+            stack.enter_context(files.lock(LOCK_FILE))
+            self._check_identity()
+            self._log = Log.open(files, LogOptions())
+            stack.callback(self._log.close)
+            self._driver = self._recover()
+            self._resources = stack.pop_all()
+
+    # -- what callers see ------------------------------------------------------------------------------------------
+
+    @property
+    def role(self) -> Role:
+        """This node's role as of the engine's last turn."""
+        return self._role
+
+    @property
+    def leader(self) -> int:
+        """Id of the leader as far as this node knows; `NO_NODE` if it does not."""
+        return self._leader
+
+    @property
+    def leader_endpoint(self) -> str | None:
+        """``host:port`` of the leader as far as this node knows."""
+        return self.options.endpoints.get(self._leader)
+
+    @property
+    def is_running(self) -> bool:
+        """True between `start` and the engine's end."""
+        return self._thread is not None and not self.stopped.is_set()
+
+    def start(self) -> None:
+        """Replay what is known to be committed, then start the engine. A cluster of one leads when this returns."""
+        if self._thread is not None:
+            raise UsageError("a node starts once: make a new one")
+        turn([self._driver], self._log)
+        if len(self.options.endpoints) == 1:
+            self._driver.raft.campaign()
+            turn([self._driver], self._log)
+        self._publish()
+        self._thread = threading.Thread(target=self._run, name=f"marble-engine-{self.options.node_id}", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End the engine and close the log. Undecided proposals end in OutcomeUnknownError. Idempotent.
+
+        Raises
+        ------
+        UnavailableError
+            If the engine does not end in time (a disk that hangs). The directory then stays locked.
+        """
+        self._closing = True
+        if self._thread is not None:
+            self._inbox.put(lambda: None)
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                raise UnavailableError(f"the engine of node {self.options.node_id} did not end within {timeout_s} s")
+        self.stopped.set()
+        self._resources.close()
+
+    def propose(self, proposal: Proposal) -> Future[Committed]:
+        """Offer `proposal` for the log.
+
+        The future ends with `Committed`, or with NotLeaderError or UnavailableError (nothing was replicated),
+        OutcomeUnknownError, or the error that applying it gave on every replica.
+        """
+        future: Future[Committed] = _future()
+        size = proposal.nbytes
+        if size > self.options.entry_bytes_max:
+            raise UsageError(
+                f"the entry takes {size} bytes, more than max_entry_size ({self.options.entry_bytes_max}): write smaller batches"
+            )
+        with self._inbox_lock:
+            if self._closing or self.stopped.is_set():
+                raise self._gone()
+            if self._inbox_bytes and self._inbox_bytes + size > self.options.inbox_bytes_max:
+                self.metrics.counter("proposals_refused").add(1)
+                raise UnavailableError("too many proposals wait on this node: retry later, or keep fewer writes in flight")
+            self._inbox_bytes += size
+            self._inbox.put(lambda: self._batching.append((proposal, future)))
+        return future
+
+    def read_index(self) -> Future[int]:
+        """An index that this node has applied and that makes a read of its tables, from now on, linearizable.
+
+        The future ends with the index, or with UnavailableError (no leader could be asked in time: retry).
+        """
+        future: Future[int] = _future()
+        self._post(lambda: self._begin_read(future), future)
+        return future
+
+    def call(self, function: Callable[[Raft], T]) -> Future[T]:
+        """Run `function` on the engine thread, between turns."""
+        future: Future[T] = _future()
+
+        def run() -> None:
+            try:
+                future.set_result(function(self._driver.raft))
+            except MarbleError as error:
+                future.set_exception(error)
+
+        self._post(run, future)
+        return future
+
+    def campaign(self) -> None:
+        """Ask this node to stand for election now (a pre-vote still protects a healthy leader)."""
+        self.call(lambda raft: raft.campaign()).result(self.options.read_timeout_s)
+
+    def receive(self, envelopes: list[Envelope]) -> None:
+        """Take a peer's messages; called by the transport's threads. Full inbox: they are dropped and counted."""
+        if self.stopped.is_set():
+            return
+        if self._inbox.qsize() >= self.options.inbox_messages_max:
+            self.metrics.counter("messages_dropped_inbox_full").add(len(envelopes))
+            return
+        self._inbox.put(lambda: self._receive(envelopes))
+
+    def unreachable(self, peer: int) -> None:
+        """The transport lost the link to `peer`."""
+        self._inbox.put(lambda: self._driver.raft.report_unreachable(peer))
+
+    def wait_for_leader(self, timeout_s: float) -> int:
+        """Wait until this node knows a leader; return its id. Raises UnavailableError after `timeout_s` seconds."""
+        with self._view:
+            if not self._view.wait_for(lambda: self._leader != NO_NODE or self.stopped.is_set(), timeout_s):
+                raise UnavailableError(f"no leader was known to node {self.options.node_id} within {timeout_s} s")
+        if self.stopped.is_set():
+            raise self._gone()
+        return self._leader
+
+    def status(self) -> dict[str, Any]:
+        """A picture of this node, taken between turns: JSON-able. Raises UnavailableError if the engine does not answer."""
+        try:
+            return self.call(self._status).result(self.options.read_timeout_s)
+        except TimeoutError:
+            raise UnavailableError(f"the engine of node {self.options.node_id} does not answer (a slow disk?)") from None
+
+    # -- opening ---------------------------------------------------------------------------------------------------
+
+    def _check_identity(self) -> None:
+        """Bind the directory to this node of this cluster, for good: a log answers for one voter only (Raft §5.2)."""
+        mine = {"format": FORMAT_VERSION, "cluster_id": self.options.cluster_id, "node_id": self.options.node_id}
+        where = self._files.describe(IDENTITY_FILE)
+        if self._files.exists(IDENTITY_FILE):
+            try:
+                found = json.loads(self._files.read(IDENTITY_FILE))
+            except ValueError:
+                raise CorruptionError("the identity file cannot be read", where, 0) from None
+            if found != mine:
+                raise UsageError(f"{where} belongs to {found}, not to {mine}: choose another directory")
+            return
+        if self._files.exists("log"):
+            raise CorruptionError("there is a log but no identity file beside it", where)
+        temporary = IDENTITY_FILE + ".tmp"
+        if self._files.exists(temporary):
+            self._files.remove(temporary)
+        file = self._files.create(temporary)
+        try:
+            file.write(json.dumps(mine).encode())
+            file.sync()
+        finally:
+            file.close()
+        self._files.rename(temporary, IDENTITY_FILE)
+        self._files.sync_directory("")
+
+    def _recover(self) -> Driver:
+        options, report = self.options, self._log.report
+        if report.lost_durable_bytes:
+            where = (report.cut_path, report.cut_offset)
+            if len(options.endpoints) > 1:
+                raise CorruptionError(
+                    f"the log ends {report.lost_durable_bytes} bytes before what this node had told its peers is durable; "
+                    "it must not vote with this log",
+                    *where,
+                )
+            logger.error("the log ended %d bytes before what was durable; they are lost", report.lost_durable_bytes)
+        group = self._log.groups.get(GROUP)
+        state = DurableState(
+            hard_state=group.hard_state if group else HardState(),
+            voters=sorted(options.endpoints),
+            term_index=group.term_index if group else TermIndex(),
+        )
+        config = RaftConfig(
+            id=options.node_id,
+            election_ticks=options.election_ticks,
+            heartbeat_ticks=options.heartbeat_ticks,
+            pre_vote=options.pre_vote,
+            check_quorum=options.check_quorum,
+            append_bytes_max=options.append_bytes_max,
+            inflight_messages_max=options.inflight_messages_max,
+            inflight_bytes_max=options.inflight_bytes_max,
+            uncommitted_bytes_max=options.uncommitted_bytes_max,
+            random=self._random,
+        )
+        return Driver(GROUP, Raft(config, state), self._log, self.machine, self._send)
+
+    # -- the engine thread -----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:
+            self.failure = error
+            logger.exception("the engine of node %d stops", self.options.node_id)
+        finally:
+            with self._inbox_lock:
+                self.stopped.set()
+            self._abandon()
+            with self._view:
+                self._role, self._leader = Role.FOLLOWER, NO_NODE
+                self._view.notify_all()
+
+    def _loop(self) -> None:
+        tick_s = self.options.tick_ms / 1000
+        next_tick = self._clock.monotonic() + tick_s
+        while not self._closing:
+            try:
+                self._inbox.get(timeout=max(0.0, next_tick - self._clock.monotonic()))()
+                # What has gathered meanwhile shares this turn and its sync. The count bounds a turn under a flood.
+                for _ in range(self._inbox.qsize()):
+                    self._inbox.get_nowait()()
+            except queue.Empty:
+                pass
+            self._propose_batch()
+            now = self._clock.monotonic()
+            if now >= next_tick:
+                # A process that was paused does not make up for lost ticks: its peers' answers still wait in the inbox.
+                next_tick = max(next_tick + tick_s, now)
+                self._driver.raft.tick()
+                self._expire(now)
+            turn([self._driver], self._log)
+            self._publish()
+
+    def _send(self, to: int, envelopes: list[Envelope]) -> bool:
+        return self._transport is not None and self._transport.send(to, envelopes)
+
+    def _receive(self, envelopes: list[Envelope]) -> None:
+        for envelope in envelopes:
+            if envelope.group != GROUP or envelope.message.to != self.options.node_id:
+                self.metrics.counter("messages_misdirected").add(1)
+                continue
+            self._driver.receive(envelope)
+
+    def _propose_batch(self) -> None:
+        if not self._batching:
+            return
+        batch, self._batching = self._batching, []
+        with self._inbox_lock:
+            self._inbox_bytes -= sum(proposal.nbytes for proposal, _ in batch)
+        limit = self.options.log_bytes_max
+        try:
+            if limit is not None and self._log.nbytes > limit:
+                raise UnavailableError(f"the log has {self._log.nbytes} bytes, more than max_log_size ({limit})")
+            first = self._driver.propose([proposal for proposal, _ in batch])
+        except NotLeaderError:
+            self._refuse(batch, NotLeaderError("this node does not lead", self.leader_endpoint))
+            return
+        except UnavailableError as error:
+            self._refuse(batch, error)
+            return
+        deadline = self._clock.monotonic() + self.options.propose_timeout_s
+        for offset, (_, future) in enumerate(batch):
+            self._waiting.setdefault(first.index + offset, []).append(_Waiting(first.term, future, deadline))
+
+    @staticmethod
+    def _refuse(batch: list[tuple[Proposal, Future[Committed]]], error: MarbleError) -> None:
+        for _, future in batch:
+            future.set_exception(error)
+
+    def _begin_read(self, future: Future[int]) -> None:
+        reading = _Reading(future, self._clock.monotonic() + self.options.read_timeout_s)
+        self._ask(reading)
+
+    def _ask(self, reading: _Reading) -> None:
+        """(Re)issue a read under a new request number: an answer to an older one no longer counts."""
+        request, self._next_request = self._next_request, self._next_request + 1
+        reading.asked = 0
+        self._reading[request] = reading
+        self._driver.raft.read_index(request)
+
+    def _expire(self, now: float) -> None:
+        """Once a tick: end what has waited too long, and ask again for reads whose question or answer was lost."""
+        for index in [index for index, waiting in self._waiting.items() if waiting[0].deadline <= now]:
+            kept = []
+            for waiting in self._waiting[index]:
+                if waiting.deadline <= now:
+                    waiting.future.set_exception(
+                        OutcomeUnknownError(
+                            f"entry {index} of term {waiting.term} was not decided in {self.options.propose_timeout_s} s: "
+                            "it may still be committed"
+                        )
+                    )
+                else:
+                    kept.append(waiting)
+            if kept:
+                self._waiting[index] = kept
+            else:
+                del self._waiting[index]
+        for request, reading in list(self._reading.items()):
+            reading.asked += 1
+            if reading.deadline <= now:
+                del self._reading[request]
+                reading.future.set_exception(
+                    UnavailableError(f"no leader confirmed the read within {self.options.read_timeout_s} s: retry")
+                )
+            elif not reading.index and reading.asked > self.options.heartbeat_ticks:
+                del self._reading[request]
+                self._ask(reading)
+
+    def _publish(self) -> None:
+        """Tell those who wait what the last turn decided."""
+        outcome = self._driver.take_outcome()
+        for applied in outcome.applied:
+            self._answer(applied)
+        for read in outcome.reads:
+            self._answer_read(read)
+        if self._reading:
+            self._finish_reads()
+        for event in outcome.events:
+            self._note(event)
+
+    def _answer(self, applied: Applied) -> None:
+        if not self._waiting:
+            return
+        for offset, (term, result) in enumerate(zip(applied.terms, applied.results, strict=True)):
+            index = applied.first + offset
+            for waiting in self._waiting.pop(index, ()):
+                if waiting.term != term:
+                    waiting.future.set_exception(
+                        UnavailableError("another leader took over before the write was replicated: nothing was written; retry")
+                    )
+                    continue
+                try:
+                    value = result.raise_for_error()
+                except MarbleError as error:
+                    waiting.future.set_exception(error)
+                else:
+                    waiting.future.set_result(Committed(index, term, value))
+
+    def _answer_read(self, read: ReadState) -> None:
+        reading = self._reading.get(read.request)
+        if reading is None:
+            return
+        if read.index:
+            reading.index = read.index
+        # Otherwise the core dropped it; the next round of `_expire` asks again, perhaps of another leader.
+
+    def _finish_reads(self) -> None:
+        applied = self._driver.raft.applied_index
+        for request, reading in list(self._reading.items()):
+            if reading.index and reading.index <= applied:
+                del self._reading[request]
+                reading.future.set_result(applied)
+
+    def _note(self, event: RoleChanged) -> None:
+        logger.info(
+            "node %d is %s in term %d, leader %s",
+            self.options.node_id,
+            event.role.value,
+            event.term,
+            event.leader or "unknown",
+        )
+        with self._view:
+            self._role, self._leader = event.role, event.leader
+            self._view.notify_all()
+
+    def _abandon(self) -> None:
+        """The engine has ended: answer everyone who still waits."""
+        while True:
+            try:
+                # Runs what was posted too late: proposals land in `_batching`; the rest finds its future answered below.
+                self._inbox.get_nowait()()
+            except queue.Empty:
+                break
+            except MarbleError:
+                continue
+        gone = self._gone()
+        for _, future in self._batching:
+            future.set_exception(gone)
+        for index, waitings in self._waiting.items():
+            for waiting in waitings:
+                waiting.future.set_exception(OutcomeUnknownError(f"the node stopped before entry {index} was decided"))
+        for reading in self._reading.values():
+            reading.future.set_exception(gone)
+        self._batching, self._waiting, self._reading = [], {}, {}
+
+    def _post(self, action: Callable[[], None], future: Future[Any]) -> None:
+        with self._inbox_lock:
+            if self._closing or self.stopped.is_set():
+                future.set_exception(self._gone())
+                return
+            self._inbox.put(action)
+
+    def _gone(self) -> MarbleError:
+        if self.failure is not None:
+            return InvariantError(f"node {self.options.node_id} has stopped: {self.failure}")
+        return UnavailableError(f"node {self.options.node_id} has stopped")
+
+    def _status(self, raft: Raft) -> dict[str, Any]:
+        return {
+            "cluster_id": self.options.cluster_id,
+            "node_id": self.options.node_id,
+            "endpoint": self.options.endpoints[self.options.node_id],
+            "role": raft.role.value,
+            "term": raft.term,
+            "leader_id": raft.leader,
+            "leader_endpoint": self.options.endpoints.get(raft.leader),
+            "last_index": raft.last_index,
+            "persisted_index": raft.persisted_index,
+            "commit_index": raft.commit_index,
+            "applied_index": raft.applied_index,
+            "log_bytes": self._log.nbytes,
+            "peers": {
+                str(peer): {"match_index": progress.match_index, "next_index": progress.next_index, "state": progress.state.value}
+                for peer, progress in sorted(raft.progress.items())
+            },
+            "nodes": {str(node): endpoint for node, endpoint in sorted(self.options.endpoints.items())},
+            "metrics": self.metrics.snapshot(),
+        }
