@@ -1,0 +1,316 @@
+"""A cluster seen from outside: `marble.connect` finds the leader, follows it, and retries what is safe to retry.
+
+Rule 1: reads are repeated freely until their deadline; writes only as `marble.transport.put` allows; an action that changes
+something is repeated only if it was refused, or if doing it twice is doing it once.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.flight as fl
+
+from marble.config import parse_url
+from marble.database import Database, filter_batches
+from marble.errors import MarbleError, NotLeaderError, OutcomeUnknownError, ProtocolError, UnavailableError
+from marble.schema import TableInfo, conform, conform_keys
+from marble.transport.faults import from_flight_error
+from marble.transport.put import PutStream
+from marble.transport.wire import Ack, decode_table_info, encode_ticket
+
+T = TypeVar("T")
+
+RETRY_WAIT_MIN_S: Final = 0.01
+RETRY_WAIT_MAX_S: Final = 0.5
+PROBE_TIMEOUT_S: Final = 2.0
+"""How long one node is asked who leads before the next one is."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientOptions:
+    """Deadlines of a client, in seconds."""
+
+    timeout_s: float = 30.0
+    """After this a read ends in UnavailableError, and a write in UnavailableError (never sent) or OutcomeUnknownError."""
+
+
+class _Backoff:
+    """Waits that grow, with jitter, until a deadline."""
+
+    def __init__(self, deadline: float, closed: threading.Event) -> None:
+        self._deadline = deadline
+        self._closed = closed
+        self._wait_s = RETRY_WAIT_MIN_S
+
+    def wait(self, why: MarbleError) -> None:
+        """Wait before the next try; raise `why` if there is no time for one."""
+        wait_s = self._wait_s * (0.5 + random.random())
+        self._wait_s = min(2 * self._wait_s, RETRY_WAIT_MAX_S)
+        if time.monotonic() + wait_s >= self._deadline or self._closed.wait(wait_s):
+            raise why
+
+
+class RemoteBackend:
+    """What `marble.database.Database` does, done over Flight. Thread-safe.
+
+    - ``_clients`` has one Flight client per endpoint, made on first use and dropped when it fails.
+    - ``_leader`` is a guess: every use may find it wrong.
+
+    Parameters
+    ----------
+    endpoints
+        ``host:port`` of some or all nodes. Others are learnt from them.
+    options
+        Deadlines.
+    """
+
+    def __init__(self, endpoints: Sequence[str], options: ClientOptions) -> None:
+        self._endpoints = list(endpoints)
+        self._options = options
+        self._lock = threading.Lock()
+        self._clients: dict[str, fl.FlightClient] = {}
+        self._puts: dict[tuple[int, str], PutStream] = {}
+        self._leader: str | None = None
+        self._closed = threading.Event()
+        self._watch: threading.Thread | None = None
+
+    # -- writes ------------------------------------------------------------------------------------------------------
+
+    def write(self, table: TableInfo, batch: pa.RecordBatch) -> Future[int]:
+        return self._put(table, "put", table.schema, conform(batch, table))
+
+    def delete(self, table: TableInfo, keys: pa.RecordBatch) -> Future[int]:
+        return self._put(table, "delete", table.key_schema, conform_keys(keys, table))
+
+    def _put(self, table: TableInfo, verb: str, schema: pa.Schema, batch: pa.RecordBatch) -> Future[int]:
+        with self._lock:
+            self._check_open()
+            stream = self._puts.get((table.id, verb))
+            if stream is None:
+                stream = PutStream((table.name, verb), schema, self._locate, self._options.timeout_s)
+                self._puts[table.id, verb] = stream
+            if self._watch is None:
+                self._watch = threading.Thread(target=self._watch_puts, name="marble-client-watch", daemon=True)
+                self._watch.start()
+        answer: Future[int] = Future()
+        answer.set_running_or_notify_cancel()
+
+        def done(source: Future[Ack]) -> None:
+            error = source.exception()
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(source.result().index)
+
+        stream.write(batch).add_done_callback(done)
+        return answer
+
+    def _watch_puts(self) -> None:
+        """Hold the streams to their deadlines."""
+        wait_s = self._options.timeout_s
+        while not self._closed.wait(wait_s):
+            with self._lock:
+                streams = list(self._puts.values())
+            now = time.monotonic()
+            due = min(stream.expire(now) for stream in streams)
+            wait_s = max(RETRY_WAIT_MIN_S, due - now)
+
+    def _locate(self, deadline: float, failed: bool) -> fl.FlightClient:
+        """The client of the leader. `failed`: the last guess did not work out."""
+        if failed:
+            self._leader = None
+        backoff = _Backoff(deadline, self._closed)
+        while True:
+            error: MarbleError = UnavailableError(f"no leader is known to {', '.join(self._endpoints)}")
+            for endpoint in self._candidates():
+                try:
+                    status = json.loads(self._action(endpoint, "status", b"", min(PROBE_TIMEOUT_S, self._options.timeout_s)))
+                except MarbleError as failure:
+                    error = failure
+                    continue
+                self._learn(status)
+                if status["role"] == "leader":
+                    self._leader = endpoint
+                    return self._client(endpoint)
+                if status["leader_endpoint"] and status["leader_endpoint"] != self._leader:
+                    self._leader = status["leader_endpoint"]
+                    break
+            else:
+                self._leader = None
+                backoff.wait(UnavailableError(f"no node took the write: {error}"))
+
+    def _learn(self, status: dict[str, Any]) -> None:
+        for endpoint in status["nodes"].values():
+            if endpoint not in self._endpoints:
+                self._endpoints.append(endpoint)
+
+    # -- catalog and actions -------------------------------------------------------------------------------------------
+
+    def create_table(self, name: str, schema: pa.Schema, key: Sequence[str]) -> TableInfo:
+        encoded = base64.b64encode(schema.serialize().to_pybytes()).decode()
+        body = json.dumps({"name": name, "key": list(key), "schema": encoded}).encode()
+        # Creating the same table twice is creating it once, so this may be repeated.
+        return decode_table_info(json.loads(self._call(lambda endpoint, left: self._action(endpoint, "create_table", body, left))))
+
+    def drop_table(self, name: str) -> int:
+        body = json.dumps({"name": name}).encode()
+        answer = self._call(lambda endpoint, left: self._action(endpoint, "drop_table", body, left), repeatable=False)
+        return int(json.loads(answer)["index"])
+
+    def tables(self) -> Sequence[TableInfo]:
+        answer = self._call(lambda endpoint, left: self._action(endpoint, "tables", b"", left))
+        return [decode_table_info(each) for each in json.loads(answer)]
+
+    def status(self) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(self._call(lambda endpoint, left: self._action(endpoint, "status", b"", left)))
+        return answer
+
+    # -- reads -------------------------------------------------------------------------------------------------------
+
+    def get_many(self, table: TableInfo, keys: pa.RecordBatch, consistency: str) -> pa.RecordBatch:
+        keys = conform_keys(keys, table)
+        path = (table.name, "get") if consistency == "linearizable" else (table.name, "get", consistency)
+
+        def read(endpoint: str, left: float) -> pa.RecordBatch:
+            descriptor = fl.FlightDescriptor.for_path(*path)
+            writer, reader = self._client(endpoint).do_exchange(descriptor, fl.FlightCallOptions(timeout=left))
+            with writer:
+                writer.begin(keys.schema)
+                writer.write_batch(keys)
+                writer.done_writing()
+                batch = reader.read_chunk().data
+            if batch is None or batch.num_rows != keys.num_rows:
+                raise ProtocolError(f"{endpoint} did not answer one row for each key")
+            return batch
+
+        return self._call(read)
+
+    def scan(
+        self, table: TableInfo, columns: Sequence[str] | None, filter: pc.Expression | None, consistency: str
+    ) -> pa.RecordBatchReader:
+        # A filter may use columns that are not asked for: then all travel, and the choice is made here.
+        wanted = None if columns is None or filter is not None else list(columns)
+        ticket = fl.Ticket(encode_ticket(table.name, wanted, consistency))
+
+        def begin(endpoint: str, left: float) -> fl.FlightStreamReader:
+            reader = self._client(endpoint).do_get(ticket, fl.FlightCallOptions(timeout=max(left, self._options.timeout_s)))
+            reader.schema  # noqa: B018  (waits for the server's first answer: until then it can be repeated elsewhere)
+            return reader
+
+        reader = self._call(begin)
+        source = pa.RecordBatchReader.from_batches(reader.schema, _batches(reader))
+        return source if filter is None else filter_batches(source, columns, filter)
+
+    # -- plumbing ----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed.is_set():
+                return
+            puts, watch = list(self._puts.values()), self._watch
+        for put in puts:
+            put.close(self._options.timeout_s)
+        self._closed.set()
+        if watch is not None:
+            watch.join()
+        with self._lock:
+            clients, self._clients = self._clients, {}
+        for client in clients.values():
+            client.close()
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise UnavailableError("the connection is closed")
+
+    def _candidates(self) -> list[str]:
+        leader = self._leader
+        return list(self._endpoints) if leader is None else [leader, *(each for each in self._endpoints if each != leader)]
+
+    def _client(self, endpoint: str) -> fl.FlightClient:
+        with self._lock:
+            self._check_open()
+            client = self._clients.get(endpoint)
+            if client is None:
+                client = self._clients[endpoint] = fl.connect(f"grpc://{endpoint}")
+            return client
+
+    def _action(self, endpoint: str, name: str, body: bytes, timeout_s: float) -> bytes:
+        """One action at one node; what Flight raises comes out as a MarbleError."""
+        options = fl.FlightCallOptions(timeout=timeout_s)
+        try:
+            answers = list(self._client(endpoint).do_action(fl.Action(name, body), options))
+        except pa.ArrowException as error:
+            raise from_flight_error(error) from None
+        if len(answers) != 1:
+            raise ProtocolError(f"{endpoint} answered {name} {len(answers)} times")
+        return bytes(answers[0].body.to_pybytes())
+
+    def _call(self, attempt: Callable[[str, float], T], *, repeatable: bool = True) -> T:
+        """Run `attempt` at one node after the other until one answers or the time is up.
+
+        If not `repeatable`, a lost answer is OutcomeUnknownError; a refusal is still tried elsewhere.
+        """
+        deadline = time.monotonic() + self._options.timeout_s
+        backoff = _Backoff(deadline, self._closed)
+        while True:
+            error: MarbleError = UnavailableError(f"no node of {', '.join(self._endpoints)} answers")
+            for endpoint in self._candidates():
+                self._check_open()
+                try:
+                    return attempt(endpoint, max(RETRY_WAIT_MIN_S, deadline - time.monotonic()))
+                except NotLeaderError as failure:
+                    error, self._leader = failure, failure.leader
+                except UnavailableError as failure:
+                    error = failure
+                except pa.ArrowException as failure:
+                    translated = from_flight_error(failure)
+                    if not isinstance(translated, NotLeaderError | UnavailableError | OutcomeUnknownError):
+                        raise translated from None
+                    error = translated
+                if not repeatable and getattr(error, "sent", False):
+                    raise OutcomeUnknownError(f"the answer was lost: {error}")
+            backoff.wait(error)
+
+
+def _batches(reader: fl.FlightStreamReader) -> Iterator[pa.RecordBatch]:
+    """The batches of a Flight stream; a break comes out as a MarbleError."""
+    while True:
+        try:
+            yield reader.read_chunk().data
+        except StopIteration:
+            return
+        except pa.ArrowException as error:
+            raise from_flight_error(error) from None
+
+
+def connect(url: str, *, timeout_s: float = 30.0) -> Database:
+    """Connect to a cluster.
+
+    Parameters
+    ----------
+    url
+        ``grpc://host:port,host:port,…``: one or more nodes of it.
+    timeout_s
+        How long a call may take, in seconds, finding a leader included.
+
+    Returns
+    -------
+    Database
+        To be closed, or used with ``with``. Nothing is sent before the first call.
+
+    Raises
+    ------
+    UsageError
+        If `url` is not of that form.
+    """
+    return Database(RemoteBackend(parse_url(url), ClientOptions(timeout_s)))
