@@ -1,10 +1,25 @@
-"""Arrow schemas: the row of the log, and what a table may be made of."""
+"""Arrow schemas: the row of the log, and what a table may be made of.
+
+Rule 1: the rules for names, types and rows stand here once. The caller's side applies them so that a mistake costs
+nothing; every replica applies them again when an entry is applied, because an entry may come from anyone. They are
+therefore part of the replicated state machine: they look at nothing but their arguments, and a change to them needs a
+new format version.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as pt
+
+from marble.errors import UsageError
 
 
 def _column(name: str, type_: pa.DataType) -> pa.Field:
@@ -26,6 +41,430 @@ ENTRY_SCHEMA: Final = pa.schema(
 )
 """One row is one log entry (or, with kind HARD_STATE, a node's hard state).
 
-``group``, ``index`` and ``term`` are given by the leader; the rest by the proposer. ``checksum`` is the proposer's: it covers
-kind, session, sequence, table and payload, and travels with the entry to every replica's disk and memtable.
+``group``, ``index`` and ``term`` are given by the leader; the rest by the proposer. ``checksum`` is the proposer's: it
+covers kind, session, sequence, table and payload, and travels with the entry to every replica's disk and memtable.
 """
+
+TABLE_NAME_BYTES_MAX: Final = 128
+COLUMN_NAME_BYTES_MAX: Final = 256
+COLUMNS_MAX: Final = 1024
+FIELDS_MAX: Final = 4096
+"""Columns together with the fields nested in them."""
+NESTING_LEVELS_MAX: Final = 16
+"""Deep enough for any real table, shallow enough that no recursion over a type can exhaust the stack."""
+
+_TABLE_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,127}", re.ASCII)
+
+# Not str.isprintable(): that follows the Unicode version of the interpreter, and replicas may run different ones.
+_UNPRINTABLE: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff]")
+
+_LEAVES: Final[tuple[Callable[[pa.DataType], bool], ...]] = (
+    pt.is_boolean,
+    pt.is_integer,
+    pt.is_floating,
+    pt.is_decimal,
+    pt.is_date,
+    pt.is_time,
+    pt.is_timestamp,
+    pt.is_duration,
+    pt.is_interval,
+    pt.is_string,
+    pt.is_large_string,
+    pt.is_binary,
+    pt.is_large_binary,
+    pt.is_fixed_size_binary,
+)
+
+_STRINGS: Final = (pa.string(), pa.large_string(), pa.string_view())
+_BINARIES: Final = (pa.binary(), pa.large_binary(), pa.binary_view())
+
+_KEYS: Final[tuple[Callable[[pa.DataType], bool], ...]] = (
+    pt.is_boolean,
+    pt.is_integer,
+    pt.is_float32,
+    pt.is_float64,
+    pt.is_decimal128,
+    pt.is_date,
+    pt.is_time,
+    pt.is_timestamp,
+    pt.is_duration,
+    pt.is_string,
+    pt.is_large_string,
+    pt.is_binary,
+    pt.is_large_binary,
+    pt.is_fixed_size_binary,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TableInfo:
+    """What a table is: its place in the log, its name, its columns and its primary key.
+
+    - ``id`` is given by the catalog when the creation is applied; it is at least 1 and never used again.
+    - ``(name, schema, key)`` have passed `check_table`.
+
+    Attributes
+    ----------
+    schema
+        The columns, without metadata. A row is one record; two rows with equal key columns are the same record.
+    key
+        Names of the key columns, in the order in which rows are sorted.
+    key_schema
+        The key columns alone, in key order.
+    """
+
+    id: int
+    name: str
+    schema: pa.Schema
+    key: tuple[str, ...]
+    key_schema: pa.Schema = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key_schema", pa.schema([self.schema.field(name) for name in self.key]))
+
+    def same_definition(self, schema: pa.Schema, key: Sequence[str]) -> bool:
+        """Whether `schema` and `key` (as `check_table` returned them) are those of this table."""
+        return self.key == tuple(key) and bool(self.schema.equals(schema))
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint for an error message: the known name most like `name`, or all of a few, or nothing."""
+    known = list(names)
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    if 0 < len(known) <= 8:
+        return "; there is " + ", ".join(repr(each) for each in known)
+    return ""
+
+
+def check_table_name(name: str) -> str:
+    """Return `name` if a table may be called so, else raise UsageError."""
+    if not isinstance(name, str) or _TABLE_NAME.fullmatch(name) is None or ".." in name:
+        raise UsageError(
+            f"{_shown(name)} cannot be the name of a table: use a letter or underscore, then up to "
+            f"{TABLE_NAME_BYTES_MAX - 1} letters, digits, '_', '-' or single dots"
+        )
+    return name
+
+
+def check_table(name: str, schema: pa.Schema, key: Sequence[str]) -> tuple[pa.Schema, tuple[str, ...]]:
+    """Check the definition of a table and return it in the form in which it is stored.
+
+    It depends on nothing but its arguments, since every replica checks again when it applies the creation.
+
+    Parameters
+    ----------
+    name
+        See `check_table_name`.
+    schema
+        1 to `COLUMNS_MAX` columns. Metadata is dropped.
+    key
+        Names of at least one column, of types that have an order.
+
+    Returns
+    -------
+    tuple
+        The schema without metadata, and the key as a tuple.
+
+    Raises
+    ------
+    UsageError
+        Naming the table, the column and what to do instead.
+    """
+    check_table_name(name)
+    if not isinstance(schema, pa.Schema):
+        raise UsageError(f"table {name!r}: the schema must be a pyarrow.Schema, got {type(schema).__name__}")
+    if not 1 <= len(schema) <= COLUMNS_MAX:
+        raise UsageError(f"table {name!r}: a table has 1 to {COLUMNS_MAX} columns, this schema has {len(schema)}")
+    _check_names(schema.names, f"table {name!r}")
+    fields_left = [FIELDS_MAX]
+    fields = [
+        pa.field(
+            field.name,
+            _stored_type(field.type, f"table {name!r}, column {field.name!r}", 1, fields_left),
+            field.nullable,
+        )
+        for field in schema
+    ]
+    stored = pa.schema(fields)
+    return stored, _check_key(name, stored, key)
+
+
+def _check_key(name: str, schema: pa.Schema, key: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(key, str) or not isinstance(key, Sequence) or not all(isinstance(column, str) for column in key):
+        raise UsageError(f"table {name!r}: the key must be a list of column names such as ['id'], got {_shown(key)}")
+    if not key:
+        raise UsageError(f"table {name!r}: name at least one key column, e.g. key=[{schema.names[0]!r}]")
+    if len(set(key)) < len(key):
+        raise UsageError(f"table {name!r}: a column stands twice in the key {list(key)}")
+    for column in key:
+        if column not in schema.names:
+            raise UsageError(
+                f"table {name!r}: key column {_shown(column)} is not in the schema{nearest(column, schema.names)}"
+            )
+        type_ = schema.field(column).type
+        if not any(accepts(type_) for accepts in _KEYS):
+            raise UsageError(
+                f"table {name!r}: column {column!r} of type {type_} cannot be in the key: keys are booleans, "
+                "numbers up to 64 bits, decimal128, dates, times, timestamps, durations, strings or binary"
+            )
+    return tuple(key)
+
+
+def _check_names(names: Sequence[str], where: str) -> None:
+    seen = set()
+    for name in names:
+        if not name or _UNPRINTABLE.search(name) or len(name.encode()) > COLUMN_NAME_BYTES_MAX:
+            raise UsageError(
+                f"{where}: {_shown(name)} cannot be the name of a column: use 1 to {COLUMN_NAME_BYTES_MAX} "
+                "bytes of UTF-8 without control characters"
+            )
+        if name in seen:
+            raise UsageError(f"{where}: the name {name!r} stands twice; names of columns must differ")
+        seen.add(name)
+
+
+def _stored_type(type_: pa.DataType, where: str, level: int, fields_left: list[int]) -> pa.DataType:
+    """`type_` without metadata in its nested fields, or UsageError if a table cannot hold it."""
+    fields_left[0] -= 1
+    if fields_left[0] < 0:
+        raise UsageError(f"{where}: a table has at most {FIELDS_MAX} columns and nested fields together")
+    if level > NESTING_LEVELS_MAX:
+        raise UsageError(f"{where}: types nest at most {NESTING_LEVELS_MAX} levels deep")
+
+    def nested(field: pa.Field) -> pa.Field:
+        return pa.field(field.name, _stored_type(field.type, where, level + 1, fields_left), field.nullable)
+
+    if isinstance(type_, pa.BaseExtensionType):
+        raise UsageError(f"{where}: extension types such as {type_} cannot be stored: cast to {type_.storage_type}")
+    if pt.is_struct(type_):
+        children = [type_.field(i) for i in range(type_.num_fields)]
+        if not children:
+            raise UsageError(f"{where}: a struct needs at least one field")
+        _check_names([child.name for child in children], where)
+        return pa.struct([nested(child) for child in children])
+    if pt.is_map(type_):
+        return pa.map_(nested(type_.key_field), nested(type_.item_field), type_.keys_sorted)
+    if pt.is_list(type_):
+        return pa.list_(nested(type_.value_field))
+    if pt.is_large_list(type_):
+        return pa.large_list(nested(type_.value_field))
+    if pt.is_fixed_size_list(type_) and type_.list_size > 0:
+        return pa.list_(nested(type_.value_field), type_.list_size)
+    if any(accepts(type_) for accepts in _LEAVES) and type_ != pa.binary(0):
+        return type_
+    raise UsageError(f"{where}: {type_} cannot be stored: {_advice(type_)}")
+
+
+def _advice(type_: pa.DataType) -> str:
+    if pt.is_dictionary(type_) or pt.is_run_end_encoded(type_):
+        return f"cast to {type_.value_type}"
+    if type_ == pa.string_view():
+        return "cast to string or large_string"
+    if type_ == pa.binary_view():
+        return "cast to binary or large_binary"
+    if pt.is_list_view(type_) or pt.is_large_list_view(type_):
+        return "cast to list or large_list"
+    if pt.is_union(type_):
+        return "use a struct with one nullable field for each case"
+    if pt.is_null(type_):
+        return "give the column a type, even if it is always null"
+    return "use another type"
+
+
+def to_batches(data: object) -> Iterator[pa.RecordBatch]:
+    """The batches of anything that speaks the Arrow PyCapsule protocol.
+
+    Parameters
+    ----------
+    data
+        A pyarrow RecordBatch, Table or RecordBatchReader, or any object with ``__arrow_c_stream__`` or
+        ``__arrow_c_array__`` (polars, DuckDB, DataFusion, pandas).
+
+    Raises
+    ------
+    UsageError
+        If `data` is none of these, or its producer failed.
+    """
+    if isinstance(data, pa.RecordBatch):
+        yield data
+        return
+    if isinstance(data, type) or not (hasattr(data, "__arrow_c_stream__") or hasattr(data, "__arrow_c_array__")):
+        raise UsageError(
+            f"cannot take a {type(data).__name__} as rows: pass a pyarrow RecordBatch or Table, a polars or DuckDB "
+            "result, or anything else with __arrow_c_stream__; Python rows become one with "
+            "pyarrow.RecordBatch.from_pylist(rows, schema)"
+        )
+    try:
+        if isinstance(data, pa.Table):
+            yield from data.to_batches()
+        elif hasattr(data, "__arrow_c_stream__"):
+            yield from pa.RecordBatchReader.from_stream(data)
+        else:
+            yield pa.record_batch(data)
+    except (pa.ArrowException, TypeError) as error:
+        raise UsageError(f"the {type(data).__name__} did not give a stream of rows: {error}") from error
+
+
+def conform(batch: pa.RecordBatch, table: TableInfo) -> pa.RecordBatch:
+    """`batch` as rows of `table`: every check that apply makes, made where the caller can still mend the call.
+
+    Columns may come in any order and are put into the table's. Values are never changed; only representations of the
+    same values (``string``, ``large_string`` and ``string_view``; likewise binary and lists) are cast to the table's.
+
+    Returns
+    -------
+    pyarrow.RecordBatch
+        With exactly the table's schema. Shares the buffers of `batch` where no cast was needed.
+
+    Raises
+    ------
+    UsageError
+        Naming the table and column, what was expected, what came, and what to do.
+    """
+    return _conform(batch, table, table.schema, "row")
+
+
+def conform_keys(batch: pa.RecordBatch, table: TableInfo) -> pa.RecordBatch:
+    """`batch` as keys of `table`: exactly its key columns, in key order. Otherwise like `conform`."""
+    return _conform(batch, table, table.key_schema, "key")
+
+
+def _conform(batch: pa.RecordBatch, table: TableInfo, schema: pa.Schema, noun: str) -> pa.RecordBatch:
+    where = f"table {table.name!r}"
+    if batch.num_rows == 0:
+        raise UsageError(f"{where}: the batch is empty: give at least one {noun}")
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise UsageError(f"{where}: the batch is not valid Arrow data: {error}") from error
+    _check_same_names(batch.schema.names, schema, where, noun)
+    columns = [_conform_column(batch.column(field.name), field, where) for field in schema]
+    conformed = pa.RecordBatch.from_arrays(columns, schema=schema)
+    check_rows(conformed, table)
+    return conformed
+
+
+def _check_same_names(names: Sequence[str], schema: pa.Schema, where: str, noun: str) -> None:
+    seen = set()
+    for name in names:
+        if name in seen:
+            raise UsageError(f"{where}: column {_shown(name)} stands twice in the batch: keep one")
+        seen.add(name)
+        if name not in schema.names:
+            owner = "the table" if noun == "row" else "the key"
+            raise UsageError(f"{where}: column {_shown(name)} is not in {owner}: drop it{nearest(name, schema.names)}")
+    for name in schema.names:
+        if name not in seen:
+            raise UsageError(f"{where}: column {name!r} is missing: each {noun} needs all of {schema.names}")
+
+
+def _conform_column(column: pa.Array, field: pa.Field, where: str) -> pa.Array:
+    if column.type == field.type:
+        return column
+    if not _represents_same(column.type, field.type):
+        raise UsageError(
+            f"{where}: column {field.name!r} must be {field.type}, got {column.type}: "
+            f"cast it, e.g. with pyarrow.compute.cast(column, {str(field.type)!r})"
+        )
+    try:
+        return column.cast(field.type)
+    except pa.ArrowException as error:
+        raise UsageError(f"{where}: column {field.name!r} cannot be cast to {field.type}: {error}") from error
+
+
+def _represents_same(type_: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether the two types hold the same values, so that a cast between them changes nothing."""
+    if type_ == wanted:
+        return True
+    for family in (_STRINGS, _BINARIES):
+        if type_ in family and wanted in family:
+            return True
+    if _is_plain_list(type_) and _is_plain_list(wanted):
+        return bool(
+            type_.value_field.nullable == wanted.value_field.nullable
+            and _represents_same(type_.value_type, wanted.value_type)
+        )
+    if pt.is_struct(type_) and pt.is_struct(wanted) and type_.num_fields == wanted.num_fields:
+        pairs = [(type_.field(i), wanted.field(i)) for i in range(type_.num_fields)]
+        return all(
+            one.name == other.name and one.nullable == other.nullable and _represents_same(one.type, other.type)
+            for one, other in pairs
+        )
+    return False
+
+
+def _is_plain_list(type_: pa.DataType) -> bool:
+    return bool(pt.is_list(type_) or pt.is_large_list(type_) or pt.is_list_view(type_) or pt.is_large_list_view(type_))
+
+
+def check_rows(batch: pa.RecordBatch, table: TableInfo) -> None:
+    """Check what the schema alone cannot say of rows or keys of `table`: nulls, and numbers that have no order.
+
+    `batch` has the table's schema (or its key schema) and has passed ``validate(full=True)``. Used by the caller and
+    again by every replica at apply, so it depends on the data alone.
+
+    Raises
+    ------
+    UsageError
+        Naming the table, the column and the first row in question.
+    """
+    for field, column in zip(batch.schema, batch.columns, strict=True):
+        where = f"table {table.name!r}: column {field.name!r}"
+        if field.name in table.key:
+            if column.null_count:
+                raise UsageError(
+                    f"{where} is in the key and is null in row {_first(column.is_null())}: a key has no nulls"
+                )
+            if pt.is_floating(field.type) and pc.any(column.is_nan()).as_py():
+                raise UsageError(f"{where} is in the key and is NaN in row {_first(column.is_nan())}: NaN has no order")
+        elif not field.nullable and column.null_count:
+            raise UsageError(f"{where} must not be null, but is in row {_first(column.is_null())}: fill it")
+        if _has_required_child(field.type):
+            _check_children(column, where)
+
+
+def _first(mask: pa.BooleanArray) -> int:
+    return int(pc.index(mask, True).as_py())
+
+
+def _children(type_: pa.DataType) -> list[pa.Field]:
+    # The keys of a map are never null: Arrow's own validation has seen to that.
+    if pt.is_map(type_):
+        return [type_.item_field]
+    return [type_.field(i) for i in range(type_.num_fields)]
+
+
+def _has_required_child(type_: pa.DataType) -> bool:
+    return any(not child.nullable or _has_required_child(child.type) for child in _children(type_))
+
+
+def _check_children(column: pa.Array, where: str) -> None:
+    """Look for nulls where a nested field forbids them, below rows that are themselves there."""
+    if pt.is_struct(column.type):
+        values = column.flatten() if column.null_count == 0 else column.drop_null().flatten()
+    elif pt.is_map(column.type):
+        entries = column.drop_null()
+        values = [entries.items.slice(*_span(entries))]
+    else:
+        values = [column.drop_null().flatten()]
+    for child, below in zip(_children(column.type), values, strict=True):
+        if not child.nullable and below.null_count:
+            raise UsageError(f"{where}: the nested field {child.name!r} must not be null, but is: fill it")
+        if _has_required_child(child.type):
+            _check_children(below, where)
+
+
+def _span(maps: pa.MapArray) -> tuple[int, int]:
+    """Where the entries of `maps` start in its child arrays, and how many they are."""
+    if len(maps) == 0:
+        return 0, 0
+    first = maps.offsets[0].as_py()
+    return first, maps.offsets[len(maps)].as_py() - first
+
+
+def _shown(name: object) -> str:
+    """`name` for a message: escaped and cut, since it may be anything."""
+    text = ascii(name)
+    return text if len(text) <= 80 else text[:77] + "..."
