@@ -1,0 +1,50 @@
+"""What a call on a table is given, brought into the form in which it is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import pyarrow as pa
+
+from marble.errors import UsageError
+from marble.schema import TableInfo, conform_keys, to_batches
+
+
+def one_batch(data: object) -> pa.RecordBatch:
+    batches = list(to_batches(data))
+    if len(batches) == 1:
+        return batches[0]
+    if not batches:
+        raise UsageError("there are no rows: give at least one")
+    return pa.concat_batches(batches)
+
+
+def key_batch(table: TableInfo, keys: object) -> pa.RecordBatch:
+    """`keys`, as `Table.get_many` takes them, as a batch of the table's key schema."""
+    if hasattr(keys, "__arrow_c_stream__") or hasattr(keys, "__arrow_c_array__"):
+        return conform_keys(one_batch(keys), table)
+    if not isinstance(keys, Iterable) or isinstance(keys, str | bytes | Mapping):
+        raise UsageError(f"table {table.name!r}: keys must be a list of keys or Arrow data, got {keys!r}")
+    rows = [_key_row(table, key) for key in keys]
+    arrays = []
+    for position, field in enumerate(table.key_schema):
+        try:
+            arrays.append(pa.array([row[position] for row in rows], field.type))
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            raise UsageError(
+                f"table {table.name!r}: key column {field.name!r} must be {field.type}: {error}"
+            ) from error
+    return conform_keys(pa.RecordBatch.from_arrays(arrays, names=list(table.key)), table)
+
+
+def _key_row(table: TableInfo, key: object) -> tuple[object, ...]:
+    if isinstance(key, Mapping):
+        if set(key) != set(table.key):
+            raise UsageError(f"table {table.name!r}: a key has the columns {list(table.key)}, got {list(key)}")
+        return tuple(key[column] for column in table.key)
+    row = key if isinstance(key, tuple) else (key,)
+    if len(row) != len(table.key):
+        raise UsageError(
+            f"table {table.name!r}: a key has {len(table.key)} values, for {list(table.key)}, got {len(row)}: {key!r}"
+        )
+    return row

@@ -1,0 +1,124 @@
+"""The seam between the tables that a user sees and what carries out their calls, and the checks that stand before it.
+
+Rule 1: whatever differs between one process and a cluster stands behind `Backend`; nothing in this package knows either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Literal, Protocol, get_args
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from marble.errors import UsageError
+from marble.schema import TableInfo, nearest
+
+Consistency = Literal["linearizable", "local"]
+"""``linearizable``: a read sees every write that was acknowledged anywhere before the read began (Raft §8).
+``local``: the read sees some state that the asked replica has reached, without asking anyone else."""
+
+
+class Backend(Protocol):
+    """What carries out the calls on a database: an embedded node, or a client of a cluster. Thread-safe.
+
+    Arguments have been checked against the table as the caller knew it; the backend checks sizes (`UsageError` above
+    ``max_entry_size``), and the replicas check everything again when they apply it. Futures always complete, with one
+    of the errors of `marble.errors` where they fail. Entries of one thread are ordered as it called.
+    """
+
+    def create_table(self, name: str, schema: pa.Schema, key: Sequence[str]) -> TableInfo:
+        """Return the table once its creation is applied; also if it exists with the same definition."""
+        ...
+
+    def drop_table(self, name: str) -> int:
+        """Return the index at which it is gone."""
+        ...
+
+    def tables(self) -> Sequence[TableInfo]:
+        """All tables, in order of their names (linearizable)."""
+        ...
+
+    def write(self, table: TableInfo, batch: pa.RecordBatch) -> Future[int]:
+        """Upsert `batch` (of the table's schema). The future gives the index once it is committed, durable and applied.
+
+        Raises UnavailableError at once if no more can be accepted now; then nothing of the batch was replicated.
+        """
+        ...
+
+    def delete(self, table: TableInfo, keys: pa.RecordBatch) -> Future[int]:
+        """Delete by `keys` (of the table's key schema). Like `write`."""
+        ...
+
+    def get_many(self, table: TableInfo, keys: pa.RecordBatch, consistency: Consistency) -> pa.RecordBatch:
+        """One row of `lookup_schema` for each of `keys` (of the table's key schema), in their order.
+
+        Where no row has the key, every column is null, the key columns too.
+        """
+        ...
+
+    def scan(
+        self,
+        table: TableInfo,
+        columns: Sequence[str] | None,
+        filter: pc.Expression | None,  # noqa: A002
+        consistency: Consistency,
+    ) -> pa.RecordBatchReader:
+        """The rows of one state of the table in key order; `check_scan` has accepted `columns` and `filter`."""
+        ...
+
+    def status(self) -> dict[str, object]: ...
+
+    def close(self) -> None:
+        """Idempotent. Later calls raise UsageError."""
+        ...
+
+
+def lookup_schema(table: TableInfo) -> pa.Schema:
+    """The schema of what a look-up by key gives: the table's, with every column nullable, for missing rows."""
+    return pa.schema([field.with_nullable(True) for field in table.schema])
+
+
+def check_scan(
+    table: TableInfo,
+    columns: Sequence[str] | None,
+    filter: pc.Expression | None,  # noqa: A002
+) -> pa.Schema:
+    """Check the projection and filter of a scan, and return the schema of its result.
+
+    Raises
+    ------
+    UsageError
+        For an unknown or repeated column, an empty projection, or a filter that is no boolean expression over the
+        table.
+    """
+    where = f"table {table.name!r}"
+    schema = table.schema
+    if columns is not None:
+        if isinstance(columns, str) or not isinstance(columns, Sequence) or not columns:
+            raise UsageError(f"{where}: columns must be a list of at least one name, got {columns!r}")
+        for name in columns:
+            if name not in schema.names:
+                raise UsageError(f"{where} has no column {name!r}{nearest(str(name), schema.names)}")
+        if len(set(columns)) < len(columns):
+            raise UsageError(f"{where}: a column stands twice in columns={list(columns)}")
+    if filter is not None:
+        if not isinstance(filter, pc.Expression):
+            raise UsageError(
+                f"{where}: the filter must be a pyarrow.compute.Expression such as pc.field('a') > 1, "
+                f"got {type(filter).__name__}"
+            )
+        try:
+            schema.empty_table().filter(filter)
+        except pa.ArrowException as error:
+            raise UsageError(f"{where}: the filter does not fit the table: {error}") from error
+    return schema if columns is None else pa.schema([schema.field(name) for name in columns])
+
+
+def check_consistency(consistency: str) -> Consistency:
+    """Return `consistency` if it is one, else raise UsageError."""
+    for known in get_args(Consistency):
+        if consistency == known:
+            return known  # type: ignore[no-any-return]
+    raise UsageError(f"consistency must be one of {', '.join(map(repr, get_args(Consistency)))}, got {consistency!r}")
