@@ -23,12 +23,12 @@ from marble.errors import UsageError
 from marble.types import NODE_ID_MAX
 
 NODES_MAX: Final = 31
-"""Every write waits for a majority, every heartbeat goes to all: beyond a handful of voters a cluster only gets slower."""
+"""Every write waits for a majority, every heartbeat goes to all: many voters only make a cluster slower."""
 
 DEFAULT_PORT: Final = 5001
 
 ENTRY_BYTES_MAX: Final = 2**30
-"""Payloads of one batch share 32-bit offsets, and gRPC frames are below 2 GiB: an entry beyond 1 GiB could not travel."""
+"""Payloads of one batch share 32-bit offsets, and gRPC frames are below 2 GiB: a larger entry could not travel."""
 
 HEARTBEAT_TICKS: Final = 3
 """Ticks between two heartbeats. Finer ticks spread the randomised election timeouts of the nodes further apart."""
@@ -305,7 +305,7 @@ class RaftClusterConfig:
 
     @property
     def message_bytes_max(self) -> int:
-        """Payload bytes in the largest message that a peer may send: an AppendEntries that is full or holds one entry."""
+        """Payload bytes in the largest message of a peer: an AppendEntries that is full or holds one large entry."""
         return max(self.append_bytes_max, self.max_entry_size)
 
     def find_node(self, endpoint: str) -> int:
