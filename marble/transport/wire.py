@@ -1,0 +1,351 @@
+"""What clients and the tables service say to each other beside Arrow batches: acks, tickets, tables, headers.
+
+Rule 1: everything decoded here came from a stranger. It is bounded before it is parsed, every field is checked, and
+whatever is wrong is one error that says what was expected; nothing is evaluated, and unknown keys are refused.
+
+All of it is UTF-8 JSON, so that a Flight client in any language can speak it:
+
+- an ack (``app_metadata``, one for each batch written, in order): ``{"index": i, "term": t, "value": rows}``, or
+  ``{"error": code, "message": text, "leader": "host:port" or null}`` with a code of `marble.errors.ERROR_CODES`;
+- a ticket (``DoGet``): ``{"table": name, "columns": [name, ...] or null, "consistency": "linearizable" or "local"}``,
+  or the bare name of a table;
+- a table: ``{"id": i, "name": name, "key": [name, ...], "schema": base64 of the schema as an IPC message}``.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.flight as flight
+
+from marble.errors import ERROR_CODES, InvariantError, MarbleError, NotLeaderError, ProtocolError, UsageError
+from marble.schema import COLUMN_NAME_BYTES_MAX, COLUMNS_MAX, TableInfo, check_table, check_table_name
+from marble.types import INDEX_MAX
+
+ACK_BYTES_MAX: Final = 64 * 1024
+TICKET_BYTES_MAX: Final = 1024 * 1024
+"""Names of `COLUMNS_MAX` columns, escaped, fit."""
+TABLE_BYTES_MAX: Final = 8 * 1024 * 1024
+"""The definition of one table as JSON: a schema of as many fields as a table may have fits."""
+TABLES_BYTES_MAX: Final = 256 * 1024 * 1024
+"""The whole catalog as JSON, as a client accepts it from a server."""
+MESSAGE_CHARACTERS_MAX: Final = 2000
+"""Longer texts of errors are cut: some quote what a caller sent."""
+
+CONSISTENCIES: Final = ("linearizable", "local")
+
+FORWARD_HEADER: Final = "marble-forward"
+"""gRPC header of a call. ``never``: answer NotLeaderError, do not forward. Forwarded calls carry it themselves."""
+FORWARD_NEVER: Final = "never"
+
+UPSERT: Final = "upsert"
+DELETE: Final = "delete"
+GET: Final = "get"
+"""What a descriptor's path ``[table, verb]`` asks for. DoPut: UPSERT (or no verb) and DELETE; DoExchange: all three."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """The answer to one batch. Either ``error_code`` is None and the rest is set, or it is a code of `ERROR_CODES`.
+
+    Attributes
+    ----------
+    index, term
+        Where in the log the batch's entry stands, committed and durable.
+    value
+        Rows that the entry wrote or deleted.
+    leader
+        With ``not_leader``: endpoint of the leader as far as the answering node knows.
+    """
+
+    index: int = 0
+    term: int = 0
+    value: int = 0
+    error_code: str | None = None
+    message: str = ""
+    leader: str | None = None
+
+    @classmethod
+    def of_error(cls, error: MarbleError) -> Ack:
+        """The ack that makes a client raise `error`."""
+        leader = error.leader if isinstance(error, NotLeaderError) else None
+        return cls(error_code=error.code, message=str(error), leader=leader)
+
+    def error(self) -> MarbleError | None:
+        """The error that this ack stands for, or None."""
+        if self.error_code is None:
+            return None
+        kind = ERROR_CODES.get(self.error_code, InvariantError)
+        return NotLeaderError(self.message, self.leader) if issubclass(kind, NotLeaderError) else kind(self.message)
+
+    def raise_for_error(self) -> Ack:
+        """Return this ack, or raise the error that it stands for."""
+        error = self.error()
+        if error is not None:
+            raise error
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class ScanTicket:
+    """What a DoGet asks for: a table's rows in key order, some or (None) all of its columns."""
+
+    table: str
+    columns: tuple[str, ...] | None = None
+    consistency: str = "linearizable"
+
+
+def encode_json(value: object) -> bytes:
+    """`value` as compact UTF-8 JSON."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def decode_json(data: bytes | pa.Buffer, what: str, bytes_max: int) -> Any:
+    """Parse bounded JSON from a stranger.
+
+    Raises
+    ------
+    UsageError
+        If it is longer than `bytes_max` or is not JSON.
+    """
+    size = data.size if isinstance(data, pa.Buffer) else len(data)
+    if size > bytes_max:
+        raise UsageError(f"{what} has {size} bytes, more than {bytes_max}")
+    try:
+        return json.loads(bytes(data).decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{what} is not JSON in UTF-8: {str(error)[:200]}") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def decode_object(
+    data: bytes | pa.Buffer, what: str, bytes_max: int, required: Iterable[str], optional: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Parse a bounded JSON object that has all `required` keys, and beside them only `optional` ones.
+
+    Raises
+    ------
+    UsageError
+        Naming the key that is missing or unknown.
+    """
+    value = decode_json(data, what, bytes_max)
+    required, optional = tuple(required), tuple(optional)
+    if not isinstance(value, dict):
+        raise UsageError(f"{what} must be a JSON object with {_listed(required + optional)}, not a {_kind(value)}")
+    for key in required:
+        if key not in value:
+            raise UsageError(f"{what} has no {key!r}")
+    for key in value:
+        if key not in required and key not in optional:
+            raise UsageError(f"{what} has an unknown key {key[:80]!r}: it knows {_listed(required + optional)}")
+    return value
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _kind(value: object) -> str:
+    return {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")
+
+
+def _check_whole(value: object, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= INDEX_MAX:
+        raise UsageError(f"{what} must be a whole number from 0, not {str(value)[:80]!r}")
+    return value
+
+
+def check_consistency(value: object) -> str:
+    """Return `value` if it names a consistency, else raise UsageError."""
+    if value not in CONSISTENCIES:
+        raise UsageError(f"consistency must be one of {_listed(CONSISTENCIES)}, not {str(value)[:80]!r}")
+    return str(value)
+
+
+def encode_ack(ack: Ack) -> bytes:
+    """The ``app_metadata`` that answers one batch."""
+    if ack.error_code is None:
+        return encode_json({"index": ack.index, "term": ack.term, "value": ack.value})
+    return encode_json({"error": ack.error_code, "message": ack.message[:MESSAGE_CHARACTERS_MAX], "leader": ack.leader})
+
+
+def decode_ack(data: bytes | pa.Buffer) -> Ack:
+    """The inverse of `encode_ack`.
+
+    Raises
+    ------
+    ProtocolError
+        If it is not an ack.
+    """
+    names = ("index", "term", "value", "error", "message", "leader")
+    try:
+        value = decode_object(data, "an ack", ACK_BYTES_MAX, (), names)
+        if "error" not in value:
+            index, term, rows = (_check_whole(value.get(name), f"{name} of an ack") for name in names[:3])
+            return Ack(index, term, rows)
+    except UsageError as error:
+        raise ProtocolError(str(error)) from None
+    code, message, leader = value["error"], value.get("message", ""), value.get("leader")
+    if not (isinstance(code, str) and isinstance(message, str) and isinstance(leader, str | None)):
+        raise ProtocolError("an ack's error, message and leader must be strings")
+    # A code that this version does not know is still an error.
+    return Ack(error_code=code if code in ERROR_CODES else InvariantError.code, message=message, leader=leader)
+
+
+def encode_ticket(table: str, columns: Sequence[str] | None = None, consistency: str = "linearizable") -> bytes:
+    """The ticket of a scan, for ``pyarrow.flight.Ticket``."""
+    return encode_json(
+        {"table": table, "columns": None if columns is None else list(columns), "consistency": consistency}
+    )
+
+
+def decode_ticket(data: bytes | pa.Buffer) -> ScanTicket:
+    """The inverse of `encode_ticket`; the bare name of a table stands for all of it, linearizable.
+
+    Raises
+    ------
+    UsageError
+        If it is neither. Whether the table and the columns exist is for the caller to see.
+    """
+    data = bytes(data) if len(data) <= TICKET_BYTES_MAX else data
+    if isinstance(data, bytes) and not data.lstrip().startswith(b"{"):
+        return ScanTicket(check_table_name(data.decode("utf-8", "backslashreplace")))
+    value = decode_object(data, "a ticket", TICKET_BYTES_MAX, ("table",), ("columns", "consistency"))
+    columns = value.get("columns")
+    return ScanTicket(
+        check_table_name(value["table"]),
+        None if columns is None else check_names(columns, "columns of a ticket"),
+        check_consistency(value.get("consistency", "linearizable")),
+    )
+
+
+def check_names(value: object, what: str) -> tuple[str, ...]:
+    """Return `value` as a tuple of names of columns (which need not exist), else raise UsageError."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise UsageError(f"{what} must be a list of names, not a {_kind(value)}")
+    if not 1 <= len(value) <= COLUMNS_MAX:
+        raise UsageError(f"{what} must be 1 to {COLUMNS_MAX} names, not {len(value)}")
+    for name in value:
+        if len(name) > COLUMN_NAME_BYTES_MAX:
+            raise UsageError(f"{what}: {name[:80]!r}... is longer than {COLUMN_NAME_BYTES_MAX} bytes")
+    return tuple(value)
+
+
+def encode_schema(schema: pa.Schema) -> str:
+    """`schema` as base64 of an IPC message, as it stands in JSON."""
+    return base64.b64encode(schema.serialize().to_pybytes()).decode("ascii")
+
+
+def decode_schema(text: object) -> pa.Schema:
+    """The inverse of `encode_schema`.
+
+    Raises
+    ------
+    UsageError
+        If it is not that.
+    """
+    if not isinstance(text, str) or len(text) > TABLE_BYTES_MAX:
+        raise UsageError("a schema must be base64 of an IPC message: base64.b64encode(schema.serialize())")
+    try:
+        return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text, validate=True)))
+    except (binascii.Error, pa.ArrowException, OSError, ValueError) as error:
+        raise UsageError(f"a schema must be base64 of an IPC message: {str(error)[:200]}") from None
+
+
+def table_to_json(table: TableInfo) -> dict[str, Any]:
+    """`table` as an object of JSON."""
+    return {"id": table.id, "name": table.name, "key": list(table.key), "schema": encode_schema(table.schema)}
+
+
+def table_from_json(value: object) -> TableInfo:
+    """The inverse of `table_to_json`.
+
+    Raises
+    ------
+    ProtocolError
+        If it is not the description of a table that can exist.
+    """
+    if not isinstance(value, Mapping) or not value.keys() >= {"id", "name", "key", "schema"}:
+        raise ProtocolError("a table must have id, name, key and schema")
+    try:
+        schema, key = check_table(value["name"], decode_schema(value["schema"]), value["key"])
+        return TableInfo(_check_whole(value["id"], "id of a table"), value["name"], schema, key)
+    except UsageError as error:
+        raise ProtocolError(f"a table that cannot exist: {error}") from None
+
+
+def encode_table_info(table: TableInfo) -> bytes:
+    """`table` as JSON."""
+    return encode_json(table_to_json(table))
+
+
+def decode_table_info(data: bytes | pa.Buffer) -> TableInfo:
+    """The inverse of `encode_table_info`; raises ProtocolError."""
+    return table_from_json(_from_server(data, "a table", TABLE_BYTES_MAX))
+
+
+def encode_tables(tables: Iterable[TableInfo]) -> bytes:
+    """A catalog as JSON: a list of tables."""
+    return encode_json([table_to_json(table) for table in tables])
+
+
+def decode_tables(data: bytes | pa.Buffer) -> list[TableInfo]:
+    """The inverse of `encode_tables`; raises ProtocolError."""
+    value = _from_server(data, "a list of tables", TABLES_BYTES_MAX)
+    if not isinstance(value, list):
+        raise ProtocolError("a list of tables must be a list")
+    return [table_from_json(each) for each in value]
+
+
+def _from_server(data: bytes | pa.Buffer, what: str, bytes_max: int) -> Any:
+    try:
+        return decode_json(data, what, bytes_max)
+    except UsageError as error:
+        raise ProtocolError(str(error)) from None
+
+
+def call_options(timeout_s: float | None, *, forward: bool = True) -> flight.FlightCallOptions:
+    """Options of one call.
+
+    Parameters
+    ----------
+    timeout_s
+        Deadline of the whole call, streams included, in seconds; None: no deadline.
+    forward
+        False: a node that does not lead answers NotLeaderError instead of forwarding the call.
+    """
+    headers = [] if forward else [(FORWARD_HEADER.encode(), FORWARD_NEVER.encode())]
+    return flight.FlightCallOptions(timeout=timeout_s, headers=headers)
+
+
+class CallHeaders(flight.ServerMiddleware):  # type: ignore[misc]
+    """What the headers of one call ask for.
+
+    Attributes
+    ----------
+    forward
+        Whether this node may forward the call to the leader.
+    """
+
+    KEY: Final = "marble-call"
+    """Under which the server registers `CallHeadersFactory`, and a handler finds this in its context."""
+
+    def __init__(self, forward: bool) -> None:
+        self.forward = forward
+
+
+class CallHeadersFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
+    """Reads the headers of every call that a server takes."""
+
+    def start_call(self, info: Any, headers: Mapping[str, Sequence[str]]) -> CallHeaders:
+        values = [value for name, values in headers.items() if name.lower() == FORWARD_HEADER for value in values]
+        return CallHeaders(forward=FORWARD_NEVER not in values)

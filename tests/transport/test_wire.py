@@ -1,0 +1,174 @@
+"""What comes back from the wire is what was sent, or one error that says what was wrong."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.flight as flight
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from marble.errors import (
+    ERROR_CODES,
+    InvariantError,
+    MarbleError,
+    NotLeaderError,
+    ProtocolError,
+    UnavailableError,
+    UsageError,
+)
+from marble.schema import TableInfo
+from marble.transport import wire
+
+TABLE = TableInfo(7, "t", pa.schema([("a", pa.int64()), ("b", pa.list_(pa.string()))]), ("a",))
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1), st.integers(0, 2**31))
+def test_ack_comes_back(index: int, term: int, value: int) -> None:
+    ack = wire.Ack(index, term, value)
+    assert wire.decode_ack(wire.encode_ack(ack)) == ack
+    assert ack.raise_for_error() is ack
+
+
+@pytest.mark.parametrize("kind", ERROR_CODES.values())
+@given(message=st.text(max_size=100))
+def test_ack_of_error_raises_the_same_error(kind: type[MarbleError], message: str) -> None:
+    ack = wire.decode_ack(pa.py_buffer(wire.encode_ack(wire.Ack.of_error(kind(message)))))
+    with pytest.raises(kind) as caught:
+        ack.raise_for_error()
+    assert type(caught.value) is kind
+    assert str(caught.value) == message
+
+
+def test_ack_of_not_leader_names_the_leader() -> None:
+    ack = wire.decode_ack(wire.encode_ack(wire.Ack.of_error(NotLeaderError("not me", "h:1"))))
+    with pytest.raises(NotLeaderError) as caught:
+        ack.raise_for_error()
+    assert caught.value.leader == "h:1"
+
+
+def test_ack_is_bounded_whatever_the_message() -> None:
+    encoded = wire.encode_ack(wire.Ack.of_error(UnavailableError("\U0001f600" * 100_000)))
+    assert len(encoded) < wire.ACK_BYTES_MAX
+    assert wire.decode_ack(encoded).error_code == "unavailable"
+
+
+def test_ack_with_unknown_code_is_still_an_error() -> None:
+    ack = wire.decode_ack(b'{"error":"of a later version","message":"m"}')
+    with pytest.raises(InvariantError, match="m"):
+        ack.raise_for_error()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff",
+        b"[]",
+        b"{}",
+        b'{"index":1,"term":1}',
+        b'{"index":-1,"term":1,"value":1}',
+        b'{"index":1.5,"term":1,"value":1}',
+        b'{"index":true,"term":1,"value":1}',
+        b'{"index":1e400,"term":1,"value":1}',
+        b'{"index":NaN,"term":1,"value":1}',
+        b'{"index":9223372036854775808,"term":1,"value":1}',
+        b'{"error":1}',
+        b'{"error":"usage","leader":{}}',
+        b'{"index":1,"term":1,"value":1,"more":1}',
+        b"[" * 100_000,
+        b"9" * 60_000,
+        b" " * (wire.ACK_BYTES_MAX + 1),
+    ],
+)
+def test_ack_that_is_none_is_a_protocol_error(data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        wire.decode_ack(data)
+
+
+@given(st.lists(st.text(min_size=1, max_size=20), min_size=1) | st.none(), st.sampled_from(wire.CONSISTENCIES))
+def test_ticket_comes_back(columns: list[str] | None, consistency: str) -> None:
+    ticket = wire.decode_ticket(wire.encode_ticket("t", columns, consistency))
+    assert ticket == wire.ScanTicket("t", None if columns is None else tuple(columns), consistency)
+
+
+def test_ticket_may_be_a_bare_name() -> None:
+    assert wire.decode_ticket(b"flights") == wire.ScanTicket("flights")
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "name of a table"),
+        (b"../x", "name of a table"),
+        (b"\xff\xfe", "name of a table"),
+        (b"{", "not JSON"),
+        (b'{"table":"../x"}', "name of a table"),
+        (b'{"table":1}', "name of a table"),
+        (b'{"tabel":"t"}', "no 'table'"),
+        (b'{"table":"t","column":["a"]}', "unknown key 'column'"),
+        (b'{"table":"t","columns":"a"}', "list of names"),
+        (b'{"table":"t","columns":[]}', "1 to 1024"),
+        (b'{"table":"t","columns":[1]}', "list of names"),
+        (b'{"table":"t","columns":["' + b"x" * 300 + b'"]}', "longer than 256"),
+        (b'{"table":"t","consistency":"eventual"}', "'linearizable', 'local'"),
+        (b'{"table":"t","consistency":[]}', "'linearizable', 'local'"),
+        (b"{" + b" " * wire.TICKET_BYTES_MAX, "more than"),
+    ],
+)
+def test_ticket_that_is_none_is_a_usage_error(data: bytes, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        wire.decode_ticket(data)
+
+
+def test_tables_come_back() -> None:
+    assert wire.decode_table_info(wire.encode_table_info(TABLE)) == TABLE
+    assert wire.decode_tables(pa.py_buffer(wire.encode_tables([TABLE, TABLE]))) == [TABLE, TABLE]
+
+
+def _broken_tables() -> Iterator[bytes]:
+    good = json.loads(wire.encode_table_info(TABLE))
+    for key in good:
+        yield json.dumps({name: value for name, value in good.items() if name != key}).encode()
+        yield json.dumps(good | {key: None}).encode()
+    schema = bytearray(base64.b64decode(good["schema"]))
+    yield json.dumps(good | {"schema": base64.b64encode(schema[:-20]).decode()}).encode()
+    yield json.dumps(good | {"schema": "$$"}).encode()
+    yield json.dumps(good | {"key": ["b"]}).encode()
+    yield b"[]"
+    yield b"{"
+
+
+@pytest.mark.parametrize("data", list(_broken_tables()))
+def test_table_that_cannot_exist_is_a_protocol_error(data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        wire.decode_table_info(data)
+
+
+def test_schema_with_any_byte_changed_gives_a_schema_or_a_usage_error() -> None:
+    encoded = TABLE.schema.serialize().to_pybytes()
+    for position in range(len(encoded)):
+        damaged = bytearray(encoded)
+        damaged[position] ^= 0x55
+        try:
+            found = wire.decode_schema(base64.b64encode(damaged).decode())
+        except UsageError:
+            continue
+        assert isinstance(found, pa.Schema)
+
+
+@pytest.mark.parametrize(
+    ("headers", "forward"),
+    [({}, True), ({"marble-forward": ["never"]}, False), ({"marble-forward": ["yes"]}, True), ({"x": ["never"]}, True)],
+)
+def test_header_decides_whether_a_call_is_forwarded(headers: dict[str, list[str]], forward: bool) -> None:
+    assert wire.CallHeadersFactory().start_call(None, headers).forward is forward
+
+
+def test_call_options_carry_the_header() -> None:
+    assert wire.call_options(1.0, forward=False).headers == [(b"marble-forward", b"never")]
+    assert isinstance(wire.call_options(None), flight.FlightCallOptions)
