@@ -6,8 +6,6 @@ something is repeated only if it was refused, or if doing it twice is doing it o
 
 from __future__ import annotations
 
-import base64
-import json
 import random
 import threading
 import time
@@ -22,16 +20,29 @@ import pyarrow.flight as fl
 
 from marble.config import parse_url
 from marble.database import Database, filter_batches
-from marble.errors import MarbleError, NotLeaderError, OutcomeUnknownError, ProtocolError, UnavailableError
+from marble.errors import MarbleError, NotLeaderError, OutcomeUnknownError, ProtocolError, UnavailableError, UsageError
 from marble.schema import TableInfo, conform, conform_keys
-from marble.transport.faults import from_flight_error
+from marble.transport.faults import from_flight_error, is_refusal
 from marble.transport.put import PutStream
-from marble.transport.wire import Ack, decode_table_info, encode_ticket
+from marble.transport.wire import (
+    DELETE,
+    GET,
+    UPSERT,
+    Ack,
+    call_options,
+    decode_json,
+    decode_table_info,
+    decode_tables,
+    encode_json,
+    encode_schema,
+    encode_ticket,
+)
 
 T = TypeVar("T")
 
 RETRY_WAIT_MIN_S: Final = 0.01
 RETRY_WAIT_MAX_S: Final = 0.5
+STATUS_BYTES_MAX: Final = 1024 * 1024
 PROBE_TIMEOUT_S: Final = 2.0
 """How long one node is asked who leads before the next one is."""
 
@@ -87,10 +98,10 @@ class RemoteBackend:
     # -- writes ------------------------------------------------------------------------------------------------------
 
     def write(self, table: TableInfo, batch: pa.RecordBatch) -> Future[int]:
-        return self._put(table, "put", table.schema, conform(batch, table))
+        return self._put(table, UPSERT, table.schema, conform(batch, table))
 
     def delete(self, table: TableInfo, keys: pa.RecordBatch) -> Future[int]:
-        return self._put(table, "delete", table.key_schema, conform_keys(keys, table))
+        return self._put(table, DELETE, table.key_schema, conform_keys(keys, table))
 
     def _put(self, table: TableInfo, verb: str, schema: pa.Schema, batch: pa.RecordBatch) -> Future[int]:
         with self._lock:
@@ -134,7 +145,7 @@ class RemoteBackend:
             error: MarbleError = UnavailableError(f"no leader is known to {', '.join(self._endpoints)}")
             for endpoint in self._candidates():
                 try:
-                    status = json.loads(self._action(endpoint, "status", b"", min(PROBE_TIMEOUT_S, self._options.timeout_s)))
+                    status = _object(self._action(endpoint, "status", b"", min(PROBE_TIMEOUT_S, self._options.timeout_s)))
                 except MarbleError as failure:
                     error = failure
                     continue
@@ -157,33 +168,29 @@ class RemoteBackend:
     # -- catalog and actions -------------------------------------------------------------------------------------------
 
     def create_table(self, name: str, schema: pa.Schema, key: Sequence[str]) -> TableInfo:
-        encoded = base64.b64encode(schema.serialize().to_pybytes()).decode()
-        body = json.dumps({"name": name, "key": list(key), "schema": encoded}).encode()
+        body = encode_json({"name": name, "key": list(key), "schema": encode_schema(schema)})
         # Creating the same table twice is creating it once, so this may be repeated.
-        return decode_table_info(json.loads(self._call(lambda endpoint, left: self._action(endpoint, "create_table", body, left))))
+        return decode_table_info(self._call(lambda endpoint, left: self._action(endpoint, "create_table", body, left)))
 
     def drop_table(self, name: str) -> int:
-        body = json.dumps({"name": name}).encode()
-        answer = self._call(lambda endpoint, left: self._action(endpoint, "drop_table", body, left), repeatable=False)
-        return int(json.loads(answer)["index"])
+        answer = self._call_once("drop_table", encode_json({"name": name}))
+        return int(_object(answer)["index"])
 
     def tables(self) -> Sequence[TableInfo]:
-        answer = self._call(lambda endpoint, left: self._action(endpoint, "tables", b"", left))
-        return [decode_table_info(each) for each in json.loads(answer)]
+        return decode_tables(self._call(lambda endpoint, left: self._action(endpoint, "tables", b"", left)))
 
     def status(self) -> dict[str, Any]:
-        answer: dict[str, Any] = json.loads(self._call(lambda endpoint, left: self._action(endpoint, "status", b"", left)))
-        return answer
+        return _object(self._call(lambda endpoint, left: self._action(endpoint, "status", b"", left)))
 
     # -- reads -------------------------------------------------------------------------------------------------------
 
     def get_many(self, table: TableInfo, keys: pa.RecordBatch, consistency: str) -> pa.RecordBatch:
         keys = conform_keys(keys, table)
-        path = (table.name, "get") if consistency == "linearizable" else (table.name, "get", consistency)
+        path = (table.name, GET) if consistency == "linearizable" else (table.name, GET, consistency)
 
         def read(endpoint: str, left: float) -> pa.RecordBatch:
             descriptor = fl.FlightDescriptor.for_path(*path)
-            writer, reader = self._client(endpoint).do_exchange(descriptor, fl.FlightCallOptions(timeout=left))
+            writer, reader = self._client(endpoint).do_exchange(descriptor, call_options(left))
             with writer:
                 writer.begin(keys.schema)
                 writer.write_batch(keys)
@@ -203,7 +210,7 @@ class RemoteBackend:
         ticket = fl.Ticket(encode_ticket(table.name, wanted, consistency))
 
         def begin(endpoint: str, left: float) -> fl.FlightStreamReader:
-            reader = self._client(endpoint).do_get(ticket, fl.FlightCallOptions(timeout=max(left, self._options.timeout_s)))
+            reader = self._client(endpoint).do_get(ticket, call_options(self._options.timeout_s))
             reader.schema  # noqa: B018  (waits for the server's first answer: until then it can be repeated elsewhere)
             return reader
 
@@ -230,7 +237,7 @@ class RemoteBackend:
 
     def _check_open(self) -> None:
         if self._closed.is_set():
-            raise UnavailableError("the connection is closed")
+            raise UsageError("the connection is closed")
 
     def _candidates(self) -> list[str]:
         leader = self._leader
@@ -246,20 +253,16 @@ class RemoteBackend:
 
     def _action(self, endpoint: str, name: str, body: bytes, timeout_s: float) -> bytes:
         """One action at one node; what Flight raises comes out as a MarbleError."""
-        options = fl.FlightCallOptions(timeout=timeout_s)
         try:
-            answers = list(self._client(endpoint).do_action(fl.Action(name, body), options))
+            answers = list(self._client(endpoint).do_action(fl.Action(name, body), call_options(timeout_s)))
         except pa.ArrowException as error:
             raise from_flight_error(error) from None
         if len(answers) != 1:
             raise ProtocolError(f"{endpoint} answered {name} {len(answers)} times")
         return bytes(answers[0].body.to_pybytes())
 
-    def _call(self, attempt: Callable[[str, float], T], *, repeatable: bool = True) -> T:
-        """Run `attempt` at one node after the other until one answers or the time is up.
-
-        If not `repeatable`, a lost answer is OutcomeUnknownError; a refusal is still tried elsewhere.
-        """
+    def _call(self, attempt: Callable[[str, float], T]) -> T:
+        """Run `attempt`, which may be repeated, at one node after the other until one answers or the time is up."""
         deadline = time.monotonic() + self._options.timeout_s
         backoff = _Backoff(deadline, self._closed)
         while True:
@@ -268,18 +271,39 @@ class RemoteBackend:
                 self._check_open()
                 try:
                     return attempt(endpoint, max(RETRY_WAIT_MIN_S, deadline - time.monotonic()))
-                except NotLeaderError as failure:
-                    error, self._leader = failure, failure.leader
-                except UnavailableError as failure:
-                    error = failure
-                except pa.ArrowException as failure:
-                    translated = from_flight_error(failure)
-                    if not isinstance(translated, NotLeaderError | UnavailableError | OutcomeUnknownError):
-                        raise translated from None
-                    error = translated
-                if not repeatable and getattr(error, "sent", False):
-                    raise OutcomeUnknownError(f"the answer was lost: {error}")
+                except (MarbleError, pa.ArrowException) as failure:
+                    error = from_flight_error(failure) if isinstance(failure, pa.ArrowException) else failure
+                if isinstance(error, NotLeaderError):
+                    self._leader = error.leader
+                elif not isinstance(error, UnavailableError | OutcomeUnknownError):
+                    raise error
             backoff.wait(error)
+
+    def _call_once(self, name: str, body: bytes) -> bytes:
+        """Run an action that must not be repeated: again only after a refusal; a lost answer is OutcomeUnknownError."""
+        deadline = time.monotonic() + self._options.timeout_s
+        backoff = _Backoff(deadline, self._closed)
+        failed = False
+        while True:
+            client = self._locate(deadline, failed)
+            try:
+                (answer,) = client.do_action(fl.Action(name, body), call_options(max(RETRY_WAIT_MIN_S, deadline - time.monotonic())))
+                return bytes(answer.body.to_pybytes())
+            except pa.ArrowException as failure:
+                error = from_flight_error(failure)
+                if isinstance(error, UnavailableError) and not is_refusal(failure):
+                    raise OutcomeUnknownError(f"{name} was sent and its answer was lost: {error}") from None
+                if not isinstance(error, UnavailableError | NotLeaderError):
+                    raise error from None
+            failed = True
+            backoff.wait(error)
+
+
+def _object(answer: bytes) -> dict[str, Any]:
+    value = decode_json(answer, "an answer", STATUS_BYTES_MAX)
+    if not isinstance(value, dict):
+        raise ProtocolError("an answer is not a JSON object")
+    return value
 
 
 def _batches(reader: fl.FlightStreamReader) -> Iterator[pa.RecordBatch]:

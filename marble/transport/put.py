@@ -230,7 +230,7 @@ class PutStream:
                 if not self._sent:
                     return refused, ProtocolError("the server acknowledged more than was written")
                 item = self._sent.popleft()
-            error = self._error_of(ack)
+            error = ack.error()
             if isinstance(error, NotLeaderError | UnavailableError):
                 item.refusal = error
                 refused.append(item)
@@ -252,14 +252,6 @@ class PutStream:
                 if self._writer is None and not self._sent:
                     reader.cancel()
                     return refused, None
-
-    @staticmethod
-    def _error_of(ack: Ack) -> MarbleError | None:
-        try:
-            ack.raise_for_error()
-        except MarbleError as error:
-            return error
-        return None
 
     def _settle(self, refused: list[_Item], why: BaseException | None) -> None:
         """The stream has ended: decide about everything that it still owed."""
