@@ -111,6 +111,8 @@ class TableInfo:
         Names of the key columns, in the order in which rows are sorted.
     key_schema
         The key columns alone, in key order.
+    lookup_schema
+        The columns of what a look-up by key gives: those of ``schema``, all nullable, since a row may be missing.
     """
 
     id: int
@@ -118,9 +120,19 @@ class TableInfo:
     schema: pa.Schema
     key: tuple[str, ...]
     key_schema: pa.Schema = dataclasses.field(init=False, repr=False, compare=False)
+    lookup_schema: pa.Schema = dataclasses.field(init=False, repr=False, compare=False)
+    _checked: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "key_schema", pa.schema([self.schema.field(name) for name in self.key]))
+        def keep(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        keep("key_schema", pa.schema([self.schema.field(name) for name in self.key]))
+        keep("lookup_schema", pa.schema([field.with_nullable(True) for field in self.schema]))
+        # Most columns may hold anything: apply looks only at the others, for each of its many small batches.
+        keep(
+            "_checked", tuple(i for i, field in enumerate(self.schema) if field.name in self.key or _is_required(field))
+        )
 
     def same_definition(self, schema: pa.Schema, key: Sequence[str]) -> bool:
         """Whether `schema` and `key` (as `check_table` returned them) are those of this table."""
@@ -323,12 +335,16 @@ def conform(batch: pa.RecordBatch, table: TableInfo) -> pa.RecordBatch:
     UsageError
         Naming the table and column, what was expected, what came, and what to do.
     """
-    return _conform(batch, table, table.schema, "row")
+    conformed = _conform(batch, table, table.schema, "row")
+    check_rows(conformed, table)
+    return conformed
 
 
 def conform_keys(batch: pa.RecordBatch, table: TableInfo) -> pa.RecordBatch:
     """`batch` as keys of `table`: exactly its key columns, in key order. Otherwise like `conform`."""
-    return _conform(batch, table, table.key_schema, "key")
+    conformed = _conform(batch, table, table.key_schema, "key")
+    check_keys(conformed, table)
+    return conformed
 
 
 def _conform(batch: pa.RecordBatch, table: TableInfo, schema: pa.Schema, noun: str) -> pa.RecordBatch:
@@ -341,9 +357,7 @@ def _conform(batch: pa.RecordBatch, table: TableInfo, schema: pa.Schema, noun: s
         raise UsageError(f"{where}: the batch is not valid Arrow data: {error}") from error
     _check_same_names(batch.schema.names, schema, where, noun)
     columns = [_conform_column(batch.column(field.name), field, where) for field in schema]
-    conformed = pa.RecordBatch.from_arrays(columns, schema=schema)
-    check_rows(conformed, table)
-    return conformed
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def _check_same_names(names: Sequence[str], schema: pa.Schema, where: str, noun: str) -> None:
@@ -400,29 +414,43 @@ def _is_plain_list(type_: pa.DataType) -> bool:
 
 
 def check_rows(batch: pa.RecordBatch, table: TableInfo) -> None:
-    """Check what the schema alone cannot say of rows or keys of `table`: nulls, and numbers that have no order.
+    """Check what the schema alone cannot say of rows of `table`: nulls, and numbers that have no order.
 
-    `batch` has the table's schema (or its key schema) and has passed ``validate(full=True)``. Used by the caller and
-    again by every replica at apply, so it depends on the data alone.
+    `batch` has the table's schema and has passed ``validate(full=True)``. Used by the caller and again by every replica
+    at apply, so it depends on the data alone.
 
     Raises
     ------
     UsageError
         Naming the table, the column and the first row in question.
     """
-    for field, column in zip(batch.schema, batch.columns, strict=True):
-        where = f"table {table.name!r}: column {field.name!r}"
-        if field.name in table.key:
-            if column.null_count:
-                raise UsageError(
-                    f"{where} is in the key and is null in row {_first(column.is_null())}: a key has no nulls"
-                )
-            if pt.is_floating(field.type) and pc.any(column.is_nan()).as_py():
-                raise UsageError(f"{where} is in the key and is NaN in row {_first(column.is_nan())}: NaN has no order")
-        elif not field.nullable and column.null_count:
-            raise UsageError(f"{where} must not be null, but is in row {_first(column.is_null())}: fill it")
-        if _has_required_child(field.type):
-            _check_children(column, where)
+    for position in table._checked:
+        _check_column(batch.column(position), table.schema.field(position), table)
+
+
+def check_keys(batch: pa.RecordBatch, table: TableInfo) -> None:
+    """Like `check_rows`, for keys: `batch` has the table's key schema."""
+    for column, field in zip(batch.columns, table.key_schema, strict=True):
+        _check_column(column, field, table)
+
+
+def _check_column(column: pa.Array, field: pa.Field, table: TableInfo) -> None:
+    where = f"table {table.name!r}: column {field.name!r}"
+    if field.name in table.key:
+        if column.null_count:
+            row = _first(column.is_null())
+            raise UsageError(f"{where} is in the key and is null in row {row}: a key has no nulls")
+        if pt.is_floating(field.type) and pc.any(column.is_nan()).as_py():
+            row = _first(column.is_nan())
+            raise UsageError(f"{where} is in the key and is NaN in row {row}: NaN has no order")
+    elif not field.nullable and column.null_count:
+        raise UsageError(f"{where} must not be null, but is in row {_first(column.is_null())}: fill it")
+    if _has_required_child(field.type):
+        _check_children(column, where)
+
+
+def _is_required(field: pa.Field) -> bool:
+    return not field.nullable or _has_required_child(field.type)
 
 
 def _first(mask: pa.BooleanArray) -> int:
@@ -437,7 +465,7 @@ def _children(type_: pa.DataType) -> list[pa.Field]:
 
 
 def _has_required_child(type_: pa.DataType) -> bool:
-    return any(not child.nullable or _has_required_child(child.type) for child in _children(type_))
+    return any(_is_required(child) for child in _children(type_))
 
 
 def _check_children(column: pa.Array, where: str) -> None:

@@ -1,7 +1,7 @@
 """Databases and tables: the same classes over an embedded node and over a cluster, which stand behind `Backend`."""
 
-from marble.database.backend import Backend, Consistency, check_consistency, check_scan, lookup_schema
+from marble.database.backend import Backend, Consistency, check_consistency, check_scan
 from marble.database.database import Database
 from marble.database.table import Scan, Table
 
-__all__ = ["Backend", "Consistency", "Database", "Scan", "Table", "check_consistency", "check_scan", "lookup_schema"]
+__all__ = ["Backend", "Consistency", "Database", "Scan", "Table", "check_consistency", "check_scan"]

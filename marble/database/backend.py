@@ -1,6 +1,6 @@
 """The seam between the tables that a user sees and what carries out their calls, and the checks that stand before it.
 
-Rule 1: whatever differs between one process and a cluster stands behind `Backend`; nothing in this package knows either.
+Rule 1: whatever differs between one process and a cluster stands behind `Backend`; nothing else here knows of either.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Backend(Protocol):
         ...
 
     def get_many(self, table: TableInfo, keys: pa.RecordBatch, consistency: Consistency) -> pa.RecordBatch:
-        """One row of `lookup_schema` for each of `keys` (of the table's key schema), in their order.
+        """One row of `TableInfo.lookup_schema` for each of `keys` (of the table's key schema), in their order.
 
         Where no row has the key, every column is null, the key columns too.
         """
@@ -73,11 +73,6 @@ class Backend(Protocol):
     def close(self) -> None:
         """Idempotent. Later calls raise UsageError."""
         ...
-
-
-def lookup_schema(table: TableInfo) -> pa.Schema:
-    """The schema of what a look-up by key gives: the table's, with every column nullable, for missing rows."""
-    return pa.schema([field.with_nullable(True) for field in table.schema])
 
 
 def check_scan(

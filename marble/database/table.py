@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from marble.database.arguments import key_batch, one_batch
-from marble.database.backend import Backend, Consistency, check_consistency, check_scan, lookup_schema
+from marble.database.backend import Backend, Consistency, check_consistency, check_scan
 from marble.database.window import WriteWindow
-from marble.errors import InvariantError, UnavailableError, UsageError
+from marble.errors import InvariantError, UnavailableError
 from marble.schema import TableInfo, conform, to_batches
 
 
@@ -169,7 +169,7 @@ class Table:
         """
         check_consistency(consistency)
         if isinstance(keys, Sequence) and not keys:
-            return lookup_schema(self.info).empty_table().combine_chunks().to_batches()[0]
+            return pa.RecordBatch.from_pylist([], self.info.lookup_schema)
         return self._backend.get_many(self.info, key_batch(self.info, keys), consistency)
 
     def scan(
