@@ -1,0 +1,85 @@
+# distutils: language = c++
+"""Primary keys as bytes that sort as the keys do: the face of ``key_codec.hpp``, where the layout is written down.
+
+Ownership: an encoded column owns a copy of its bytes; the batch may go. Thread safety: codec and columns are immutable, any
+thread may use them; rows are walked with the GIL released.
+Invariants: a `KeyColumn` and a `KeyCodec` always hold a C++ object, since neither can be made or left without one.
+"""
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libcpp.memory cimport shared_ptr
+from marble._core.arrow_face cimport batch_of, import_pyarrow, raise_status, schema_of, wrap_schema
+from pyarrow.includes.common cimport CStatus
+from pyarrow.includes.libarrow cimport CRecordBatch, CSchema
+
+import_pyarrow()
+
+
+cdef extern from "key_codec.hpp" namespace "marble" nogil:
+    cdef cppclass CKeyColumn "const marble::KeyColumn":
+        int64_t rows
+        int64_t width
+        const uint8_t* data(int64_t row) noexcept
+        uint64_t size(int64_t row) noexcept
+        uint64_t nbytes() noexcept
+
+    cdef cppclass CKeyCodec "const marble::KeyCodec":
+        const shared_ptr[CSchema]& schema() noexcept
+        int64_t width() noexcept
+        CStatus Encode(const CRecordBatch& batch, shared_ptr[CKeyColumn]* out) noexcept
+
+    CStatus make_codec "marble::KeyCodec::Make"(shared_ptr[CSchema] schema, shared_ptr[CKeyCodec]* out) noexcept
+
+
+cdef class KeyColumn:
+    cdef shared_ptr[CKeyColumn] column
+
+    def __init__(self):
+        raise TypeError("a KeyColumn comes from KeyCodec.encode")
+
+    @property
+    def width(self):
+        return self.column.get().width or None
+
+    @property
+    def nbytes(self):
+        return self.column.get().nbytes()
+
+    def __len__(self):
+        return self.column.get().rows
+
+    def to_pylist(self):
+        cdef CKeyColumn* column = self.column.get()
+        cdef int64_t row
+        keys = []
+        for row in range(column.rows):
+            keys.append(PyBytes_FromStringAndSize(<const char*>column.data(row), <Py_ssize_t>column.size(row)))
+        return keys
+
+
+cdef class KeyCodec:
+    cdef shared_ptr[CKeyCodec] codec
+
+    # The C++ object is made in __cinit__, so that not even a subclass that forgets __init__ can be without one.
+    def __cinit__(self, schema):
+        cdef shared_ptr[CSchema] c_schema
+        schema_of(schema, &c_schema)
+        raise_status(make_codec(c_schema, &self.codec))
+
+    @property
+    def schema(self):
+        return wrap_schema(self.codec.get().schema())
+
+    @property
+    def width(self):
+        return self.codec.get().width() or None
+
+    def encode(self, batch):
+        cdef shared_ptr[CRecordBatch] c_batch
+        cdef CStatus status
+        batch_of(batch, &c_batch)
+        cdef KeyColumn column = KeyColumn.__new__(KeyColumn)
+        with nogil:
+            status = self.codec.get().Encode(c_batch.get()[0], &column.column)
+        raise_status(status)
+        return column
