@@ -3,5 +3,16 @@
 from marble.database.backend import Backend, Consistency, check_consistency, check_scan
 from marble.database.database import Database
 from marble.database.table import Scan, Table
+from marble.filters import columns_read, filter_batches
 
-__all__ = ["Backend", "Consistency", "Database", "Scan", "Table", "check_consistency", "check_scan"]
+__all__ = [
+    "Backend",
+    "Consistency",
+    "Database",
+    "Scan",
+    "Table",
+    "check_consistency",
+    "check_scan",
+    "columns_read",
+    "filter_batches",
+]

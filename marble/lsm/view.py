@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from marble._core.memtable import Snapshot
+from marble.filters import columns_read, filter_batches
 from marble.schema import TableInfo
 
 SCAN_BATCH_ROWS_MAX: Final = 65536
@@ -78,55 +79,14 @@ class TableView:
             Most rows of a batch.
         """
         schema = self.info.schema
-        wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
-        if filter is None:
-            batches = self.snapshot.scan(batch_rows_max, columns)
-            return pa.RecordBatchReader.from_batches(wanted, _typed(batches, wanted))
-        read = columns_read(schema, wanted.names, filter)
+        wanted = list(schema.names) if columns is None else list(columns)
+        read = wanted if filter is None else columns_read(schema, wanted, filter)
+        given = pa.schema([schema.field(name) for name in read])
         batches = self.snapshot.scan(batch_rows_max, read)
-        return pa.RecordBatchReader.from_batches(wanted, _filtered(batches, wanted, filter))
+        source = pa.RecordBatchReader.from_batches(given, _typed(batches, given))
+        return source if filter is None else filter_batches(source, columns, filter)
 
 
 def _typed(batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     for batch in batches:
         yield pa.RecordBatch.from_arrays(batch.columns, schema=schema)
-
-
-def _filtered(
-    batches: Iterator[pa.RecordBatch], schema: pa.Schema, expression: pc.Expression
-) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        kept = batch.filter(expression)
-        if kept.num_rows:
-            yield pa.RecordBatch.from_arrays([kept.column(name) for name in schema.names], schema=schema)
-
-
-def columns_read(schema: pa.Schema, wanted: Sequence[str], expression: pc.Expression) -> list[str]:
-    """The columns that a scan must read: those wanted, and those that `expression` looks at, in the schema's order.
-
-    An expression does not say what it refers to, but it says whether it fits a schema: a column is needed if the
-    expression does not fit without it. Halves are tried first, so that few among many are found quickly.
-    """
-    # A reference by position means another column as soon as one is left out.
-    if "FieldPath(" in str(expression):
-        return list(schema.names)
-
-    def fits(names: list[str]) -> bool:
-        try:
-            pa.schema([schema.field(name) for name in names]).empty_table().filter(expression)
-        except pa.ArrowException:
-            return False
-        return True
-
-    def needed(candidates: list[str], others: list[str]) -> list[str]:
-        """Those of `candidates` that cannot be spared, where everything in `others` is there."""
-        if not candidates or fits(others):
-            return []
-        if len(candidates) == 1:
-            return candidates
-        half = len(candidates) // 2
-        first = needed(candidates[:half], others + candidates[half:])
-        return first + needed(candidates[half:], others + first)
-
-    chosen = {*wanted, *needed([name for name in schema.names if name not in wanted], list(wanted))}
-    return [name for name in schema.names if name in chosen]
