@@ -19,9 +19,21 @@ def one_batch(data: object) -> pa.RecordBatch:
     return pa.concat_batches(batches)
 
 
+def is_arrow(data: object) -> bool:
+    """Whether `data` speaks the Arrow PyCapsule protocol."""
+    return hasattr(data, "__arrow_c_stream__") or hasattr(data, "__arrow_c_array__")
+
+
+def is_one_key(table: TableInfo, keys: object) -> bool:
+    """Whether `keys` is a key of `table` and not several: a value, a dict, or a tuple of values for several columns."""
+    if isinstance(keys, tuple):
+        return len(table.key) > 1 and not any(isinstance(part, tuple | Mapping) for part in keys)
+    return not is_arrow(keys) and (isinstance(keys, Mapping | str | bytes) or not isinstance(keys, Iterable))
+
+
 def key_batch(table: TableInfo, keys: object) -> pa.RecordBatch:
     """`keys`, as `Table.get_many` takes them, as a batch of the table's key schema."""
-    if hasattr(keys, "__arrow_c_stream__") or hasattr(keys, "__arrow_c_array__"):
+    if is_arrow(keys):
         return conform_keys(one_batch(keys), table)
     if not isinstance(keys, Iterable) or isinstance(keys, str | bytes | Mapping):
         raise UsageError(f"table {table.name!r}: keys must be a list of keys or Arrow data, got {keys!r}")

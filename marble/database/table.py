@@ -7,13 +7,13 @@ Thread safety: every object here may be used from many threads at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from marble.database.arguments import key_batch, one_batch
+from marble.database.arguments import is_one_key, key_batch, one_batch
 from marble.database.backend import Backend, Consistency, check_consistency, check_scan
 from marble.database.window import WriteWindow
 from marble.errors import InvariantError, UnavailableError
@@ -126,11 +126,7 @@ class Table:
         int
             The index at which the deletion is committed, durable on a majority, and visible.
         """
-        if isinstance(keys, Mapping | str | bytes) or (
-            isinstance(keys, tuple)
-            and len(self.key) > 1
-            and not any(isinstance(part, tuple | Mapping) for part in keys)
-        ):
+        if is_one_key(self.info, keys):
             keys = [keys]
         return self._backend.delete(self.info, key_batch(self.info, keys)).result()
 
