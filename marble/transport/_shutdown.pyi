@@ -1,0 +1,16 @@
+"""Stopping a Flight server at a deadline. Layout, ownership and invariants: head of ``_shutdown.pyx``."""
+
+import weakref
+from typing import Any
+
+import pyarrow.flight as fl
+
+def shut_down(server: fl.FlightServerBase, grace_s: float) -> None:
+    """Refuse new calls, wait up to `grace_s` seconds for open ones, cancel the rest, return when all handlers have ended.
+
+    A handler that is stuck in its own code and never looks at its stream is not interrupted: call this on a thread of its
+    own if you cannot wait for that. Does nothing once the server's finalizer has run. Raises RuntimeError if Arrow fails.
+    """
+
+def finalizer_of(server: fl.FlightServerBase) -> weakref.finalize[Any, Any]:
+    """The ``weakref.finalize`` of `server`, which pyarrow runs at exit and which waits for open calls without a deadline."""
