@@ -1,0 +1,269 @@
+"""The command ``marble``: demo, serve, log, status, version.
+
+Rule 1: a command ends with 0 when it did what was asked, 1 when it failed, 2 when it was asked wrongly, and 128 plus its number
+when a signal ended it; a failure is one line on stderr, never a traceback. Only an error that nobody foresaw shows one.
+
+What a command needs is imported when it runs, so that ``marble --help`` is quick and ``marble serve`` loads no demo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+from marble.errors import InvariantError, MarbleError, UsageError
+
+EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+
+_PR_SET_PDEATHSIG: Final = 1
+_ALIVE_CHECK_S: Final = 0.5
+"""How often a serving process looks whether its engine still runs."""
+
+
+class _Stopped(BaseException):
+    """A signal asks the process to end. Not an Exception, so that nothing on the way out mistakes it for a failure."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (default: the process's own) and return the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except UsageError as error:
+        _complain(error)
+        return EXIT_USAGE
+    except (MarbleError, OSError) as error:
+        _complain(error)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except _Stopped as stopped:
+        return 128 + stopped.number
+
+
+def _complain(error: Exception) -> None:
+    print(f"marble: {error}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="marble", description="Replicated Arrow tables inside a Python process.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    demo = commands.add_parser(
+        "demo",
+        help="three nodes, real data, a killed leader, every value compared",
+        description="Start nodes as processes of their own, write real data through the Flight client, kill the leader "
+        "halfway, restart it, and compare every value on every replica with the source.",
+    )
+    demo.add_argument("--rows", type=int, metavar="N", help="write only the first N rows")
+    demo.add_argument("--nodes", type=int, default=3, metavar="N", help="how many nodes (default: %(default)s)")
+    demo.add_argument(
+        "--batch-rows", type=int, default=1000, metavar="N", help="rows in one write (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--file", type=Path, metavar="PATH", help="a .parquet, .csv or .arrow file instead of the flights"
+    )
+    demo.add_argument("--key", metavar="A,B", help="with --file: the columns that name a row")
+    demo.add_argument("--keep", type=Path, metavar="DIR", help="leave the nodes' data and logs in this directory")
+    demo.add_argument("--no-kill", action="store_true", help="do not kill the leader")
+    demo.set_defaults(command=_demo)
+
+    serve = commands.add_parser("serve", help="run one node", description="Run one node until SIGTERM or Ctrl-C.")
+    serve.add_argument("--config", type=Path, required=True, metavar="FILE", help="the node's config (TOML)")
+    serve.add_argument(
+        "--exit-with-parent", type=int, metavar="PID", help="let the kernel end this node when its parent PID ends"
+    )
+    serve.set_defaults(command=_serve)
+
+    log = commands.add_parser(
+        "log",
+        help="print the log of a node as a table",
+        description="Print every row of the log below a data directory. It is only read, also while a node uses it.",
+    )
+    log.add_argument("directory", type=Path, metavar="DIR", help="a node's data directory")
+    log.set_defaults(command=_log)
+
+    status = commands.add_parser("status", help="ask the nodes of a cluster how they are")
+    status.add_argument("url", metavar="URL", help="grpc://host:port,host:port")
+    status.set_defaults(command=_status)
+
+    version = commands.add_parser("version", help="print the versions of marble, pyarrow and Python")
+    version.set_defaults(command=_version)
+    return parser
+
+
+# -- demo --------------------------------------------------------------------------------------------------------------
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from marble.client import connect
+    from marble.demo.display import choose_display
+    from marble.demo.scenario import DemoOptions, run_demo
+    from marble.demo.source import load_file, load_flights
+
+    if options.rows is not None and options.rows < 1:
+        raise UsageError(f"--rows {options.rows}: there must be 1 or more")
+    if (options.file is None) != (options.key is None):
+        raise UsageError("--file and --key belong together: the key names the rows of the file")
+    with _signals_raise():
+        if options.file is None:
+            source = load_flights(options.rows)
+        else:
+            source = load_file(options.file, options.key.split(","), options.rows)
+        chosen = DemoOptions(source, options.nodes, options.batch_rows, options.keep, not options.no_kill)
+        return EXIT_OK if run_demo(chosen, choose_display(), connect) else EXIT_FAILED
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that what was started is stopped."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# -- serve -------------------------------------------------------------------------------------------------------------
+
+
+def _serve(options: argparse.Namespace) -> int:
+    if options.exit_with_parent is not None:
+        _die_with_parent(options.exit_with_parent)
+    from marble.config import load_config
+
+    config = load_config(options.config)
+    from marble.server import serve
+
+    with contextlib.closing(_Signals((signal.SIGTERM, signal.SIGINT))) as signals:
+        server = serve(config)
+        try:
+            print(f"marble: node {config.id} listens on {server.endpoint}, data in {config.data_dir}", flush=True)
+            while not signals.wait(_ALIVE_CHECK_S):
+                if not server.is_running():
+                    raise InvariantError(f"node {config.id} has stopped by itself: see the lines above")
+        finally:
+            server.stop()
+    return EXIT_OK
+
+
+class _Signals:
+    """Signals turned into something to wait for.
+
+    The handler writes to a pipe and does nothing else: a lock that it took could be one that the interrupted code holds.
+    """
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._before: dict[int, Any] = {number: signal.signal(number, self._note) for number in numbers}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # A full pipe has been noted often enough.
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._write, b"!")
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether a signal has come; waits for one."""
+        return bool(select.select([self._read], [], [], timeout_s)[0])
+
+    def close(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self._read)
+        os.close(self._write)
+
+
+def _die_with_parent(parent: int) -> None:
+    """Ask Linux to kill this process when its parent ends, in whatever way that happens."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl: {os.strerror(code)}")
+    # The parent may have ended before the request was made.
+    if os.getppid() != parent:
+        raise UsageError(f"--exit-with-parent {parent}: the parent of this process is {os.getppid()}")
+
+
+# -- log, status, version ----------------------------------------------------------------------------------------------
+
+
+def _log(options: argparse.Namespace) -> int:
+    from marble.env import SystemFiles
+    from marble.logstore.show import rows
+
+    if not (options.directory / "log").is_dir():
+        raise UsageError(f"{options.directory} is not a node's data directory: it has no log")
+    try:
+        _print_table(rows(SystemFiles(options.directory)))
+    except BrokenPipeError:
+        # The reader (``| head``) has seen enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_OK
+
+
+def _print_table(rows: Iterator[Any]) -> None:
+    raise InvariantError(f"{rows}")
+
+
+def _status(options: argparse.Namespace) -> int:
+    from marble.client import connect
+    from marble.config import parse_url
+
+    lines = [("endpoint", "node", "role", "term", "leader", "commit", "applied", "last", "log bytes")]
+    answered = 0
+    for endpoint in parse_url(options.url):
+        with connect(f"grpc://{endpoint}", timeout_s=3.0) as database:
+            try:
+                status = database.status()
+            except MarbleError as error:
+                lines.append((endpoint, "-", f"{error}", "", "", "", "", "", ""))
+                continue
+        answered += 1
+        names = ("node_id", "role", "term", "leader_id", "commit_index", "applied_index", "last_index", "log_bytes")
+        lines.append((endpoint, *(str(status[name]) for name in names)))
+    _print_columns(lines)
+    return EXIT_OK if answered else EXIT_FAILED
+
+
+def _print_columns(lines: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _version(options: argparse.Namespace) -> int:
+    import importlib.metadata
+    import platform
+
+    import pyarrow
+
+    marble = importlib.metadata.version("marbledb")
+    print(f"marble {marble}, pyarrow {pyarrow.__version__}, Python {platform.python_version()}")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
