@@ -66,6 +66,8 @@ class PutStream:
         Its argument ``failed`` says that the last stream broke.
     timeout_s
         How long a write may take before its outcome is unknown.
+    options
+        Of the Flight call; it must not carry a deadline, as the stream lives as long as it is used.
     """
 
     def __init__(
@@ -74,11 +76,13 @@ class PutStream:
         schema: pa.Schema,
         locate: Callable[[float, bool], fl.FlightClient],
         timeout_s: float,
+        options: fl.FlightCallOptions | None = None,
     ) -> None:
         self._path = path
         self._schema = schema
         self._locate = locate
         self._timeout_s = timeout_s
+        self._options = options
         self._order = threading.Lock()
         self._state = threading.Condition()
         self._backlog: deque[_Item] = deque()
@@ -120,6 +124,15 @@ class PutStream:
             reader.cancel()
             return now + self._timeout_s
         return due
+
+    def abort(self) -> None:
+        """Give up at once: what was sent and not answered ends in OutcomeUnknownError. Does not wait."""
+        with self._state:
+            self._closing = True
+            reader = self._reader
+            self._state.notify_all()
+        if reader is not None:
+            reader.cancel()
 
     def close(self, timeout_s: float) -> None:
         """Wait up to `timeout_s` seconds for what is in flight, then end the stream. Idempotent."""
@@ -197,7 +210,7 @@ class PutStream:
             self._settle(refused, why)
 
     def _open(self, client: fl.FlightClient) -> None:
-        writer, reader = client.do_exchange(fl.FlightDescriptor.for_path(*self._path))
+        writer, reader = client.do_exchange(fl.FlightDescriptor.for_path(*self._path), self._options)
         writer.begin(self._schema)
         with self._order:
             with self._state:
