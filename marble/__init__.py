@@ -1,1 +1,59 @@
+"""marble: replicated Arrow tables inside a Python process.
 
+A write is a ``RecordBatch``; Raft orders it, a majority makes it durable, every replica applies it, and it is read back as Arrow.
+`open` embeds a database in this process, `connect` reaches a cluster, `create_raft_server` runs one of its nodes.
+
+The floors; imports only run downwards, and modules of one floor never import each other (``tests/test_layering.py``):
+
+==  ==========================================================================  ==============================================
+8   cli  demo                                                                   commands
+7   server  service                                                             a node behind a Flight port
+6   local  client                                                               the tables, from this process and from afar
+5   node                                                                        the engine thread and its inbox
+4   driver                                                                      one turn: decide, persist, answer, apply
+3   transport                                                                   messages and calls as Arrow Flight
+2   raft | logstore | lsm | database                                            decisions; the log; tables; the public classes
+1   _core                                                                       kernels in Cython and C++
+0   types  errors  schema  filters  env  metrics  machine  config               words and seams
+==  ==========================================================================  ==============================================
+
+``testing`` stands beside them: it imports floors 0 to 4, and nothing imports it.
+"""
+
+from marble.client import connect
+from marble.config import RaftClusterConfig
+from marble.database import Database, Scan, Table
+from marble.errors import (
+    CorruptionError,
+    InvariantError,
+    MarbleError,
+    NotLeaderError,
+    OutcomeUnknownError,
+    ProtocolError,
+    UnavailableError,
+    UsageError,
+)
+from marble.local import open
+from marble.server import RaftServer, create_arrow_flight_transport, create_raft_server
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CorruptionError",
+    "Database",
+    "InvariantError",
+    "MarbleError",
+    "NotLeaderError",
+    "OutcomeUnknownError",
+    "ProtocolError",
+    "RaftClusterConfig",
+    "RaftServer",
+    "Scan",
+    "Table",
+    "UnavailableError",
+    "UsageError",
+    "connect",
+    "create_arrow_flight_transport",
+    "create_raft_server",
+    "open",
+]

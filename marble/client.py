@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.flight as fl
 
 from marble.config import parse_url
-from marble.database import Database, filter_batches
+from marble.database import Database
 from marble.errors import MarbleError, NotLeaderError, OutcomeUnknownError, ProtocolError, UnavailableError, UsageError
+from marble.filters import columns_read, filter_batches
 from marble.schema import TableInfo, conform, conform_keys
 from marble.transport.faults import from_flight_error, is_refusal
 from marble.transport.put import PutStream
@@ -205,8 +206,9 @@ class RemoteBackend:
     def scan(
         self, table: TableInfo, columns: Sequence[str] | None, filter: pc.Expression | None, consistency: str
     ) -> pa.RecordBatchReader:
-        # A filter may use columns that are not asked for: then all travel, and the choice is made here.
-        wanted = None if columns is None or filter is not None else list(columns)
+        # The filter runs here; the columns that it looks at must travel too.
+        chosen = list(table.schema.names) if columns is None else list(columns)
+        wanted = chosen if filter is None else columns_read(table.schema, chosen, filter)
         ticket = fl.Ticket(encode_ticket(table.name, wanted, consistency))
 
         def begin(endpoint: str, left: float) -> fl.FlightStreamReader:

@@ -167,7 +167,7 @@ class Driver:
             low, high = max(entries.first, span.first), min(entries.end, end)
             if low >= high or high != end:
                 continue
-            mine = self.raft.log.terms.span(low, high)
+            mine = self.raft.log.span(low, high)
             if entries.slice(low, high).terms() != mine.terms():
                 low = self._first_match(entries.slice(low, high).terms(), mine.terms(), low)
             if low < high:

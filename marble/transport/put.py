@@ -22,7 +22,7 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.flight as fl
 
-from marble.errors import MarbleError, NotLeaderError, OutcomeUnknownError, ProtocolError, UnavailableError, check
+from marble.errors import MarbleError, NotLeaderError, OutcomeUnknownError, ProtocolError, UnavailableError, UsageError, check
 from marble.transport.faults import from_flight_error
 from marble.transport.wire import Ack, decode_ack
 
@@ -97,7 +97,7 @@ class PutStream:
     def write(self, batch: pa.RecordBatch) -> Future[Ack]:
         """Send `batch`. The future ends with an Ack whose ``error_code`` is None, or with what the Ack said.
 
-        Waits while too much is in flight; raises UnavailableError if there is no room in time, or after `close`.
+        Waits while too much is in flight; raises UnavailableError if there is no room in time, UsageError after `close`.
         """
         future: Future[Ack] = Future()
         future.set_running_or_notify_cancel()
@@ -166,7 +166,7 @@ class PutStream:
         if not self._state.wait_for(room, max(0.0, item.deadline - time.monotonic())):
             raise UnavailableError("too many writes wait for their answer: nothing was sent; retry later")
         if self._closing:
-            raise UnavailableError("the connection is closed")
+            raise UsageError("the connection is closed")
         self._count += 1
         self._bytes += item.size
         if self._thread is None:

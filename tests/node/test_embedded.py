@@ -1,0 +1,151 @@
+"""A database in this process: what `marble.open` promises, on a real directory."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+import marble
+from marble.errors import CorruptionError, InvariantError, UnavailableError, UsageError
+
+SCHEMA = pa.schema([pa.field("id", pa.int64()), pa.field("name", pa.string())])
+DEADLINE_S = 20.0
+
+
+def rows(first: int, count: int, name: str = "n") -> pa.RecordBatch:
+    return pa.record_batch({"id": range(first, first + count), "name": [f"{name}{i}" for i in range(count)]}, schema=SCHEMA)
+
+
+def test_what_was_written_is_read_and_survives_a_restart(tmp_path: Path) -> None:
+    with marble.open(tmp_path) as db:
+        table = db.create_table("t", SCHEMA, key=["id"])
+        first = table.write(rows(0, 10))
+        second = table.write(rows(5, 10, "new"))
+        assert second > first
+        table.delete([0, 1])
+        before = table.scan().to_table()
+    assert before["id"].to_pylist() == list(range(2, 15))
+    with marble.open(tmp_path) as db:
+        table = db.table("t")
+        assert table.scan().to_table().equals(before)
+        assert table.get(7) == {"id": 7, "name": "new2"}
+        assert table.get(0) is None
+        assert table.get_many([14, 0, 2])["name"].to_pylist() == ["new9", None, "n2"]
+
+
+def test_scan_chooses_columns_and_rows_and_speaks_the_c_stream(tmp_path: Path) -> None:
+    with marble.open(tmp_path) as db:
+        table = db.create_table("t", SCHEMA, key=["id"])
+        table.write(rows(0, 100))
+        scan = table.scan(columns=["name"], filter=pc.field("id") >= 98)
+        assert scan.to_table().to_pydict() == {"name": ["n98", "n99"]}
+        assert pa.table(scan).num_rows == 2
+
+
+def test_anything_with_an_arrow_stream_can_be_written(tmp_path: Path) -> None:
+    class Foreign:
+        def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+            return pa.Table.from_batches([rows(0, 3), rows(3, 3)]).__arrow_c_stream__(requested_schema)
+
+    with marble.open(tmp_path) as db:
+        table = db.create_table("t", SCHEMA, key=["id"])
+        table.write(Foreign())
+        assert table.scan().count_rows() == 6
+
+
+def test_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
+    with marble.open(tmp_path) as db:
+        table = db.create_table("t", SCHEMA, key=["id"])
+
+        def work(first: int) -> None:
+            for offset in range(0, 50, 10):
+                table.write(rows(first + offset, 10))
+
+        threads = [threading.Thread(target=work, args=(1000 * number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE_S)
+        assert table.scan().count_rows() == 8 * 50
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    with marble.open(tmp_path), pytest.raises(UnavailableError, match="in use"):
+        marble.open(tmp_path)
+    marble.open(tmp_path).close()
+
+
+def test_a_directory_of_another_node_is_refused(tmp_path: Path) -> None:
+    marble.open(tmp_path).close()
+    identity = tmp_path / "identity.json"
+    identity.write_text(identity.read_text().replace("embedded", "elsewhere"))
+    with pytest.raises(UsageError, match="elsewhere"):
+        marble.open(tmp_path)
+
+
+def test_a_log_without_identity_is_refused(tmp_path: Path) -> None:
+    marble.open(tmp_path).close()
+    (tmp_path / "identity.json").unlink()
+    with pytest.raises(CorruptionError, match="identity"):
+        marble.open(tmp_path)
+
+
+def test_a_full_log_refuses_writes_and_stays_readable(tmp_path: Path) -> None:
+    with marble.open(tmp_path, max_log_size=20_000) as db:
+        table = db.create_table("t", SCHEMA, key=["id"])
+        with pytest.raises(UnavailableError, match="max_log_size"):
+            for number in range(1000):
+                table.write(rows(number * 100, 100))
+        assert 0 < table.scan().count_rows() < 1000 * 100
+
+
+def test_a_batch_above_the_limit_is_refused_whole(tmp_path: Path) -> None:
+    with marble.open(tmp_path, max_entry_size=4096) as db:
+        table = db.create_table("t", SCHEMA, key=["id"])
+        with pytest.raises(UsageError, match="max_entry_size"):
+            table.write(rows(0, 10_000))
+        assert table.scan().count_rows() == 0
+        table.write(rows(0, 10))
+
+
+def test_after_a_failed_sync_nothing_is_acknowledged_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    db = marble.open(tmp_path)
+    table = db.create_table("t", SCHEMA, key=["id"])
+    table.write(rows(0, 1))
+
+    def fail(self: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("marble.env.SystemAppendFile.sync", fail)
+        with pytest.raises((InvariantError, marble.OutcomeUnknownError)):
+            table.write(rows(1, 1))
+    # The disk works again; the node must not: the next sync would succeed and mean nothing.
+    with pytest.raises(InvariantError):
+        table.write(rows(2, 1))
+    db.close()
+    with marble.open(tmp_path) as db:
+        assert db.table("t").get(0) is not None
+        assert db.table("t").get(2) is None
+
+
+def test_calls_after_close_say_so(tmp_path: Path) -> None:
+    db = marble.open(tmp_path)
+    table = db.create_table("t", SCHEMA, key=["id"])
+    db.close()
+    db.close()
+    with pytest.raises(marble.MarbleError, match="stopped|closed"):
+        table.write(rows(0, 1))
+    with pytest.raises(marble.MarbleError, match="stopped|closed"):
+        table.get(1)
+
+
+def test_no_thread_is_left_behind(tmp_path: Path) -> None:
+    with marble.open(tmp_path) as db:
+        db.create_table("t", SCHEMA, key=["id"]).write(rows(0, 1))
+        assert [thread.name for thread in threading.enumerate() if thread.name.startswith("marble-")] == ["marble-engine-1"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("marble-engine")]
