@@ -18,7 +18,8 @@ from marble.types import INDEX_MAX, NODE_ID_MAX, HardState, Role
 class MessageKind(enum.IntEnum):
     """Kinds of message. The numbers are on the wire: never reuse one.
 
-    Kept free for what comes with membership, snapshots and transfer: 11 INSTALL_SNAPSHOT, 12 its response, 13 TIMEOUT_NOW.
+    Kept free for what comes with membership, snapshots and transfer: 11 INSTALL_SNAPSHOT, 12 its response, 13
+    TIMEOUT_NOW.
     """
 
     REQUEST_PRE_VOTE = 1
@@ -38,9 +39,11 @@ class Message:
     """One message from `sender` to `to`; field by field etcd/raft's ``raftpb.Message``, under the field's names.
 
     - ``term`` is the sender's term, except in pre-votes, which carry the term asked for (thesis §9.6).
-    - APPEND_ENTRIES: ``log_index`` and ``log_term`` name the entry before ``entries``; ``entries`` may be empty (a probe) but not None.
-    - APPEND_ENTRIES_RESPONSE: accepted: ``log_index`` is the last index known to match. Rejected: ``log_index`` is the ``log_index``
-      that was refused; ``reject_hint`` and ``log_term`` say where to look next (the follower's best guess of a match).
+    - APPEND_ENTRIES: ``log_index`` and ``log_term`` name the entry before ``entries``; ``entries`` may be empty (a
+      probe) but not None.
+    - APPEND_ENTRIES_RESPONSE: accepted: ``log_index`` is the last index known to match. Rejected: ``log_index`` is the
+      ``log_index`` that was refused; ``reject_hint`` and ``log_term`` say where to look next (the follower's best guess
+      of a match).
     - HEARTBEAT: ``commit`` is never above what the follower is known to hold.
     - ``context`` ties the rounds of ReadIndex together. It is made by the core, never by a caller; 0 means none.
     """
@@ -70,7 +73,10 @@ class Message:
             if self.entries.first != self.log_index + 1:
                 raise ProtocolError(f"entries start at {self.entries.first}, not after log_index {self.log_index}")
             # Terms never fall along a log and never exceed the sender's term.
-            if len(self.entries) and not self.log_term <= self.entries.first_term <= self.entries.last_term <= self.term:
+            if (
+                len(self.entries)
+                and not self.log_term <= self.entries.first_term <= self.entries.last_term <= self.term
+            ):
                 raise ProtocolError(
                     f"terms of entries {self.entries.first_term} to {self.entries.last_term} do not lie between "
                     f"log_term {self.log_term} and the message's term {self.term}"
@@ -115,8 +121,8 @@ class Ready:
     """All effects of the steps since the last Ready, in the order in which the driver carries them out.
 
     1. send ``messages`` at once;
-    2. persist ``hard_state`` and then the entries ``append`` (which replace everything from ``append.first`` on), under one
-       sync if ``must_sync``; then call ``Raft.persisted(number)``;
+    2. persist ``hard_state`` and then the entries ``append`` (which replace everything from ``append.first`` on), under
+       one sync if ``must_sync``; then call ``Raft.persisted(number)``;
     3. only then send ``messages_after_persist``;
     4. apply ``committed``, then call ``Raft.applied``; answer ``reads`` whose index is applied.
     """

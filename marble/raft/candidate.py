@@ -1,0 +1,92 @@
+"""Campaigning, and answering those who campaign (Raft §5.2, §5.4.1; pre-vote: thesis §9.6).
+
+Rule 1: a candidate counts its own vote only when that is durable, and does not lead before. So the term of a leader is
+durable at the leader, and no node leads twice in a term, whatever it forgets in a crash.
+"""
+
+from __future__ import annotations
+
+from marble.raft import follower, leader
+from marble.raft.messages import Message, MessageKind
+from marble.raft.quorum import VoteResult
+from marble.raft.state import State
+from marble.types import NO_NODE, Role
+
+
+def campaign(state: State, pre_vote: bool) -> None:
+    """Ask for votes, or first whether they could be had. A leader and a node without a vote do nothing."""
+    if state.role is Role.LEADER or not state.membership.is_voter(state.id):
+        return
+    if pre_vote:
+        state.become_pre_candidate()
+        # The term asked for is the next one, which nobody enters by answering.
+        _request(state, MessageKind.REQUEST_PRE_VOTE, state.term + 1)
+        # Nothing of a pre-vote has to survive a crash: one's own counts at once.
+        _record(state, state.id, granted=True)
+    else:
+        state.become_candidate()
+        _request(state, MessageKind.REQUEST_VOTE, state.term)
+
+
+def on_persisted(state: State) -> None:
+    """Term and vote may have become durable: count this candidate's own vote."""
+    if state.role is Role.CANDIDATE and state.id not in state.votes and state.own_vote_durable:
+        _record(state, state.id, granted=True)
+
+
+def step(state: State, message: Message) -> None:
+    """A message of this candidate's term."""
+    match message.kind:
+        case MessageKind.APPEND_ENTRIES | MessageKind.HEARTBEAT:
+            # Somebody else won this term (Raft §5.2), or leads while this node only asked around.
+            state.become_follower(message.term, message.sender)
+            follower.step(state, message)
+        case MessageKind.REQUEST_PRE_VOTE_RESPONSE if state.role is Role.PRE_CANDIDATE:
+            # A granted pre-vote carries the term asked for. One for another term answers an earlier campaign.
+            if message.reject or message.term == state.term + 1:
+                _record(state, message.sender, granted=not message.reject)
+        case MessageKind.REQUEST_VOTE_RESPONSE if state.role is Role.CANDIDATE:
+            _record(state, message.sender, granted=not message.reject)
+        case MessageKind.READ_INDEX:
+            follower.refuse_read(state, message)
+        case _:
+            pass  # An answer to something that this node did in another role.
+
+
+def answer_request(state: State, message: Message) -> None:
+    """Answer a REQUEST_VOTE of this term, or a REQUEST_PRE_VOTE of this term or a later one."""
+    pre_vote = message.kind is MessageKind.REQUEST_PRE_VOTE
+    response = MessageKind.REQUEST_PRE_VOTE_RESPONSE if pre_vote else MessageKind.REQUEST_VOTE_RESPONSE
+    may_vote = (
+        # It repeats what was granted: the answer may have been lost.
+        state.vote == message.sender
+        # Neither a vote nor a leader binds this node in this term.
+        or (state.vote == NO_NODE and state.leader == NO_NODE)
+        # A pre-vote for a later term binds nobody.
+        or (pre_vote and message.term > state.term)
+    )
+    if may_vote and state.log.is_up_to_date(message.log_index, message.log_term):
+        if not pre_vote:
+            state.grant(message.sender)
+        # The term of the request: a pre-candidate would take a lower one for an old answer.
+        state.send(response, message.sender, term=message.term)
+    else:
+        state.send(response, message.sender, reject=True)
+
+
+def _request(state: State, kind: MessageKind, term: int) -> None:
+    for peer in state.membership.peers(state.id):
+        state.send(kind, peer, term=term, log_index=state.log.last_index, log_term=state.log.last_term)
+
+
+def _record(state: State, voter: int, granted: bool) -> None:
+    """Count the first answer of `voter`, and act when the vote is decided."""
+    state.votes.setdefault(voter, granted)
+    result = state.membership.vote_result(state.votes)
+    if result is VoteResult.LOST:
+        state.become_follower(state.term, NO_NODE)
+    elif result is VoteResult.WON:
+        if state.role is Role.PRE_CANDIDATE:
+            campaign(state, pre_vote=False)
+        elif state.own_vote_durable:
+            leader.start(state)

@@ -1,0 +1,189 @@
+"""The log of a group as the core sees it: terms, sizes and positions. Payloads are the driver's.
+
+Rule 1: positions of the log are written in this file only.
+
+How far entries are on their way to the disk::
+
+    first_index .. persisted_index .. announced_index .. last_index
+                   |                  |                  appended here, not yet in any Ready
+                   |                  handed out in a Ready, its sync not yet reported
+                   durable here
+
+A truncation at ``t`` pulls the two marks below ``t`` and clips every write under way to end before ``t``. So when the
+disk reports an old write late, it counts only for entries that were not replaced since, even if a third write put equal
+entries back (the ABA race of etcd's asynchronous storage writes).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from marble._core.term_index import EntrySpan, TermIndex
+from marble.errors import CorruptionError, InvariantError, check
+from marble.raft.messages import Span
+
+
+class RaftLog:
+    """Positions of one log.
+
+    - ``applied_index <= applying_index <= min(commit_index, persisted_index)`` and ``commit_index <= last_index``.
+    - ``persisted_index <= announced_index <= last_index``.
+    - ``commit_index`` never falls, and entries up to it are never truncated.
+    """
+
+    __slots__ = (
+        "_entries",
+        "_writes",
+        "announced_index",
+        "applied_index",
+        "applying_index",
+        "commit_index",
+        "persisted_index",
+    )
+
+    def __init__(self, entries: TermIndex, commit_index: int, applied_index: int) -> None:
+        if not entries.first_index - 1 <= applied_index <= entries.last_index:
+            raise CorruptionError(
+                f"applied index {applied_index} does not lie in the log [{entries.first_index}, {entries.last_index}]: "
+                "part of the log is gone; restore this node from its peers"
+            )
+        self._entries = entries
+        # A stored commit index is a hint: its write may have outlived the entries that were under way with it.
+        self.commit_index = max(applied_index, min(commit_index, entries.last_index))
+        self.applied_index = applied_index
+        self.applying_index = applied_index
+        self.persisted_index = entries.last_index
+        self.announced_index = entries.last_index
+        # Writes under way, oldest first: (number of the Ready, index after the last of its entries that still counts).
+        self._writes: deque[tuple[int, int]] = deque()
+
+    @property
+    def first_index(self) -> int:
+        """Index of the first entry that the log still has, or would have."""
+        return self._entries.first_index
+
+    @property
+    def last_index(self) -> int:
+        """Index of the last entry; ``first_index - 1`` if there is none."""
+        return self._entries.last_index
+
+    @property
+    def last_term(self) -> int:
+        """Term of the last entry; 0 if there never was one."""
+        return self._entries.last_term
+
+    def term_at(self, index: int) -> int:
+        """Term of entry `index`. Raises IndexError outside ``[first_index - 1, last_index]``."""
+        return self._entries.term_at(index)
+
+    def term_or_zero(self, index: int) -> int:
+        """Term of entry `index`, or 0 where it is not known."""
+        if not self._entries.first_index - 1 <= index <= self._entries.last_index:
+            return 0
+        return self._entries.term_at(index)
+
+    def matches(self, index: int, term: int) -> bool:
+        """Whether this log has entry `index` with `term` (the consistency check of Raft §5.3)."""
+        if not self._entries.first_index - 1 <= index <= self._entries.last_index:
+            return False
+        return self._entries.term_at(index) == term
+
+    def is_up_to_date(self, last_index: int, last_term: int) -> bool:
+        """Whether a log that ends so is at least as up to date as this one (Raft §5.4.1)."""
+        return (last_term, last_index) >= (self.last_term, self.last_index)
+
+    def last_index_at_most_term(self, index: int, term: int) -> int:
+        """Where, at `index` or before, another log whose entry `index` has `term` can at best agree with this one."""
+        if index < self._entries.first_index - 1:
+            return index
+        return self._entries.last_index_at_most_term(index, term)
+
+    def span(self, first: int, end: int) -> EntrySpan:
+        """Entries ``[first, end)``."""
+        return self._entries.span(first, end)
+
+    def clip(self, first: int, bytes_max: int) -> int:
+        """The end of the longest run of entries from `first` within `bytes_max` bytes; at least one if there is any."""
+        return self._entries.clip(first, self._entries.last_index + 1, bytes_max)
+
+    def bytes(self, first: int, end: int) -> int:
+        """Size of entries ``[first, end)``."""
+        return self._entries.bytes(first, end)
+
+    def terms(self) -> list[int]:
+        """Terms of all entries from ``first_index`` on. For people and tests."""
+        return self._entries.span(self.first_index, self.last_index + 1).terms()
+
+    def append(self, span: EntrySpan) -> None:
+        """A leader's own entries, at the end."""
+        self._entries.append(span)
+
+    def splice(self, span: EntrySpan) -> None:
+        """A follower's entries from its leader: what is there and equal stays, the first conflict and all after it is
+        replaced.
+
+        The caller has checked that the entry before `span` matches (Raft §5.3). A span that ends early truncates
+        nothing.
+        """
+        conflict = self._entries.first_conflict(span)
+        if conflict == span.end:
+            return
+        check(
+            conflict > self.commit_index,
+            f"the leader's entry {conflict} differs from the one committed here (commit index {self.commit_index}): "
+            "two histories were committed",
+        )
+        if conflict <= self.last_index:
+            self._entries.truncate(conflict)
+            self.persisted_index = min(self.persisted_index, conflict - 1)
+            self.announced_index = min(self.announced_index, conflict - 1)
+            self._writes = deque((number, min(end, conflict)) for number, end in self._writes)
+        self._entries.append(span.slice(conflict, span.end))
+
+    def commit_to(self, index: int) -> bool:
+        """Raise the commit index to `index`. False if it is there already."""
+        if index <= self.commit_index:
+            return False
+        if index > self.last_index:
+            raise InvariantError(
+                f"entry {index} is committed, but this log, which had acknowledged it, ends at {self.last_index}"
+            )
+        self.commit_index = index
+        return True
+
+    @property
+    def has_unannounced(self) -> bool:
+        """Whether entries wait to be handed out for persisting."""
+        return self.announced_index < self.last_index
+
+    @property
+    def has_committed(self) -> bool:
+        """Whether entries wait to be handed out for applying."""
+        return self.applying_index < min(self.commit_index, self.persisted_index)
+
+    def announce(self, number: int) -> Span | None:
+        """Hand out the entries that no Ready has carried yet; the write gets `number`."""
+        if not self.has_unannounced:
+            return None
+        span = Span(self.announced_index + 1, self.last_index + 1)
+        self.announced_index = self.last_index
+        self._writes.append((number, span.end))
+        return span
+
+    def persisted(self, number: int) -> None:
+        """All writes up to `number` are durable."""
+        while self._writes and self._writes[0][0] <= number:
+            self.persisted_index = max(self.persisted_index, self._writes.popleft()[1] - 1)
+
+    def take_committed(self) -> Span | None:
+        """Hand out what is committed and durable here and was not handed out before."""
+        if not self.has_committed:
+            return None
+        span = Span(self.applying_index + 1, min(self.commit_index, self.persisted_index) + 1)
+        self.applying_index = span.end - 1
+        return span
+
+    def applied(self, index: int) -> None:
+        """Everything up to `index` is applied. An index that was reported before is no news."""
+        check(index <= self.applying_index, f"entry {index} applied, but only {self.applying_index} was handed out")
+        self.applied_index = max(self.applied_index, index)

@@ -1,0 +1,150 @@
+"""ReadIndex: linearizable reads without writing to the log (thesis §6.4).
+
+Rule 1: a context is made here and nowhere else, and never twice. It counts up from a random start, so an answer to an
+earlier life of this node cannot pass for an answer to this one.
+
+A leader's read goes through two gates: it is ``deferred`` until the leader has committed an entry of its own term (only
+then is its commit index the group's, Raft §8), and then ``waiting`` until a quorum has answered a heartbeat that was
+sent after the read came in. All reads that come in between two rounds share the next one. A follower's read is
+``forwarded`` to its leader and comes back as an index.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from marble.raft.messages import ReadState
+
+READS_MAX: Final = 1 << 16
+"""Reads that may be pending at once; more are told to ask again. Bounds memory where no quorum answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingRead:
+    """A read at its leader: `requester` asked under `request` (a caller's number if it is this node, else the
+    requester's context).
+    """
+
+    requester: int
+    request: int
+    index: int = 0
+    context: int = 0
+
+
+class Reads:
+    """Pending reads of one node.
+
+    - ``_waiting`` ascends in context; every context in it is at most ``last_context``.
+    - Only a leader has deferred or waiting reads; only a follower with a known leader has forwarded ones.
+    """
+
+    __slots__ = ("_acks", "_deferred", "_forwarded", "_waiting", "answers", "last_context", "round_due")
+
+    def __init__(self, first_context: int) -> None:
+        self.last_context = first_context
+        # A read waits for a round of heartbeats that has not been sent yet.
+        self.round_due = False
+        # Reads of this node that are decided, for the next Ready.
+        self.answers: list[ReadState] = []
+        self._deferred: list[PendingRead] = []
+        self._waiting: deque[PendingRead] = deque()
+        # The latest context that each peer has answered.
+        self._acks: dict[int, int] = {}
+        # context -> (caller's number, ticks left until the answer counts as lost)
+        self._forwarded: dict[int, tuple[int, int]] = {}
+
+    @property
+    def full(self) -> bool:
+        """Whether no more reads are taken."""
+        return len(self._deferred) + len(self._waiting) + len(self._forwarded) >= READS_MAX
+
+    @property
+    def round_context(self) -> int:
+        """What a heartbeat must carry to confirm all that waits; 0 if nothing does."""
+        return self._waiting[-1].context if self._waiting else 0
+
+    def answer(self, request: int, index: int) -> None:
+        """Tell this node's caller; index 0: ask again."""
+        self.answers.append(ReadState(request, index))
+
+    def take_answers(self) -> tuple[ReadState, ...]:
+        """Hand out what is decided."""
+        answers, self.answers = tuple(self.answers), []
+        return answers
+
+    def defer(self, read: PendingRead) -> None:
+        """Keep `read` until the leader has committed in its own term."""
+        self._deferred.append(read)
+
+    def take_deferred(self) -> list[PendingRead]:
+        """The leader has committed in its own term: hand back what waited for that."""
+        deferred, self._deferred = self._deferred, []
+        return deferred
+
+    def wait(self, read: PendingRead, commit_index: int) -> None:
+        """Let `read` wait for the next round; it will read at `commit_index`."""
+        if not self.round_due:
+            self.round_due = True
+            self.last_context += 1
+        self._waiting.append(PendingRead(read.requester, read.request, commit_index, self.last_context))
+
+    def acknowledge(self, peer: int, context: int) -> None:
+        """`peer` answered the heartbeat with `context`. One that was never sent confirms nothing."""
+        if 0 < context <= self.last_context:
+            self._acks[peer] = max(self._acks.get(peer, 0), context)
+
+    @property
+    def acks(self) -> Mapping[int, int]:
+        """The latest context that each peer has answered in this leadership."""
+        return self._acks
+
+    def take_confirmed(self, context: int) -> list[PendingRead]:
+        """A quorum has answered `context`: hand out all reads that this confirms."""
+        confirmed = []
+        while self._waiting and self._waiting[0].context <= context:
+            confirmed.append(self._waiting.popleft())
+        # A group of one is its own quorum: no round is needed any more.
+        self.round_due = self.round_due and bool(self._waiting)
+        return confirmed
+
+    def forward(self, request: int, patience_ticks: int) -> int:
+        """Note that `request` goes to the leader. Returns the context to send."""
+        self.last_context += 1
+        self._forwarded[self.last_context] = (request, patience_ticks)
+        return self.last_context
+
+    def resolve(self, context: int, index: int) -> None:
+        """The leader answered. Contexts that are not pending are old or not ours."""
+        pending = self._forwarded.pop(context, None)
+        if pending is not None:
+            self.answer(pending[0], index)
+
+    def tick(self) -> None:
+        """Messages get lost: tell callers to ask again rather than let them hang on a leader that is well."""
+        for context, (request, patience_ticks) in list(self._forwarded.items()):
+            if patience_ticks <= 1:
+                del self._forwarded[context]
+                self.answer(request, 0)
+            else:
+                self._forwarded[context] = (request, patience_ticks - 1)
+
+    def drop_forwarded(self) -> None:
+        """The leader that was asked is no longer known to lead."""
+        for request, _ in self._forwarded.values():
+            self.answer(request, 0)
+        self._forwarded.clear()
+
+    def drop_leading(self, node: int) -> list[PendingRead]:
+        """`node` no longer leads: answer its own reads with 0, and hand back those of others."""
+        dropped = [*self._waiting, *self._deferred]
+        self._waiting.clear()
+        self._deferred.clear()
+        self._acks.clear()
+        self.round_due = False
+        for read in dropped:
+            if read.requester == node:
+                self.answer(read.request, 0)
+        return [read for read in dropped if read.requester != node]
