@@ -1,0 +1,111 @@
+"""Making the end of a scanned log fit to be continued.
+
+Rule 1: only bytes that a scan has judged to be a torn tail are taken away.
+Rule 2: every step leaves a log that opens with the same entries, or fewer torn bytes, if a crash stops it there.
+Rule 3: nothing that was read is relied upon before it is known to be on the disk. What no evidence covers may be in
+        the page
+cache only, where even a failed sync leaves it looking sound, and a further sync of it succeeds without writing
+anything. So those bytes are not synced again: the segment is written anew and takes the old one's name.
+"""
+
+from __future__ import annotations
+
+from marble._core import frame
+from marble.env import AppendFile, Files
+from marble.logstore.scan import Tail
+from marble.logstore.segment import (
+    DIRECTORY,
+    FORMAT,
+    SYNCED_PATH,
+    TEMPORARY_SUFFIX,
+    WINDOW_BYTES,
+    segment_path,
+)
+
+
+def prepare_directory(files: Files) -> None:
+    """Make the log's directory, and make durable what an earlier life may have left only in the cache."""
+    files.make_directory(DIRECTORY)
+    for name in files.list(DIRECTORY):
+        if name.endswith(TEMPORARY_SUFFIX):
+            files.remove(f"{DIRECTORY}/{name}")
+    files.sync_directory(DIRECTORY)
+    files.sync_directory("")
+
+
+def create_segment(files: Files, number: int, chain: int) -> tuple[AppendFile, Tail]:
+    """A new segment, durable with its header and its name."""
+    header, checksum = frame.encode_header(FORMAT, number, chain)
+    file = files.create(segment_path(number))
+    try:
+        file.write(memoryview(header))
+        file.sync()
+        files.sync_directory(DIRECTORY)
+    except BaseException:
+        file.close()
+        raise
+    return file, Tail(number, header.size, header.size, checksum, header.size)
+
+
+def repair(files: Files, tail: Tail, *, mark_is_ahead: bool) -> tuple[AppendFile, Tail]:
+    """Cut what is torn at `tail`, make the rest durable, and open it to be continued.
+
+    Parameters
+    ----------
+    files
+        The node's files.
+    tail
+        Where the scan ended.
+    mark_is_ahead
+        The mark speaks of bytes that are no longer there: it goes, after the tail is in order, since it would call
+        whatever is written there next damage.
+
+    Returns
+    -------
+        The last segment, and where it ends now.
+
+    Raises
+    ------
+    OSError
+        The disk fails; nothing was lost by that.
+    """
+    path = segment_path(tail.segment)
+    if tail.segment == 0:
+        return create_segment(files, 1, 0)
+    if tail.end == 0:
+        header, checksum = frame.encode_header(FORMAT, tail.segment, tail.chain)
+        file = _replace(files, path, memoryview(header), 0)
+        fixed = Tail(tail.segment, header.size, header.size, checksum, header.size)
+    else:
+        if tail.end > tail.durable:
+            file = _replace(files, path, memoryview(b""), tail.end)
+        else:
+            if tail.size > tail.end:
+                files.truncate(path, tail.end)
+            file = files.open_append(path)
+        fixed = Tail(tail.segment, tail.end, tail.end, tail.chain, tail.end)
+    if mark_is_ahead:
+        files.remove(SYNCED_PATH)
+        files.sync_directory(DIRECTORY)
+    return file, fixed
+
+
+def _replace(files: Files, path: str, head: memoryview, copy_bytes: int) -> AppendFile:
+    """Put a new file with `head` and the first `copy_bytes` of the old one in its place."""
+    file = files.create(path + TEMPORARY_SUFFIX)
+    try:
+        file.write(head)
+        offset = 0
+        while offset < copy_bytes:
+            data = files.read(path, offset, min(WINDOW_BYTES, copy_bytes - offset))
+            if not data:
+                raise OSError(f"{files.describe(path)} became shorter while it was read")
+            file.write(data)
+            offset += len(data)
+        file.sync()
+        files.rename(path + TEMPORARY_SUFFIX, path)
+        files.sync_directory(DIRECTORY)
+    except BaseException:
+        file.close()
+        raise
+    return file

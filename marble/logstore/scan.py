@@ -1,0 +1,236 @@
+"""Reading a log front to back, and the judgement over every byte that is not as it should be.
+
+Rule 1: whether odd bytes are a torn tail (cut) or damage (`CorruptionError`) is decided here and nowhere else.
+Rule 2: nothing here writes.
+
+What is evidence that bytes had been durable, so that a crash cannot explain their state:
+
+- the mark (`marble.logstore.segment.Mark`) lies behind them;
+- a later segment exists: it is created only when all before it is durable;
+- a sound frame lies behind them whose ``synced`` is greater than their offset: its writer knew them durable.
+  A sound frame behind them alone is no such evidence: the blocks of one write reach the disk in any order.
+
+Bytes that evidence covers and that are wrong are damage. Bytes that it covers and that are no longer there, because the
+last segment ends before them, are lost: reported as such, and for the node to decide. All else is a torn tail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import pyarrow as pa
+
+from marble._core import frame
+from marble.env import Files
+from marble.errors import CorruptionError
+from marble.logstore.segment import FORMAT, Mark, Window, read_mark, segment_numbers, segment_path
+
+_SEARCH_WORK_FACTOR: Final = 16
+"""The search for frames behind a bad one hashes no more than so many times the bytes searched. Without a bound, a
+payload full of counterfeit seals could make it hash for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryReport:
+    """What was found when the log was opened.
+
+    - ``cut_path`` is None unless a tail was cut: ``cut_bytes`` from ``cut_offset`` on (``cut_bytes`` is 0 if the file
+      ends at a frame's end but had been longer).
+    - ``lost_durable_bytes > 0``: bytes that this node had known to be durable are gone. With peers it must not go on:
+      it may have promised a vote or an entry that it no longer remembers. Nothing is changed on disk before the first
+      `Log.sync`.
+    """
+
+    segments: int = 0
+    frames: int = 0
+    bytes: int = 0
+    cut_path: str | None = None
+    cut_offset: int = 0
+    cut_bytes: int = 0
+    lost_durable_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ScannedFrame:
+    """One sound frame: where it stands and what is in it."""
+
+    segment: int
+    offset: int
+    seal: frame.Seal
+    batch: pa.RecordBatch
+
+
+@dataclass(slots=True)
+class Tail:
+    """Where the log ends, once it was scanned: the last segment, its sound part ``[0, end)``, and the seal that ends
+    it.
+
+    ``end`` is 0 if the segment has no sound header. Evidence says that ``[0, durable)`` reached the disk.
+    """
+
+    segment: int = 0
+    end: int = 0
+    size: int = 0
+    chain: int = 0
+    durable: int = 0
+
+
+class Scan:
+    """One pass over a log. Iterate `frames` to its end, then look at `report` and `tail`.
+
+    Parameters
+    ----------
+    files
+        The node's files.
+    frame_bytes_max
+        A frame that claims to be longer is not one.
+    """
+
+    def __init__(self, files: Files, frame_bytes_max: int) -> None:
+        self.mark: Mark | None = read_mark(files)
+        self.report = RecoveryReport()
+        self.tail = Tail()
+        self.nbytes_before_tail = 0
+        self._files = files
+        self._frame_bytes_max = frame_bytes_max
+        self._frames = 0
+
+    def frames(self) -> Iterator[ScannedFrame]:
+        """All frames but headers, in order.
+
+        Raises
+        ------
+        CorruptionError
+            Damage, with the path and the offset of the frame where it starts.
+        """
+        numbers = segment_numbers(self._files)
+        self._check_numbers(numbers)
+        chain = 0
+        for number in numbers:
+            is_last = number == numbers[-1]
+            path = segment_path(number)
+            window = Window(self._files, path, self._files.size(path))
+            self.tail = Tail(number, 0, window.size, chain)
+            header = self._header(window, number, chain)
+            if header is None:
+                self._judge(window, number, 0, is_last)
+                break
+            self._advance(header)
+            yield from self._segment(window, number, is_last)
+            chain = self.tail.chain
+            if not is_last:
+                self.nbytes_before_tail += self.tail.end
+        self._finish(numbers)
+
+    def _segment(self, window: Window, number: int, is_last: bool) -> Iterator[ScannedFrame]:
+        tail = self.tail
+        while tail.end < window.size:
+            seal = window.find_frame(number, tail.end, self._frame_bytes_max)
+            if seal is None:
+                self._judge(window, number, tail.end, is_last)
+                return
+            if seal.chain != tail.chain or seal.synced > tail.end:
+                raise self._damage(number, tail.end, "a frame does not follow the one before it")
+            data, at = window.view(tail.end, seal.length)
+            try:
+                batch = frame.decode(data, at, seal)
+            except CorruptionError as error:
+                raise self._damage(number, tail.end, str(error)) from None
+            offset = tail.end
+            self._advance(seal)
+            self._frames += 1
+            yield ScannedFrame(number, offset, seal, batch)
+
+    def _advance(self, seal: frame.Seal) -> None:
+        """Take a sound frame in. The mark was made at the end of a frame, so it must be met exactly, with the same
+        seal."""
+        tail, mark = self.tail, self.mark
+        start, tail.end, tail.chain = tail.end, tail.end + seal.length, seal.checksum
+        tail.durable = max(tail.durable, seal.synced)
+        if mark is None or mark.segment != tail.segment or mark.offset <= start or mark.offset > tail.end:
+            return
+        if mark.offset != tail.end or mark.chain != tail.chain:
+            raise self._damage(tail.segment, start, "a frame is not the one that was synced here")
+        tail.durable = tail.end
+
+    def _header(self, window: Window, number: int, chain: int) -> frame.Seal | None:
+        path = segment_path(number)
+        seal = window.find_frame(number, 0, frame.METADATA_BYTES_MAX)
+        if seal is None:
+            return None
+        if seal.chain != chain:
+            raise self._damage(number, 0, "the segment does not follow the one before it, which may have lost its end")
+        data, at = window.view(0, seal.length)
+        metadata = pa.ipc.read_schema(pa.py_buffer(data[at : at + seal.length])).metadata or {}
+        found = metadata.get(b"marble.format", b"?").decode(errors="replace")
+        if found != FORMAT:
+            where = self._files.describe(path)
+            raise CorruptionError(
+                f"the log has format {found}, this marble reads format {FORMAT}: use its marble", where, 0
+            )
+        return seal
+
+    def _check_numbers(self, numbers: list[int]) -> None:
+        for expected, number in enumerate(numbers, start=1):
+            if number != expected:
+                raise self._damage(expected, 0, "a segment is missing")
+        if self.mark is not None and self.mark.segment > len(numbers):
+            raise self._damage(self.mark.segment, 0, "a segment that had been synced is missing")
+
+    def _judge(self, window: Window, number: int, offset: int, is_last: bool) -> None:
+        """The bytes from `offset` on are no sound frame: return if they are a tail that may be cut, else raise."""
+        if not is_last:
+            raise self._damage(number, offset, "damage in a segment that had been complete")
+        mark = self.mark
+        if mark is not None and mark.segment == number and offset < mark.offset <= window.size:
+            raise self._damage(number, offset, "damage in a part of the log that had been synced")
+        if self._finds_witness(window, number, offset):
+            raise self._damage(number, offset, "damage with sound frames behind it")
+
+    def _finds_witness(self, window: Window, number: int, offset: int) -> bool:
+        """Whether a sound frame lies behind `offset` whose writer knew the byte at `offset` to be durable.
+
+        Every seal tells where its frame starts, so there is one candidate for each place that looks like a seal. When
+        there are so many counterfeits that the search would not end, the answer is yes, which is the safe one:
+        nothing is cut.
+        """
+        work_left = _SEARCH_WORK_FACTOR * (window.size - offset)
+        position = offset
+        while (seal_at := window.find(frame.SEAL_MAGIC, position)) is not None:
+            position = seal_at + 1
+            data, at = window.view(seal_at, frame.SEAL_BYTES)
+            try:
+                length, start = int(data[at + 12 : at + 28], 16), int(data[at + 44 : at + 60], 16)
+            except ValueError:
+                continue
+            if not offset < start < seal_at <= start + frame.METADATA_BYTES_MAX:
+                continue
+            work_left -= min(length, window.size - start, self._frame_bytes_max)
+            if work_left < 0:
+                return True
+            seal = window.find_frame(number, start, self._frame_bytes_max)
+            if seal is not None and seal.synced > offset:
+                return True
+        return False
+
+    def _finish(self, numbers: list[int]) -> None:
+        tail, mark = self.tail, self.mark
+        lost = 0
+        if mark is not None and mark.segment == tail.segment and mark.offset > tail.end:
+            lost = mark.offset - tail.end
+        cut = lost > 0 or tail.end < tail.size
+        self.report = RecoveryReport(
+            segments=len(numbers),
+            frames=self._frames,
+            bytes=self.nbytes_before_tail + tail.end,
+            cut_path=self._files.describe(segment_path(tail.segment)) if cut else None,
+            cut_offset=tail.end if cut else 0,
+            cut_bytes=tail.size - tail.end,
+            lost_durable_bytes=lost,
+        )
+
+    def _damage(self, number: int, offset: int, what: str) -> CorruptionError:
+        advice = "restore this node from a peer or a copy; do not cut the log"
+        return CorruptionError(f"{what}: {advice}", self._files.describe(segment_path(number)), offset)
