@@ -14,6 +14,9 @@ from pyarrow.includes.libarrow cimport CRecordBatch, CSchema
 
 import_pyarrow()
 
+# Known inside of this module only: without it no object is made whose C++ part is missing.
+cdef object _MAKER = object()
+
 
 cdef extern from "key_codec.hpp" namespace "marble" nogil:
     cdef cppclass CKeyColumn "const marble::KeyColumn":
@@ -34,8 +37,9 @@ cdef extern from "key_codec.hpp" namespace "marble" nogil:
 cdef class KeyColumn:
     cdef shared_ptr[CKeyColumn] column
 
-    def __init__(self):
-        raise TypeError("a KeyColumn comes from KeyCodec.encode")
+    def __cinit__(self, maker=None):
+        if maker is not _MAKER:
+            raise TypeError("a KeyColumn comes from KeyCodec.encode")
 
     @property
     def width(self):
@@ -78,7 +82,7 @@ cdef class KeyCodec:
         cdef shared_ptr[CRecordBatch] c_batch
         cdef CStatus status
         batch_of(batch, &c_batch)
-        cdef KeyColumn column = KeyColumn.__new__(KeyColumn)
+        cdef KeyColumn column = KeyColumn.__new__(KeyColumn, _MAKER)
         with nogil:
             status = self.codec.get().Encode(c_batch.get()[0], &column.column)
         raise_status(status)
