@@ -346,4 +346,56 @@ inline uint64_t PlacesChecksum(const Entries& e, uint64_t seed) noexcept {
   return XXH3_64bits_digest(&state);
 }
 
+// A copy of `batch` in one 64-byte aligned allocation. What Flight hands out starts at any address, so that every payload
+// would be copied later, one by one, and a small batch would pin the network buffer it lies in.
+inline Result<std::shared_ptr<RecordBatch>> Align(const RecordBatch& batch, const std::shared_ptr<Schema>& schema) {
+  int64_t total = 0;
+  for (const auto& column : batch.column_data()) {
+    if (!column->child_data.empty() || column->dictionary) return Status::Invalid("a nested column");
+    for (const auto& buffer : column->buffers) {
+      if (buffer) total += arrow::bit_util::RoundUpToMultipleOf64(buffer->size());
+    }
+  }
+  ARROW_ASSIGN_OR_RAISE(std::shared_ptr<Buffer> target, arrow::AllocateBuffer(total));
+  int64_t at = 0;
+  std::vector<std::shared_ptr<arrow::ArrayData>> columns;
+  for (const auto& column : batch.column_data()) {
+    auto copy = std::make_shared<arrow::ArrayData>(*column);
+    for (auto& buffer : copy->buffers) {
+      if (!buffer) continue;
+      const int64_t size = buffer->size();
+      const int64_t padded = arrow::bit_util::RoundUpToMultipleOf64(size);
+      if (size > 0) std::memcpy(target->mutable_data() + at, buffer->data(), static_cast<size_t>(size));
+      std::memset(target->mutable_data() + at + size, 0, static_cast<size_t>(padded - size));
+      buffer = arrow::SliceBuffer(target, at, size);
+      at += padded;
+    }
+    columns.push_back(std::move(copy));
+  }
+  return RecordBatch::Make(schema, batch.num_rows(), std::move(columns));
+}
+
+// All that a batch from a peer must pass before anyone looks at it; the result is aligned and owns its memory.
+inline Result<std::shared_ptr<RecordBatch>> Admit(const RecordBatch& batch, const std::shared_ptr<Schema>& schema,
+                                                  int64_t bytes_max) {
+  if (!batch.schema()->Equals(*schema, /*check_metadata=*/false)) return Status::Invalid("not a batch of log entries");
+  if (batch.num_rows() == 0) return Status::Invalid("a batch without entries");
+  int64_t bytes = 0;
+  for (const auto& column : batch.column_data()) {
+    for (const auto& buffer : column->buffers) bytes += buffer ? buffer->size() : 0;
+  }
+  if (bytes > bytes_max) return Status::Invalid("entries of ", bytes, " bytes where ", bytes_max, " are allowed");
+  ARROW_ASSIGN_OR_RAISE(auto aligned, Align(batch, schema));
+  ARROW_RETURN_NOT_OK(aligned->ValidateFull());
+  Entries entries;
+  ARROW_RETURN_NOT_OK(OpenEntries(*aligned, *schema, &entries));
+  ARROW_RETURN_NOT_OK(CheckContiguous(entries));
+  const int64_t damaged = FirstDamaged(entries);
+  if (damaged >= 0) {
+    return Status::Invalid("entry ", entries.index[damaged], " of term ", entries.term[damaged], ", group ",
+                           entries.group[damaged], " does not match its checksum");
+  }
+  return aligned;
+}
+
 }  // namespace marble

@@ -95,6 +95,21 @@ def check_contiguous(batch: pa.RecordBatch) -> None:
         falling or zero terms, or a payload that is no whole number of 64 bytes.
     """
 
+def admit(batch: pa.RecordBatch, bytes_max: int) -> pa.RecordBatch:
+    """Check everything about a batch that a peer has sent; return a copy of it in one 64-byte aligned allocation.
+
+    Checked: schema, at least one row, at most `bytes_max` bytes in all buffers, ``validate(full=True)``,
+    `check_contiguous` and `verify`. Because the copy is aligned, its payloads decode without another one.
+
+    Raises
+    ------
+    ProtocolError
+        Something is wrong with the batch.
+    """
+
+def group_of(batch: pa.RecordBatch) -> int:
+    """The group of the first entry. Raises UsageError if there is none."""
+
 def payload(batch: pa.RecordBatch, row: int) -> pa.Buffer:
     """The payload of row `row`, sharing the batch's memory. Raises IndexError."""
 

@@ -82,6 +82,7 @@ cdef extern from "entry_batch.hpp" namespace "marble" nogil:
     CResult[shared_ptr[CRecordBatch]] DecodePayload(shared_ptr[CBuffer] buffer, const shared_ptr[CSchema]& schema)
     CStatus SpanColumns(const CRecordBatch& batch, const Entries& entries, shared_ptr[CBuffer]* terms, shared_ptr[CBuffer]* sizes)
     shared_ptr[CBuffer] PayloadSlice(const CRecordBatch& batch, const Entries& entries, int64_t row)
+    CResult[shared_ptr[CRecordBatch]] Admit(const CRecordBatch& batch, const shared_ptr[CSchema]& schema, int64_t bytes_max)
     uint64_t PlacesChecksum(const Entries& entries, uint64_t seed)
 
 
@@ -255,6 +256,26 @@ def check_contiguous(batch):
     cdef Entries entries
     raise_unless_ok(OpenEntries(value.get()[0], entry_schema.get()[0], &entries), ProtocolError)
     raise_unless_ok(CheckContiguous(entries), ProtocolError)
+
+
+def admit(batch, int64_t bytes_max):
+    """Check everything about a batch that a peer has sent, and return an aligned copy that no one else holds."""
+    cdef shared_ptr[CRecordBatch] value = batch_of(batch)
+    cdef CResult[shared_ptr[CRecordBatch]] result
+    with nogil:
+        result = move(Admit(value.get()[0], entry_schema, bytes_max))
+    raise_unless_ok(result.status(), ProtocolError)
+    return wrap_batch(result.ValueOrDie())
+
+
+def group_of(batch):
+    """The group of the first entry."""
+    cdef shared_ptr[CRecordBatch] value = batch_of(batch)
+    cdef Entries entries
+    raise_unless_ok(OpenEntries(value.get()[0], entry_schema.get()[0], &entries), UsageError)
+    if entries.rows == 0:
+        raise UsageError("a batch without entries is of no group")
+    return entries.group[0]
 
 
 def payload(batch, int64_t row):

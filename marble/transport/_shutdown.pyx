@@ -13,6 +13,7 @@ Thread safety: may be called from any thread but a handler's own; the GIL is rel
 Invariants:
 1. Nothing here is called on a server whose finalizer has run: its C++ server is gone then (checked: a null pointer).
 """
+from cpython.ref cimport Py_INCREF
 from libcpp cimport bool as cbool
 from libcpp.memory cimport shared_ptr
 from libcpp.string cimport string
@@ -53,3 +54,8 @@ def shut_down(FlightServerBase server not None, double grace_s):
 def finalizer_of(FlightServerBase server not None):
     """The ``weakref.finalize`` that pyarrow runs at interpreter exit; it waits for open calls without a deadline."""
     return server.finalizer
+
+
+def immortalize(value not None):
+    """Keep `value`, and all that it holds, from ever being destroyed."""
+    Py_INCREF(value)

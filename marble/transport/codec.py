@@ -1,0 +1,225 @@
+"""Messages between nodes as bytes. The layout is documented to the byte in ``docs/transport.md``.
+
+A packet is what one Flight chunk carries: ``app_metadata`` (a header and fixed-size message structs, little-endian)
+and, if one of the messages brings entries, those entries as the chunk's record batch.
+
+Rule 1: nothing that arrives is trusted. What is wrong in any way is a `ProtocolError`, raised before any of it is used.
+
+Invariants:
+- At most one message of a packet brings entries, and it brings all rows of the packet's batch.
+- The order of messages is kept, within a packet and from packet to packet.
+- The header's checksum covers every byte of the metadata and the index, term and checksum of every row; the row's
+  checksum covers the rest of the row. So no flipped bit goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import pyarrow as pa
+
+from marble._core import entry_batch
+from marble._core.checksum import xxh3_64
+from marble._core.term_index import EntrySpan
+from marble.errors import ProtocolError, UsageError, check
+from marble.raft.messages import Message, MessageKind
+from marble.types import NODE_ID_MAX
+
+PROTOCOL_VERSION: Final = 1
+CLUSTER_ID_BYTES_MAX: Final = 255
+MESSAGES_PER_PACKET_MAX: Final = 4096
+"""Bounds the metadata of a packet to about 224 KiB."""
+
+_HEADER: Final = struct.Struct("<4sHHQQIIII")
+"""magic, version, zero, checksum; cluster, sender, to, messages, rows. The checksum covers what follows it."""
+_COVERED: Final = 16
+_MESSAGE: Final = struct.Struct("<IBBHQQQQQQ")
+"""group, kind, flags, zero, term, log_index, log_term, commit, reject_hint, context."""
+_HELLO: Final = struct.Struct("<4sHHQIII")
+"""magic, version, zero, checksum; sender, to, length of the cluster id, which follows as UTF-8."""
+_PACKET_MAGIC: Final = b"MBLP"
+_HELLO_MAGIC: Final = b"MBLH"
+_REJECT: Final = 1
+_ROWS: Final = 2
+_KINDS: Final = {int(kind): kind for kind in MessageKind}
+MESSAGE_BYTES: Final = _MESSAGE.size
+
+
+class Envelope(NamedTuple):
+    """A message, the group it belongs to, and the rows of its entries (None unless it brings entries)."""
+
+    group: int
+    message: Message
+    batch: pa.RecordBatch | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that count against the limits of a queue."""
+        return MESSAGE_BYTES + (0 if self.message.entries is None else self.message.entries.bytes)
+
+
+class Packet(NamedTuple):
+    """One Flight chunk."""
+
+    metadata: bytes
+    batch: pa.RecordBatch | None
+
+
+class Codec:
+    """Encodes for and decodes from the peers of one node. Immutable; any thread may use it.
+
+    Parameters
+    ----------
+    cluster_id
+        Name that all nodes of the cluster share, at most 255 bytes of UTF-8.
+    node_id
+        This node.
+    entry_bytes_max
+        What the buffers of one packet's batch may add up to, in bytes.
+    """
+
+    def __init__(self, cluster_id: str, node_id: int, entry_bytes_max: int) -> None:
+        name = cluster_id.encode()
+        if not 1 <= len(name) <= CLUSTER_ID_BYTES_MAX:
+            raise UsageError(
+                f"the cluster id must have 1 to {CLUSTER_ID_BYTES_MAX} bytes, {cluster_id!r} has {len(name)}"
+            )
+        if not 1 <= node_id <= NODE_ID_MAX:
+            raise UsageError(f"node id {node_id} is not within 1 to {NODE_ID_MAX}")
+        self.cluster_id = cluster_id
+        self.node_id = node_id
+        self.entry_bytes_max = entry_bytes_max
+        self._cluster = int(xxh3_64(name))
+
+    def hello(self, to: int) -> bytes:
+        """The metadata that opens a stream to `to`."""
+        name = self.cluster_id.encode()
+        head = _HELLO.pack(_HELLO_MAGIC, PROTOCOL_VERSION, 0, 0, self.node_id, to, len(name))
+        digest = int(xxh3_64(head[_COVERED:] + name))
+        return _HELLO.pack(_HELLO_MAGIC, PROTOCOL_VERSION, 0, digest, self.node_id, to, len(name)) + name
+
+    def check_hello(self, metadata: bytes) -> int:
+        """The sender of a hello that is meant for this node of this cluster. Raises ProtocolError for any other."""
+        if len(metadata) < _HELLO.size:
+            raise ProtocolError("the stream does not open with a hello")
+        magic, version, zero, digest, sender, to, length = _HELLO.unpack_from(metadata)
+        if magic != _HELLO_MAGIC:
+            raise ProtocolError("the stream does not open with a hello")
+        if version != PROTOCOL_VERSION:
+            raise ProtocolError(
+                f"the peer speaks version {version} of the protocol, this node speaks {PROTOCOL_VERSION}"
+            )
+        name = metadata[_HELLO.size :]
+        if zero != 0 or len(name) != length or xxh3_64(metadata[_COVERED:]) != digest:
+            raise ProtocolError("a damaged hello")
+        if name != self.cluster_id.encode():
+            theirs = name.decode(errors="replace")
+            raise ProtocolError(f"this node is of cluster {self.cluster_id!r}, not {theirs!r}")
+        if to != self.node_id:
+            raise ProtocolError(f"this is node {self.node_id}, not {to}: two nodes have each other's endpoint")
+        if sender == self.node_id or not 1 <= sender <= NODE_ID_MAX:
+            raise ProtocolError(f"{sender} cannot be the id of a peer of node {self.node_id}")
+        return int(sender)
+
+    def encode(self, to: int, envelopes: Sequence[Envelope]) -> list[Packet]:
+        """Pack `envelopes`, all from this node to `to`, in order. None at all give one packet without messages."""
+        packets: list[Packet] = []
+        structs: list[bytes] = []
+        batch: pa.RecordBatch | None = None
+        for envelope in envelopes:
+            message = envelope.message
+            check(message.sender == self.node_id and message.to == to, f"{message} is not for the stream to {to}")
+            rows = 0 if message.entries is None else len(message.entries)
+            check(rows == (0 if envelope.batch is None else envelope.batch.num_rows), f"{message} lacks its entries")
+            if len(structs) >= MESSAGES_PER_PACKET_MAX or (rows and batch is not None):
+                packets.append(self._packet(to, structs, batch))
+                structs, batch = [], None
+            if rows:
+                batch = envelope.batch
+            structs.append(
+                _MESSAGE.pack(
+                    envelope.group,
+                    message.kind,
+                    (_REJECT if message.reject else 0) | (_ROWS if rows else 0),
+                    0,
+                    message.term,
+                    message.log_index,
+                    message.log_term,
+                    message.commit,
+                    message.reject_hint,
+                    message.context,
+                )
+            )
+        packets.append(self._packet(to, structs, batch))
+        return packets
+
+    def _packet(self, to: int, structs: list[bytes], batch: pa.RecordBatch | None) -> Packet:
+        rows = 0 if batch is None else batch.num_rows
+        seed = 0 if batch is None else entry_batch.places_checksum(batch)
+        fields = (self._cluster, self.node_id, to, len(structs), rows)
+        body = b"".join(structs)
+        digest = xxh3_64(_HEADER.pack(_PACKET_MAGIC, PROTOCOL_VERSION, 0, 0, *fields)[_COVERED:] + body, seed)
+        return Packet(_HEADER.pack(_PACKET_MAGIC, PROTOCOL_VERSION, 0, digest, *fields) + body, batch)
+
+    def decode(self, sender: int, metadata: bytes, batch: pa.RecordBatch | None) -> list[Envelope]:
+        """The envelopes of one packet from `sender`.
+
+        Raises
+        ------
+        ProtocolError
+            Anything at all is wrong with the packet; nothing of it may be used.
+        """
+        rows = self._check_header(sender, metadata, batch)
+        if batch is not None:
+            batch = entry_batch.admit(batch, self.entry_bytes_max)
+        seed = 0 if batch is None else entry_batch.places_checksum(batch)
+        if xxh3_64(memoryview(metadata)[_COVERED:], seed) != _HEADER.unpack_from(metadata)[3]:
+            raise ProtocolError(f"a packet from node {sender} does not match its checksum")
+        envelopes = []
+        brought = 0
+        for fields in _MESSAGE.iter_unpack(memoryview(metadata)[_HEADER.size :]):
+            envelope = self._message(sender, fields, batch)
+            brought += envelope.batch is not None
+            envelopes.append(envelope)
+        if brought != (1 if rows else 0):
+            raise ProtocolError(f"{brought} messages of a packet bring its {rows} entries")
+        return envelopes
+
+    def _check_header(self, sender: int, metadata: bytes, batch: pa.RecordBatch | None) -> int:
+        """Check lengths and names; return the number of rows."""
+        if len(metadata) < _HEADER.size:
+            raise ProtocolError(f"a packet with {len(metadata)} bytes of metadata")
+        magic, version, zero, _, cluster, from_, to, count, rows = _HEADER.unpack_from(metadata)
+        if magic != _PACKET_MAGIC or version != PROTOCOL_VERSION or zero != 0:
+            raise ProtocolError("not a packet of this protocol")
+        if cluster != self._cluster or from_ != sender or to != self.node_id:
+            raise ProtocolError(f"a packet from {from_} to {to} on the stream from {sender} to {self.node_id}")
+        if count > MESSAGES_PER_PACKET_MAX or len(metadata) != _HEADER.size + count * _MESSAGE.size:
+            raise ProtocolError(f"a packet with {count} messages in {len(metadata)} bytes")
+        if rows != (0 if batch is None else batch.num_rows) or (rows == 0) != (batch is None):
+            raise ProtocolError(f"a packet announces {rows} entries and brings others")
+        return int(rows)
+
+    def _message(self, sender: int, fields: tuple[int, ...], batch: pa.RecordBatch | None) -> Envelope:
+        group, number, flags, zero, term, log_index, log_term, commit, reject_hint, context = fields
+        kind = _KINDS.get(number)
+        if kind is None or zero != 0 or flags & ~(_REJECT | _ROWS):
+            raise ProtocolError(f"a message of unknown kind {number} or flags {flags}")
+        rows: pa.RecordBatch | None = None
+        entries: EntrySpan | None = None
+        if flags & _ROWS:
+            if batch is None or kind is not MessageKind.APPEND_ENTRIES:
+                raise ProtocolError(f"a {kind.name} cannot bring entries")
+            if entry_batch.group_of(batch) != group:
+                raise ProtocolError(f"a message of group {group} with entries of group {entry_batch.group_of(batch)}")
+            rows = batch
+            entries = entry_batch.span(batch)
+        elif kind is MessageKind.APPEND_ENTRIES:
+            entries = EntrySpan.of(log_index + 1, [])
+        reject = bool(flags & _REJECT)
+        message = Message(
+            kind, sender, self.node_id, term, log_index, log_term, commit, entries, reject, reject_hint, context
+        )
+        return Envelope(group, message, rows)
