@@ -355,23 +355,25 @@ def _conform(batch: pa.RecordBatch, table: TableInfo, schema: pa.Schema, noun: s
         batch.validate(full=True)
     except pa.ArrowInvalid as error:
         raise UsageError(f"{where}: the batch is not valid Arrow data: {error}") from error
-    _check_same_names(batch.schema.names, schema, where, noun)
+    if batch.schema.equals(schema, check_metadata=True):
+        return batch
+    _check_same_names(batch.schema.names, schema.names, where, noun)
     columns = [_conform_column(batch.column(field.name), field, where) for field in schema]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _check_same_names(names: Sequence[str], schema: pa.Schema, where: str, noun: str) -> None:
-    seen = set()
+def _check_same_names(names: Sequence[str], wanted: Sequence[str], where: str, noun: str) -> None:
+    known, seen = set(wanted), set()
     for name in names:
         if name in seen:
             raise UsageError(f"{where}: column {_shown(name)} stands twice in the batch: keep one")
         seen.add(name)
-        if name not in schema.names:
+        if name not in known:
             owner = "the table" if noun == "row" else "the key"
-            raise UsageError(f"{where}: column {_shown(name)} is not in {owner}: drop it{nearest(name, schema.names)}")
-    for name in schema.names:
+            raise UsageError(f"{where}: column {_shown(name)} is not in {owner}: drop it{nearest(name, wanted)}")
+    for name in wanted:
         if name not in seen:
-            raise UsageError(f"{where}: column {name!r} is missing: each {noun} needs all of {schema.names}")
+            raise UsageError(f"{where}: column {name!r} is missing: each {noun} needs all of {list(wanted)}")
 
 
 def _conform_column(column: pa.Array, field: pa.Field, where: str) -> pa.Array:
@@ -435,18 +437,18 @@ def check_keys(batch: pa.RecordBatch, table: TableInfo) -> None:
 
 
 def _check_column(column: pa.Array, field: pa.Field, table: TableInfo) -> None:
-    where = f"table {table.name!r}: column {field.name!r}"
+    def wrong(what: str, mask: pa.BooleanArray, advice: str) -> UsageError:
+        return UsageError(f"table {table.name!r}: column {field.name!r} {what} in row {_first(mask)}: {advice}")
+
     if field.name in table.key:
         if column.null_count:
-            row = _first(column.is_null())
-            raise UsageError(f"{where} is in the key and is null in row {row}: a key has no nulls")
+            raise wrong("is in the key and is null", column.is_null(), "a key has no nulls")
         if pt.is_floating(field.type) and pc.any(column.is_nan()).as_py():
-            row = _first(column.is_nan())
-            raise UsageError(f"{where} is in the key and is NaN in row {row}: NaN has no order")
+            raise wrong("is in the key and is NaN", column.is_nan(), "NaN has no order")
     elif not field.nullable and column.null_count:
-        raise UsageError(f"{where} must not be null, but is in row {_first(column.is_null())}: fill it")
+        raise wrong("must not be null, but is", column.is_null(), "fill it")
     if _has_required_child(field.type):
-        _check_children(column, where)
+        _check_children(column, f"table {table.name!r}: column {field.name!r}")
 
 
 def _is_required(field: pa.Field) -> bool:
