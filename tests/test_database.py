@@ -14,7 +14,7 @@ from reference.machine_backend import MachineBackend
 
 from marble.database import Database, Table, check_scan, columns_read, filter_batches
 from marble.database.window import WRITES_IN_FLIGHT_BYTES_MAX, WRITES_IN_FLIGHT_MAX
-from marble.errors import OutcomeUnknownError, UnavailableError, UsageError
+from marble.errors import InvariantError, OutcomeUnknownError, UnavailableError, UsageError
 from marble.schema import TableInfo, check_table
 
 SCHEMA = pa.schema([("id", pa.int64()), ("name", pa.string()), ("score", pa.float64())])
@@ -319,6 +319,13 @@ class TestGet:
         assert table.get((2,)) == {"id": 2, "name": None, "score": None}
         assert table.get({"id": 2}) == table.get(2)
         assert table.get(3) is None
+
+    def test_get_mistrusts_its_backend(
+        self, table: Table, backend: MachineBackend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(backend, "get_many", lambda *_: pa.RecordBatch.from_pylist([], table.info.lookup_schema))
+        with pytest.raises(InvariantError, match="asked for one key, got 0 rows"):
+            table.get(1)
 
     def test_get_by_several_columns(self, pairs: Table) -> None:
         assert pairs.get(("x", 2)) == {"a": "x", "b": 2, "v": 2}

@@ -6,6 +6,7 @@ import ctypes
 import datetime
 import decimal
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -310,6 +311,7 @@ REQUIRED = pa.field("x", pa.int8(), nullable=False)
         (pa.list_(REQUIRED, 2), [None, [1, 2]], [[1, 2], [1, None]]),
         (pa.list_(pa.struct([REQUIRED])), [[None], [{"x": 1}]], [[{"x": None}]]),
         (pa.map_(pa.string(), REQUIRED), [None, [("a", 1)]], [[("a", 1)], [("b", None)]]),
+        (pa.map_(pa.string(), REQUIRED), [None, None], [None, [("b", None)]]),
         (
             pa.map_(pa.string(), pa.struct([REQUIRED])),
             [[("a", None), ("b", {"x": 1})]],
@@ -412,6 +414,15 @@ def test_conform_never_changes_values(got: pa.DataType, wanted: pa.DataType) -> 
     batch = rows(id=[1], v=pa.nulls(1, got))
     with pytest.raises(UsageError, match="column 'v' must be"):
         conform(batch, table(pa.schema([("id", pa.int64()), ("v", wanted)])))
+
+
+def test_conform_refuses_what_a_cast_cannot_hold() -> None:
+    # Pages that nobody touches take no memory, and neither the validation of binary nor the refusal touches them.
+    data = pa.py_buffer(np.zeros((2 << 30) + 64, np.uint8))
+    offsets = pa.py_buffer(np.array([0, 2 << 30], np.int64))
+    batch = rows(id=[1], v=pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data]))
+    with pytest.raises(UsageError, match="column 'v' cannot be cast to binary"):
+        conform(batch, table(pa.schema([("id", pa.int64()), ("v", pa.binary())])))
 
 
 def test_conform_refuses_offsets_that_point_outside() -> None:
