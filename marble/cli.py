@@ -1,7 +1,7 @@
 """The command ``marble``: demo, serve, log, status, version.
 
-Rule 1: a command ends with 0 when it did what was asked, 1 when it failed, 2 when it was asked wrongly, and 128 plus its number
-when a signal ended it; a failure is one line on stderr, never a traceback. Only an error that nobody foresaw shows one.
+Rule 1: a command ends with 0 when it did what was asked, 1 when it failed, 2 when it was asked wrongly, and 128 plus
+its number when a signal ended it. A failure says on stderr what is wrong; only what nobody foresaw shows a traceback.
 
 What a command needs is imported when it runs, so that ``marble --help`` is quick and ``marble serve`` loads no demo.
 """
@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -77,9 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--batch-rows", type=int, default=1000, metavar="N", help="rows in one write (default: %(default)s)"
     )
-    demo.add_argument(
-        "--file", type=Path, metavar="PATH", help="a .parquet, .csv or .arrow file instead of the flights"
-    )
+    demo.add_argument("--file", type=Path, metavar="PATH", help="a .parquet, .csv or .arrow file, not the flights")
     demo.add_argument("--key", metavar="A,B", help="with --file: the columns that name a row")
     demo.add_argument("--keep", type=Path, metavar="DIR", help="leave the nodes' data and logs in this directory")
     demo.add_argument("--no-kill", action="store_true", help="do not kill the leader")
@@ -138,7 +137,9 @@ def _signals_raise() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise _Stopped(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # Under nohup the end of the terminal is to be ignored, and stays so.
+    numbers = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
@@ -157,8 +158,9 @@ def _serve(options: argparse.Namespace) -> int:
     config = load_config(options.config)
     from marble.server import serve
 
+    # Until the server runs, a signal ends the process at once: that is a crash, and a crash is safe at any moment.
+    server = serve(config)
     with contextlib.closing(_Signals((signal.SIGTERM, signal.SIGINT))) as signals:
-        server = serve(config)
         try:
             print(f"marble: node {config.id} listens on {server.endpoint}, data in {config.data_dir}", flush=True)
             while not signals.wait(_ALIVE_CHECK_S):
@@ -172,7 +174,7 @@ def _serve(options: argparse.Namespace) -> int:
 class _Signals:
     """Signals turned into something to wait for.
 
-    The handler writes to a pipe and does nothing else: a lock that it took could be one that the interrupted code holds.
+    The handler writes to a pipe and does nothing else: a lock that it took could be held by what it interrupts.
     """
 
     def __init__(self, numbers: Sequence[int]) -> None:
@@ -224,15 +226,30 @@ def _log(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _print_table(rows: Iterator[Any]) -> None:
-    raise InvariantError(f"{rows}")
+def _print_table(rows: Iterable[Any]) -> None:
+    """Print dataclasses, one a line, without holding them all: columns only ever get wider."""
+    widths: list[int] = []
+    for row in rows:
+        cells = [str(getattr(row, field.name)) for field in dataclasses.fields(row)]
+        if not widths:
+            names = [field.name for field in dataclasses.fields(row)]
+            widths = [max(len(name), len(cell)) for name, cell in zip(names, cells, strict=True)]
+            print(_line(names, widths))
+        widths = [max(width, len(cell)) for width, cell in zip(widths, cells, strict=True)]
+        print(_line(cells, widths))
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 
 def _status(options: argparse.Namespace) -> int:
     from marble.client import connect
     from marble.config import parse_url
 
-    lines = [("endpoint", "node", "role", "term", "leader", "commit", "applied", "last", "log bytes")]
+    lines: list[tuple[str, ...]] = [
+        ("endpoint", "node", "role", "term", "leader", "commit", "applied", "last", "log bytes")
+    ]
     answered = 0
     for endpoint in parse_url(options.url):
         with connect(f"grpc://{endpoint}", timeout_s=3.0) as database:
@@ -251,7 +268,7 @@ def _status(options: argparse.Namespace) -> int:
 def _print_columns(lines: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print(_line(line, widths))
 
 
 def _version(options: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """The story of the demo: start, write, kill the leader, go on, restart, catch up, compare.
 
-Rule 1: the verdict is good only if every step was carried out and every replica was read and found identical with the source.
-Whatever could not be checked counts as failed.
+Rule 1: the verdict is good only if every step was carried out and every replica was read and found identical with the
+source. Whatever could not be checked counts as failed.
 """
 
 from __future__ import annotations
