@@ -313,6 +313,21 @@ def _from_server(data: bytes | pa.Buffer, what: str, bytes_max: int) -> Any:
         raise ProtocolError(str(error)) from None
 
 
+_CHANNEL_OPTIONS: Final = (
+    # gRPC's own waits grow to two minutes: too long for a node that is back after a second.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 2000),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    # Otherwise clients of one process share connections, and with them each other's waits.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+def connect(endpoint: str) -> flight.FlightClient:
+    """A Flight client of the node at `endpoint` (``host:port``). Connects with its first call, and again if it must."""
+    return flight.FlightClient(f"grpc://{endpoint}", generic_options=list(_CHANNEL_OPTIONS))
+
+
 def call_options(timeout_s: float | None, *, forward: bool = True) -> flight.FlightCallOptions:
     """Options of one call.
 

@@ -1,0 +1,428 @@
+"""The tables of a node for any Arrow Flight client, on the port that peers use too.
+
+Rule 1: everything from a client is untrusted: names, sizes, JSON and batches are checked here, before the log sees
+them, and whatever is wrong is one error to that client and nothing else.
+Rule 2: no handler waits without end, so that the server can stop: every wait ends with `TablesService.stop`, with the
+call, or with a deadline.
+
+The verbs (see `marble.transport.wire` for the JSON in them):
+
+- DoPut ``[table]`` or ``[table, "upsert"]``, and ``[table, "delete"]`` (key columns only): each batch is one entry of
+  the log and gets one ack, in order. A batch that is wrong gets an error for its ack, and the stream goes on.
+- DoGet: a ticket, or the name of a table.
+- DoExchange ``[table, "get"]`` or ``[table, "get", "local"]``: for each batch of keys one batch of rows; with
+  "upsert" or "delete" like DoPut, the acks as metadata without rows.
+- ListFlights, GetFlightInfo and GetSchema of ``[table]``; ListActions; DoAction of `ACTIONS`.
+
+What changes something is relayed to the leader if this node does not lead, unless the call has the header
+``marble-forward: never``. Reads are answered by every node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any, Final, TypeVar
+
+import pyarrow as pa
+import pyarrow.flight as flight
+
+from marble.config import parse_endpoint
+from marble.database import check_scan
+from marble.errors import (
+    MarbleError,
+    NotLeaderError,
+    OutcomeUnknownError,
+    UnavailableError,
+    UsageError,
+)
+from marble.local import LocalBackend, then
+from marble.lsm import payload
+from marble.lsm.view import TableView
+from marble.node import Committed
+from marble.schema import TableInfo, check_table_name, conform_keys
+from marble.transport import wire
+from marble.transport.faults import to_flight_error
+from marble.transport.intake import Intake, StreamEndedError, Ways
+from marble.transport.relay import Relays
+from marble.types import EntryKind, Role
+
+logger = logging.getLogger("marble.service")
+
+T = TypeVar("T")
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+STREAMS_MAX: Final = 256
+"""Streams open at a time. Each may hold a thread and a window of batches, also if its client has fallen silent."""
+
+READ_BATCH_BYTES_MAX: Final = 16 * 1024 * 1024
+"""What one message of a scan holds at most, unless a single row is larger: gRPC cannot carry 2 GiB."""
+
+KEYS_MAX: Final = 1024 * 1024
+"""Keys in one batch of a lookup; its rows are gathered at once."""
+
+ANSWER_MARGIN_S: Final = 2.0
+"""How much longer a handler waits than the engine's own deadlines, which give the better error."""
+
+ACTIONS: Final = {
+    "campaign": "Let this node stand for election now. No body.",
+    "create_table": 'Body {"name", "key": [..], "schema": base64 of Schema.serialize()}; answers the table.',
+    "drop_table": 'Body {"name"}; answers {"index"}.',
+    "ping": "Answers {}.",
+    "propose": 'Body: any bytes, replicated as one operation; answers {"index", "term"}.',
+    "status": "This node's picture of itself and its cluster.",
+    "tables": 'All tables. Body empty or {"consistency": "linearizable" or "local"}.',
+}
+"""Name and description of each action. All answers are JSON."""
+
+
+def _answering(method: _Method) -> _Method:
+    """Let what `method` raises reach the client as an error of Flight that names its kind."""
+
+    @functools.wraps(method)
+    def answer(self: TablesService, *arguments: Any) -> Any:
+        try:
+            self.check_running()
+            return method(self, *arguments)
+        except (MarbleError, pa.ArrowException, flight.FlightError) as error:
+            raise to_flight_error(error) from None
+        except OSError as error:
+            # So says Arrow of a stream whose client has gone.
+            raise flight.FlightUnavailableError(f"the stream broke: {error}") from None
+        except Exception as error:
+            logger.exception("%s failed", method.__name__)
+            raise to_flight_error(error) from error
+
+    return answer  # type: ignore[return-value]
+
+
+class TablesService:
+    """Answers Flight clients out of a node in this process: a `marble.transport.flight.FlightService`. Thread-safe.
+
+    Parameters
+    ----------
+    backend
+        The node and its tables.
+    """
+
+    def __init__(self, backend: LocalBackend) -> None:
+        self._backend = backend
+        self._node = backend.node
+        self._machine = backend.machine
+        self._timeout_s = backend.node.options.propose_timeout_s
+        self._relays = Relays(self._find_leader, self._timeout_s)
+        self._stopped: Future[None] = Future()
+        self._lock = threading.Lock()
+        self._intakes: set[Intake] = set()
+        self._streams = threading.BoundedSemaphore(STREAMS_MAX)
+        self._actions: dict[str, Callable[[flight.ServerCallContext, bytes | pa.Buffer], bytes]] = {
+            "campaign": self._campaign,
+            "create_table": self._create_table,
+            "drop_table": self._drop_table,
+            "ping": lambda context, body: b"{}",
+            "propose": self._propose,
+            "status": lambda context, body: wire.encode_json(self._node.status()),
+            "tables": self._tables,
+        }
+
+    def stop(self) -> None:
+        """End all waits and streams: what is under way is answered with OutcomeUnknownError. Idempotent."""
+        with self._lock:
+            if self._stopped.done():
+                return
+            self._stopped.set_result(None)
+            intakes = list(self._intakes)
+        for intake in intakes:
+            intake.stop()
+        self._relays.stop()
+
+    def check_running(self) -> None:
+        """Raise UnavailableError after `stop`."""
+        if self._stopped.done():
+            raise UnavailableError(f"node {self._node.options.node_id} stops: ask another one")
+
+    # -- streams -----------------------------------------------------------------------------------------------------
+
+    @_answering
+    def do_put(self, context: Any, descriptor: flight.FlightDescriptor, reader: Any, writer: Any) -> None:
+        """Take a stream of batches; see the module's head."""
+        name, verb, _ = _path(descriptor, (wire.UPSERT, wire.DELETE))
+        self._take_writes(context, (name, verb or wire.UPSERT), reader, writer.write)
+
+    @_answering
+    def do_exchange(self, context: Any, descriptor: flight.FlightDescriptor, reader: Any, writer: Any) -> None:
+        """Look up keys, or take a stream of batches; see the module's head."""
+        name, verb, consistency = _path(descriptor, (wire.GET, wire.UPSERT, wire.DELETE))
+        if not verb:
+            raise UsageError(f'DoExchange needs a path of table and verb: [{name!r}, "get"], "upsert" or "delete"')
+        if verb == wire.GET:
+            with self._stream():
+                self._look_up(name, consistency, reader, writer)
+        else:
+            self._take_writes(context, (name, verb), reader, lambda ack: writer.write_metadata(pa.py_buffer(ack)))
+
+    @_answering
+    def do_get(self, context: Any, ticket: flight.Ticket) -> flight.GeneratorStream:
+        """Stream the rows of a table in key order."""
+        asked = wire.decode_ticket(ticket.ticket)
+        view = self._view(asked.table, asked.consistency)
+        check_scan(view.info, asked.columns, None)
+        reader = view.scan(asked.columns)
+        return flight.GeneratorStream(reader.schema, self._rows(reader))
+
+    def _take_writes(self, context: Any, path: tuple[str, str], reader: Any, answer: Callable[[bytes], None]) -> None:
+        name, verb = path
+        write = self._backend.write_entry if verb == wire.UPSERT else self._backend.delete_entry
+
+        def offer(batch: pa.RecordBatch) -> Future[wire.Ack]:
+            if self._node.role is not Role.LEADER:
+                raise self._not_leader()
+            return then(write(self._table(name), batch), _ack)
+
+        ways = Ways(
+            offer=offer,
+            leads=lambda: self._node.role is Role.LEADER,
+            open_relay=(lambda: self._relays.open_stream(path, reader.schema)) if _may_forward(context) else None,
+            timeout_s=self._timeout_s + ANSWER_MARGIN_S,
+        )
+        with self._stream(), Intake(name, ways, answer) as intake, self._listed(intake):
+            for batch in _batches(reader):
+                if batch is None:
+                    intake.refuse(UsageError(f"table {name!r}: there is a message without rows in the stream"))
+                else:
+                    intake.take(batch)
+        self.check_running()
+
+    @contextlib.contextmanager
+    def _listed(self, intake: Intake) -> Iterator[None]:
+        """Let `stop` find `intake`."""
+        with self._lock:
+            if self._stopped.done():
+                raise StreamEndedError
+            self._intakes.add(intake)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._intakes.discard(intake)
+
+    @contextlib.contextmanager
+    def _stream(self) -> Iterator[None]:
+        """Count a stream while it is open."""
+        if not self._streams.acquire(blocking=False):
+            raise UnavailableError(f"this node has {STREAMS_MAX} streams open: close some, or retry later")
+        try:
+            yield
+        finally:
+            self._streams.release()
+
+    def _look_up(self, name: str, consistency: str, reader: Any, writer: Any) -> None:
+        schema: pa.Schema | None = None
+        for keys in _batches(reader):
+            self.check_running()
+            if keys is None or keys.num_rows > KEYS_MAX:
+                raise UsageError(f"table {name!r}: look up 1 to {KEYS_MAX} keys with each batch")
+            view = self._view(name, consistency)
+            rows = view.get_many(conform_keys(keys, view.info))
+            if schema is None:
+                writer.begin(rows.schema)
+                schema = rows.schema
+            elif not schema.equals(rows.schema):
+                raise UnavailableError(f"table {name!r} was dropped and created anew meanwhile: open another stream")
+            writer.write_batch(rows)
+
+    def _rows(self, reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+        """The batches of a scan in messages of bounded size."""
+        try:
+            with self._stream():
+                for batch in reader:
+                    rows = max(1, batch.num_rows * READ_BATCH_BYTES_MAX // max(1, batch.nbytes))
+                    for first in range(0, batch.num_rows, rows):
+                        self.check_running()
+                        yield batch.slice(first, rows)
+        except MarbleError as error:
+            raise to_flight_error(error) from None
+
+    # -- tables ------------------------------------------------------------------------------------------------------
+
+    @_answering
+    def list_flights(self, context: Any, criteria: bytes) -> Iterator[flight.FlightInfo]:
+        """One flight for each table."""
+        if criteria:
+            raise UsageError("ListFlights takes no criteria: it lists all tables")
+        self._confirm()
+        return iter([self._info(self._machine.read(table.id)) for table in self._machine.tables()])
+
+    @_answering
+    def get_flight_info(self, context: Any, descriptor: flight.FlightDescriptor) -> flight.FlightInfo:
+        """Schema, rows and ticket of a table."""
+        name, _, _ = _path(descriptor, ())
+        return self._info(self._view(name, "linearizable"))
+
+    @_answering
+    def get_schema(self, context: Any, descriptor: flight.FlightDescriptor) -> flight.SchemaResult:
+        """Schema of a table."""
+        name, _, _ = _path(descriptor, ())
+        return flight.SchemaResult(self._view(name, "linearizable").info.schema)
+
+    def _info(self, view: TableView) -> flight.FlightInfo:
+        options = self._node.options
+        mine = options.endpoints[options.node_id]
+        # Every node can answer; this one is named first, as the client has found it already.
+        nodes = [mine, *(endpoint for endpoint in options.endpoints.values() if endpoint != mine)]
+        locations = [flight.Location.for_grpc_tcp(*parse_endpoint(endpoint)) for endpoint in nodes]
+        endpoint = flight.FlightEndpoint(wire.encode_ticket(view.info.name), locations)
+        descriptor = flight.FlightDescriptor.for_path(view.info.name)
+        return flight.FlightInfo(view.info.schema, descriptor, [endpoint], view.row_count, -1)
+
+    def _view(self, name: str, consistency: str) -> TableView:
+        check_table_name(name)
+        if consistency == "linearizable":
+            self._confirm()
+        return self._machine.read(name)
+
+    def _table(self, name: str) -> TableInfo:
+        """The table `name`; asks the cluster before it says that there is none."""
+        try:
+            return self._machine.table(name)
+        except UsageError:
+            self._confirm()
+            return self._machine.table(name)
+
+    def _confirm(self) -> None:
+        """Wait until what this node has applied is at least what was committed anywhere when the call came."""
+        self._result(self._node.read_index(), self._node.options.read_timeout_s, UnavailableError)
+
+    # -- actions -----------------------------------------------------------------------------------------------------
+
+    @_answering
+    def list_actions(self, context: Any) -> Sequence[tuple[str, str]]:
+        """What DoAction can do."""
+        return list(ACTIONS.items())
+
+    @_answering
+    def do_action(self, context: Any, action: flight.Action) -> Iterator[bytes]:
+        """Do one of `ACTIONS`; one result."""
+        handler = self._actions.get(action.type)
+        if handler is None:
+            known = ", ".join(repr(name) for name in sorted(self._actions))
+            raise UsageError(f"there is no action {action.type[:80]!r}: there is {known}")
+        return iter([handler(context, action.body or b"")])
+
+    def _create_table(self, context: Any, body: bytes | pa.Buffer) -> bytes:
+        asked = wire.decode_object(body, "create_table", wire.TABLE_BYTES_MAX, ("name", "key", "schema"))
+        encoded = payload.encode_create_table(asked["name"], wire.decode_schema(asked["schema"]), asked["key"])
+
+        def create() -> bytes:
+            committed = self._commit(EntryKind.CREATE_TABLE, encoded)
+            return wire.encode_table_info(self._machine.table(committed.value))
+
+        return self._at_leader(context, "create_table", body, create, repeatable=True)
+
+    def _drop_table(self, context: Any, body: bytes | pa.Buffer) -> bytes:
+        asked = wire.decode_object(body, "drop_table", wire.TICKET_BYTES_MAX, ("name",))
+        encoded = payload.encode_drop_table(asked["name"])
+
+        def drop() -> bytes:
+            return wire.encode_json({"index": self._commit(EntryKind.DROP_TABLE, encoded).index})
+
+        return self._at_leader(context, "drop_table", body, drop, repeatable=False)
+
+    def _propose(self, context: Any, body: bytes | pa.Buffer) -> bytes:
+        limit = self._node.options.entry_bytes_max
+        if len(body) > limit:
+            raise UsageError(f"the operation has {len(body)} bytes, more than max_entry_size ({limit})")
+
+        def propose() -> bytes:
+            committed = self._commit(EntryKind.COMMAND, payload.encode_command(bytes(body)))
+            return wire.encode_json({"index": committed.index, "term": committed.term})
+
+        return self._at_leader(context, "propose", body, propose, repeatable=False)
+
+    def _campaign(self, context: Any, body: bytes | pa.Buffer) -> bytes:
+        self._node.campaign()
+        return b"{}"
+
+    def _tables(self, context: Any, body: bytes | pa.Buffer) -> bytes:
+        consistency = "linearizable"
+        if len(body):
+            asked = wire.decode_object(body, "tables", wire.TICKET_BYTES_MAX, (), ("consistency",))
+            consistency = wire.check_consistency(asked.get("consistency", consistency))
+        if consistency == "linearizable":
+            self._confirm()
+        return wire.encode_tables(self._machine.tables())
+
+    def _at_leader(
+        self, context: Any, name: str, body: bytes | pa.Buffer, do: Callable[[], bytes], *, repeatable: bool
+    ) -> bytes:
+        """The answer of `do`, or of the leader to the same action if this node does not lead."""
+        try:
+            if self._node.role is not Role.LEADER:
+                raise self._not_leader()
+            return do()
+        except NotLeaderError:
+            if not _may_forward(context):
+                raise
+        return self._relays.action(name, bytes(body), repeatable=repeatable)
+
+    # -- waiting -----------------------------------------------------------------------------------------------------
+
+    def _commit(self, kind: EntryKind, body: pa.Buffer) -> Committed:
+        return self._result(self._backend.propose(kind, 0, body), self._timeout_s, OutcomeUnknownError)
+
+    def _result(self, future: Future[T], timeout_s: float, late: type[MarbleError]) -> T:
+        """The result of `future`. If the engine is silent or the server stops, raises `late`."""
+        either: list[Future[Any]] = [future, self._stopped]
+        wait(either, timeout_s + ANSWER_MARGIN_S, FIRST_COMPLETED)
+        if future.done():
+            return future.result()
+        why = "the node stops" if self._stopped.done() else "the engine does not answer (a slow disk?)"
+        raise late(f"{why}: the call has no answer")
+
+    def _not_leader(self) -> NotLeaderError:
+        return NotLeaderError(
+            f"node {self._node.options.node_id} does not lead, and nothing was written", self._node.leader_endpoint
+        )
+
+    def _find_leader(self, timeout_s: float) -> str | None:
+        with contextlib.suppress(UnavailableError):
+            self._node.wait_for_leader(timeout_s)
+        return self._node.leader_endpoint
+
+
+def _path(descriptor: flight.FlightDescriptor, verbs: Sequence[str]) -> tuple[str, str, str]:
+    """Table, verb ("" if there is none) and consistency in the path of `descriptor`."""
+    known = ", ".join(f'"{verb}"' for verb in verbs)
+    wanted = "a path [table]" + (f" or [table, verb] with a verb of {known}" if verbs else "")
+    if descriptor.descriptor_type is not flight.DescriptorType.PATH or not descriptor.path:
+        raise UsageError(f"the descriptor must be {wanted}")
+    # Bytes that are not UTF-8 fail the check of the name, and are shown escaped.
+    name, *rest = [part.decode("utf-8", "backslashreplace") for part in descriptor.path]
+    check_table_name(name)
+    verb = rest[0] if rest else ""
+    if len(rest) > (2 if verb == wire.GET else 1) or (rest and verb not in verbs):
+        raise UsageError(f"the descriptor's path is {wanted}, not {[name, *rest]!r:.200}")
+    return name, verb, wire.check_consistency(rest[1]) if len(rest) == 2 else "linearizable"
+
+
+def _batches(reader: Any) -> Iterator[pa.RecordBatch | None]:
+    """The batches that a client sends; None for a message without rows."""
+    while True:
+        try:
+            chunk = reader.read_chunk()
+        except StopIteration:
+            return
+        yield chunk.data
+
+
+def _may_forward(context: Any) -> bool:
+    headers = context.get_middleware(wire.CallHeaders.KEY)
+    return headers is None or bool(headers.forward)
+
+
+def _ack(committed: Committed) -> wire.Ack:
+    return wire.Ack(committed.index, committed.term, committed.value)

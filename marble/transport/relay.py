@@ -1,0 +1,165 @@
+"""A follower's way to the leader: calls and streams of writes that clients gave to the wrong node.
+
+Rule 1: what is relayed says so (`marble.transport.wire.FORWARD_HEADER`), and is never relayed again: there is one hop,
+and a leader that has just lost its post answers NotLeaderError.
+Rule 2: a relay repeats only what was certainly not done.
+
+Thread-safe. One thread ("marble-relay-watch", while there are streams) holds the streams to their deadlines.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.flight as flight
+
+from marble.errors import NotLeaderError, ProtocolError, UnavailableError
+from marble.transport.faults import from_flight_error
+from marble.transport.put import PutStream
+from marble.transport.wire import call_options, connect
+
+RETRY_WAIT_S: Final = 0.02
+"""Between two tries to reach a leader: an election takes longer, a node's news of it hardly does."""
+
+WATCH_WAIT_S: Final = 0.25
+"""How late a stream's deadline may be noticed."""
+
+
+class RelayStream(PutStream):
+    """A stream of writes to the leader that takes itself off its `Relays` when it ends."""
+
+    def __init__(self, relays: Relays, path: tuple[str, ...], schema: pa.Schema) -> None:
+        super().__init__(path, schema, relays.locate, relays.timeout_s, call_options(None, forward=False))
+        self._relays = relays
+
+    def close(self, timeout_s: float) -> None:
+        super().close(timeout_s)
+        self._relays.forget(self)
+
+
+class Relays:
+    """Clients of the nodes that lead, and the streams that are open to them.
+
+    Parameters
+    ----------
+    find_leader
+        Waits up to the given seconds for a leader; its endpoint, or None.
+    timeout_s
+        Deadline of a call, and of each batch of a stream.
+    """
+
+    def __init__(self, find_leader: Callable[[float], str | None], timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._find_leader = find_leader
+        self._lock = threading.Lock()
+        self._clients: dict[str, flight.FlightClient] = {}
+        self._streams: set[RelayStream] = set()
+        self._stopping = threading.Event()
+        self._watch: threading.Thread | None = None
+
+    def open_stream(self, path: tuple[str, ...], schema: pa.Schema) -> RelayStream:
+        """A stream of batches of `schema` to `path` (table and verb) at the leader."""
+        stream = RelayStream(self, path, schema)
+        with self._lock:
+            self._check_running()
+            self._streams.add(stream)
+            if self._watch is None:
+                self._watch = threading.Thread(target=self._hold_to_deadlines, name="marble-relay-watch", daemon=True)
+                self._watch.start()
+        return stream
+
+    def forget(self, stream: RelayStream) -> None:
+        """`stream` has ended."""
+        with self._lock:
+            self._streams.discard(stream)
+
+    def locate(self, deadline: float, failed: bool) -> flight.FlightClient:
+        """A client of the leader, waiting for one until `deadline` (``time.monotonic()``).
+
+        Raises
+        ------
+        UnavailableError
+            If there is none in time, or the node stops.
+        """
+        if failed:
+            self._stopping.wait(RETRY_WAIT_S)
+        return self._client(self._leader(deadline))
+
+    def action(self, name: str, body: bytes, *, repeatable: bool) -> bytes:
+        """Do action `name` at the leader.
+
+        Parameters
+        ----------
+        repeatable
+            Doing it twice is doing it once, so that it may be sent again when the answer is lost.
+
+        Raises
+        ------
+        MarbleError
+            What the leader answered; UnavailableError if nothing was sent; OutcomeUnknownError if the answer was lost.
+        """
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            endpoint = self._leader(deadline)
+            options = call_options(max(RETRY_WAIT_S, deadline - time.monotonic()), forward=False)
+            try:
+                results = list(self._client(endpoint).do_action(flight.Action(name, body), options))
+            except pa.ArrowException as error:
+                told = from_flight_error(error, changes=not repeatable)
+                if not isinstance(told, NotLeaderError) and not (repeatable and isinstance(told, UnavailableError)):
+                    raise told from None
+                if time.monotonic() + RETRY_WAIT_S >= deadline or self._stopping.wait(RETRY_WAIT_S):
+                    raise told from None
+                continue
+            if len(results) != 1:
+                raise ProtocolError(f"the leader {endpoint} answered {name} {len(results)} times")
+            return bytes(results[0].body.to_pybytes())
+
+    def stop(self) -> None:
+        """End everything at once: streams break off, waits end in UnavailableError. Idempotent."""
+        self._stopping.set()
+        with self._lock:
+            streams, watch = list(self._streams), self._watch
+        for stream in streams:
+            stream.abort()
+        if watch is not None:
+            watch.join()
+        with self._lock:
+            clients, self._clients = self._clients, {}
+        for client in clients.values():
+            client.close()
+
+    def _leader(self, deadline: float) -> str:
+        while True:
+            self._check_running()
+            # In slices, so that a stop does not wait for an election.
+            left = deadline - time.monotonic()
+            endpoint = self._find_leader(max(0.0, min(left, WATCH_WAIT_S)))
+            if endpoint is not None:
+                return endpoint
+            if left <= 0:
+                raise UnavailableError(f"no leader was known within {self.timeout_s} s: nothing was written; retry")
+
+    def _client(self, endpoint: str) -> flight.FlightClient:
+        with self._lock:
+            self._check_running()
+            client = self._clients.get(endpoint)
+            if client is None:
+                client = self._clients[endpoint] = connect(endpoint)
+            return client
+
+    def _check_running(self) -> None:
+        if self._stopping.is_set():
+            raise UnavailableError("the node stops: nothing was written")
+
+    def _hold_to_deadlines(self) -> None:
+        while not self._stopping.wait(WATCH_WAIT_S):
+            with self._lock:
+                streams = list(self._streams)
+            now = time.monotonic()
+            for stream in streams:
+                stream.expire(now)
