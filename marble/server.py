@@ -1,0 +1,359 @@
+"""One node of a cluster in this process, under the names that users of MarbleDB know, in Python spelling.
+
+Rule 1: this is a face. It checks the order of calls, puts the parts together and takes them apart; it decides nothing.
+
+::
+
+    transport = create_arrow_flight_transport("127.0.0.1:5001")
+    with create_raft_server(transport, data_dir="data/1") as server:
+        server.initialize(RaftClusterConfig("c", ["127.0.0.1:5001", "127.0.0.1:5002", "127.0.0.1:5003"]))
+        server.start()
+        server.wait_for_leader(10)
+        server.database.table("flights").scan(consistency="local")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final
+
+import pyarrow as pa
+
+from marble._core.entry_batch import Proposal
+from marble.config import NodeConfig, RaftClusterConfig, format_endpoint, parse_endpoint
+from marble.database import Database
+from marble.env import SystemFiles
+from marble.errors import OutcomeUnknownError, UsageError
+from marble.local import LocalBackend
+from marble.lsm import payload
+from marble.lsm.machine import TableMachine
+from marble.metrics import Metrics
+from marble.node import Committed, Node, NodeOptions
+from marble.service import TablesService
+from marble.transport.flight import FlightTransport
+from marble.types import EntryKind, Role
+
+STOP_GRACE_S: Final = 0.5
+"""How long open calls get to end by themselves when a server stops: enough to write the acks that are due."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArrowFlightTransport:
+    """Where a node is to listen, for peers and clients alike. Nothing is opened before the server starts."""
+
+    endpoint: str
+
+
+def create_arrow_flight_transport(endpoint: str) -> ArrowFlightTransport:
+    """Name the place where a server will listen.
+
+    Parameters
+    ----------
+    endpoint
+        ``host:port``. Port 0 takes any free one, for a server that is told its ``node_id``.
+
+    Raises
+    ------
+    UsageError
+        If `endpoint` is not of that form.
+    """
+    return ArrowFlightTransport(format_endpoint(*parse_endpoint(endpoint, free_port=True)))
+
+
+def create_raft_server(
+    transport: ArrowFlightTransport | None = None,
+    *,
+    data_dir: str | os.PathLike[str],
+    machine: TableMachine | None = None,
+    node_id: int | None = None,
+) -> RaftServer:
+    """Make a server, to be initialized and started.
+
+    Parameters
+    ----------
+    transport
+        Where to listen. None: at the node's endpoint in the cluster's config.
+    data_dir
+        The node's own directory, made when the server starts.
+    machine
+        What to apply to, still empty: pass ``TableMachine(on_command=...)`` to be called with every operation that
+        `RaftServer.propose_operation` replicates.
+    node_id
+        Which node of the cluster this is. None: the one whose endpoint is that of `transport`, or the only one.
+    """
+    return RaftServer(transport, data_dir, machine or TableMachine(), node_id)
+
+
+def server_from_config(config: NodeConfig) -> RaftServer:
+    """An initialized server, to be started."""
+    server = create_raft_server(
+        create_arrow_flight_transport(config.listen_endpoint), data_dir=config.data_dir, node_id=config.id
+    )
+    server.initialize(config.cluster)
+    return server
+
+
+class _Phase(enum.Enum):
+    """How far a server has come. It only goes forward."""
+
+    MADE = "initialize"
+    INITIALIZED = "start"
+    STARTED = ""
+    STOPPED = "create_raft_server"
+
+
+class _ServerBackend(LocalBackend):
+    """The tables for the process that embeds the server; closing them leaves the server running."""
+
+    def close(self) -> None:
+        """Nothing is held: the server owns the node."""
+
+
+class RaftServer:
+    """A node that takes part in a cluster. A context manager: leaving it stops the server.
+
+    Made by `create_raft_server`. `initialize`, `start` and `stop` belong to one caller; the rest is thread-safe.
+    """
+
+    def __init__(
+        self,
+        transport: ArrowFlightTransport | None,
+        data_dir: str | os.PathLike[str],
+        machine: TableMachine,
+        node_id: int | None,
+    ) -> None:
+        self._listen = transport
+        self._data_dir = data_dir
+        self._machine = machine
+        self._node_id = node_id
+        self._phase = _Phase.MADE
+        self._config: RaftClusterConfig | None = None
+        self._options: NodeOptions | None = None
+        self._node: Node | None = None
+        self._flight: FlightTransport | None = None
+        self._service: TablesService | None = None
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    def initialize(self, config: RaftClusterConfig) -> None:
+        """Say which cluster this server is of. Opens nothing.
+
+        Raises
+        ------
+        UsageError
+            If it is initialized already, or the cluster has no node at the transport's endpoint.
+        """
+        if self._phase is not _Phase.MADE:
+            raise UsageError("initialize was called before: a server belongs to one cluster")
+        if not isinstance(config, RaftClusterConfig):
+            raise UsageError(f"initialize takes a RaftClusterConfig, not a {type(config).__name__}")
+        node_id = self._find_node(config)
+        self._options = NodeOptions(
+            cluster_id=config.cluster_id,
+            node_id=node_id,
+            endpoints=config.endpoints,
+            tick_ms=config.tick_ms,
+            election_ticks=config.election_ticks,
+            heartbeat_ticks=config.heartbeat_ticks,
+            pre_vote=config.enable_pre_vote,
+            log_bytes_max=config.max_log_size,
+            entry_bytes_max=config.max_entry_size,
+            append_bytes_max=config.append_bytes_max,
+            inflight_messages_max=config.inflight_messages_max,
+            inflight_bytes_max=config.inflight_bytes_max,
+            uncommitted_bytes_max=config.uncommitted_bytes_max,
+        )
+        self._config, self._phase = config, _Phase.INITIALIZED
+
+    def _find_node(self, config: RaftClusterConfig) -> int:
+        if self._node_id is not None:
+            if self._node_id not in config.endpoints:
+                raise UsageError(f"node_id is {self._node_id}, but the cluster's nodes are {list(config.voters)}")
+            return self._node_id
+        if self._listen is not None:
+            return config.find_node(self._listen.endpoint)
+        if len(config.endpoints) == 1:
+            return config.voters[0]
+        raise UsageError("pass a transport or a node_id to create_raft_server: which node of the cluster is this?")
+
+    def start(self) -> None:
+        """Recover the log, listen, and take part in the cluster. Does not wait for a leader.
+
+        Raises
+        ------
+        UsageError
+            If `initialize` is missing, the server was started before, or the directory belongs to another node.
+        UnavailableError
+            If the directory or the port is in use.
+        CorruptionError
+            If the log is damaged.
+        """
+        if self._phase is not _Phase.INITIALIZED:
+            raise self._out_of_order("start")
+        assert self._options is not None
+        assert self._config is not None
+        metrics = Metrics()
+        self._phase = _Phase.STOPPED  # It stays so if starting fails.
+        with contextlib.ExitStack() as stack:
+            listen = self._listen.endpoint if self._listen is not None else self.endpoint
+            carrier = FlightTransport(
+                listen,
+                self._options.cluster_id,
+                self._options.node_id,
+                entry_bytes_max=self._config.message_bytes_max,
+                metrics=metrics,
+            )
+            stack.callback(carrier.stop, STOP_GRACE_S)
+            node = Node(self._options, SystemFiles(self._data_dir), self._machine, carrier, metrics=metrics)
+            stack.callback(node.stop)
+            service = TablesService(LocalBackend(node, self._machine))
+            node.start()
+            carrier.start(node.receive, service)
+            peers = {peer: where for peer, where in self._options.endpoints.items() if peer != self._options.node_id}
+            carrier.set_peers(peers)
+            stack.pop_all()
+        self._node, self._flight, self._service = node, carrier, service
+        self._phase = _Phase.STARTED
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End all calls and streams, leave the cluster's traffic, close the log. Idempotent.
+
+        What clients have under way and is not decided yet ends in OutcomeUnknownError.
+
+        Parameters
+        ----------
+        timeout_s
+            Within how many seconds.
+
+        Raises
+        ------
+        UnavailableError
+            If something did not end in time (a disk that hangs). The data directory then stays locked.
+        """
+        deadline = time.monotonic() + timeout_s
+        started, self._phase = self._phase is _Phase.STARTED, _Phase.STOPPED
+        if not started:
+            return
+        assert self._node is not None
+        assert self._flight is not None
+        assert self._service is not None
+        self._service.stop()
+        try:
+            self._flight.stop(min(STOP_GRACE_S, timeout_s / 4))
+        finally:
+            self._node.stop(max(0.1, deadline - time.monotonic()))
+
+    def __enter__(self) -> RaftServer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def is_running(self) -> bool:
+        """True from `start` to `stop`, unless the engine had to give up: then `failure` says why."""
+        return self._phase is _Phase.STARTED and self._node is not None and self._node.is_running
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What made the engine give up, if it did: a failed disk, or an error of marble's."""
+        return None if self._node is None else self._node.failure
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the engine has ended, by `stop` or by a failure. False after `timeout_s` seconds."""
+        return self._running("wait").stopped.wait(timeout_s)
+
+    # -- the cluster -------------------------------------------------------------------------------------------------
+
+    @property
+    def endpoint(self) -> str:
+        """``host:port`` where others find this node."""
+        if self._options is None:
+            raise self._out_of_order("endpoint")
+        return self._options.endpoints[self._options.node_id]
+
+    @property
+    def node_id(self) -> int:
+        """Which node of the cluster this is."""
+        if self._options is None:
+            raise self._out_of_order("node_id")
+        return self._options.node_id
+
+    def get_role(self) -> Role:
+        """What this node is in its group now."""
+        return self._running("get_role").role
+
+    def get_leader_endpoint(self) -> str | None:
+        """``host:port`` of the leader as far as this node knows."""
+        return self._running("get_leader_endpoint").leader_endpoint
+
+    def wait_for_leader(self, timeout_s: float = 10.0) -> str:
+        """Wait until this node knows a leader; its endpoint. Raises UnavailableError after `timeout_s` seconds."""
+        node = self._running("wait_for_leader")
+        return node.options.endpoints[node.wait_for_leader(timeout_s)]
+
+    def trigger_election(self) -> None:
+        """Let this node stand for election now. A healthy leader is not disturbed, if pre-votes are on."""
+        self._running("trigger_election").campaign()
+
+    def get_cluster_status(self) -> dict[str, Any]:
+        """What this node knows of itself and of the cluster, as values for JSON."""
+        return self._running("get_cluster_status").status()
+
+    def propose_operation(
+        self, operation: bytes | bytearray | memoryview | pa.Buffer | Proposal, timeout_s: float = 10.0
+    ) -> int:
+        """Replicate `operation` and return the index at which it is committed, durable and applied here.
+
+        Parameters
+        ----------
+        operation
+            Bytes, which every replica hands to its machine's ``on_command``; or a Proposal of any kind.
+        timeout_s
+            How long to wait, in seconds.
+
+        Raises
+        ------
+        NotLeaderError
+            If this node does not lead; it names the leader. Nothing was replicated.
+        UnavailableError
+            If no more is taken now. Nothing was replicated.
+        OutcomeUnknownError
+            If it was not decided in time.
+        UsageError
+            If `operation` is too large.
+        """
+        node = self._running("propose_operation")
+        if not isinstance(operation, Proposal):
+            if not isinstance(operation, bytes | bytearray | memoryview | pa.Buffer):
+                raise UsageError(f"an operation must be bytes or a Proposal, not a {type(operation).__name__}")
+            operation = Proposal(EntryKind.COMMAND, 0, payload.encode_command(bytes(operation)))
+        future: Future[Committed] = node.propose(operation)
+        try:
+            return future.result(timeout_s).index
+        except TimeoutError:
+            raise OutcomeUnknownError(f"the operation was not decided in {timeout_s} s: it may still be") from None
+
+    @property
+    def database(self) -> Database:
+        """The tables, for this process: reads on any node, writes while this node leads (else NotLeaderError)."""
+        return Database(_ServerBackend(self._running("database"), self._machine))
+
+    def _running(self, what: str) -> Node:
+        if self._phase is not _Phase.STARTED or self._node is None:
+            raise self._out_of_order(what)
+        return self._node
+
+    def _out_of_order(self, what: str) -> UsageError:
+        if self._phase is _Phase.STOPPED:
+            return UsageError(f"{what}: the server was stopped; make another one with create_raft_server")
+        if self._phase is _Phase.STARTED:
+            return UsageError(f"{what}: the server was started before")
+        return UsageError(f"{what}: call {self._phase.value}() first")
