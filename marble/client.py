@@ -23,7 +23,7 @@ from marble.database import Database
 from marble.errors import MarbleError, NotLeaderError, OutcomeUnknownError, ProtocolError, UnavailableError, UsageError
 from marble.filters import columns_read, filter_batches
 from marble.schema import TableInfo, conform, conform_keys
-from marble.transport.faults import from_flight_error, is_refusal
+from marble.transport.faults import from_flight_error
 from marble.transport.put import PutStream
 from marble.transport.wire import (
     DELETE,
@@ -292,9 +292,7 @@ class RemoteBackend:
                 (answer,) = client.do_action(fl.Action(name, body), call_options(max(RETRY_WAIT_MIN_S, deadline - time.monotonic())))
                 return bytes(answer.body.to_pybytes())
             except pa.ArrowException as failure:
-                error = from_flight_error(failure)
-                if isinstance(error, UnavailableError) and not is_refusal(failure):
-                    raise OutcomeUnknownError(f"{name} was sent and its answer was lost: {error}") from None
+                error = from_flight_error(failure, changes=True)
                 if not isinstance(error, UnavailableError | NotLeaderError):
                     raise error from None
             failed = True
