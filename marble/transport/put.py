@@ -195,7 +195,8 @@ class PutStream:
                     return
                 deadline = self._backlog[0].deadline
             try:
-                self._open(self._locate(deadline, failed))
+                # Held until the stream is settled: pyarrow ends the whole exchange when its writer is collected.
+                writer = self._open(self._locate(deadline, failed))
             except MarbleError as error:
                 failed = True
                 self._fail_backlog(error)
@@ -208,8 +209,9 @@ class PutStream:
             refused, why = self._read_acks()
             failed = bool(refused) or why is not None
             self._settle(refused, why)
+            del writer
 
-    def _open(self, client: fl.FlightClient) -> None:
+    def _open(self, client: fl.FlightClient) -> fl.FlightStreamWriter:
         writer, reader = client.do_exchange(fl.FlightDescriptor.for_path(*self._path), self._options)
         writer.begin(self._schema)
         with self._order:
@@ -223,6 +225,7 @@ class PutStream:
                 self._send(writer, item)
             if closing:
                 writer.done_writing()
+        return writer
 
     def _read_acks(self) -> tuple[list[_Item], BaseException | None]:
         """Answer writes until the stream ends, or until it has refused one and owes nothing more.
