@@ -38,7 +38,8 @@ def test_a_plain_display_gives_ten_lines_of_progress() -> None:
         "   10 %  100 rows  100 rows/s  leader node 1",
     ]
     assert sum("%" in line for line in lines) == 10
-    assert lines[11].startswith("  100 %  1,000 rows") and lines[11].endswith("no leader")
+    assert lines[11].startswith("  100 %  1,000 rows")
+    assert lines[11].endswith("no leader")
     assert "  rate           5 rows/s" in lines
     assert "  write latency  p50 1 ms" in lines
     assert lines[-2:] == ["PASSED: 1,000 rows", "FAILED: node 2: [2] rows are missing"]
