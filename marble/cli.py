@@ -153,19 +153,24 @@ def _signals_raise() -> Iterator[None]:
 def _serve(options: argparse.Namespace) -> int:
     if options.exit_with_parent is not None:
         _die_with_parent(options.exit_with_parent)
+    import logging
+
     from marble.config import load_config
+    from marble.server import server_from_config
 
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = load_config(options.config)
-    from marble.server import serve
-
+    server = server_from_config(config)
     # Until the server runs, a signal ends the process at once: that is a crash, and a crash is safe at any moment.
-    server = serve(config)
+    server.start()
     with contextlib.closing(_Signals((signal.SIGTERM, signal.SIGINT))) as signals:
         try:
-            print(f"marble: node {config.id} listens on {server.endpoint}, data in {config.data_dir}", flush=True)
+            print(
+                f"marble: node {config.id} listens on {config.listen_endpoint}, data in {config.data_dir}", flush=True
+            )
             while not signals.wait(_ALIVE_CHECK_S):
                 if not server.is_running():
-                    raise InvariantError(f"node {config.id} has stopped by itself: see the lines above")
+                    raise InvariantError(f"node {config.id} has stopped by itself: {server.failure}")
         finally:
             server.stop()
     return EXIT_OK
@@ -214,12 +219,22 @@ def _die_with_parent(parent: int) -> None:
 
 def _log(options: argparse.Namespace) -> int:
     from marble.env import SystemFiles
+    from marble.logstore.scan import RecoveryReport
     from marble.logstore.show import rows
 
     if not (options.directory / "log").is_dir():
         raise UsageError(f"{options.directory} is not a node's data directory: it has no log")
+
+    def report(found: RecoveryReport) -> None:
+        if found.cut_path is not None:
+            # Not an error: a crash in the middle of a write looks like this, and a node cuts it off when it starts.
+            print(f"torn tail: {found.cut_bytes} bytes of {found.cut_path} from offset {found.cut_offset}")
+        if found.lost_durable_bytes:
+            print(f"lost: {found.lost_durable_bytes} bytes that had been durable are missing at the end")
+
     try:
-        _print_table(rows(SystemFiles(options.directory)))
+        _print_table(rows(SystemFiles(options.directory), report))
+        sys.stdout.flush()
     except BrokenPipeError:
         # The reader (``| head``) has seen enough. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
