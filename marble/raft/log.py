@@ -47,9 +47,14 @@ class RaftLog:
                 f"applied index {applied_index} does not lie in the log [{entries.first_index}, {entries.last_index}]: "
                 "part of the log is gone; restore this node from its peers"
             )
+        if commit_index > entries.last_index:
+            # A commit index is stored only when the entries are durable (`State.hard_state`).
+            raise CorruptionError(
+                f"commit index {commit_index} was stored, but the log ends at {entries.last_index}: "
+                "committed entries are gone; restore this node from its peers"
+            )
         self._entries = entries
-        # A stored commit index is a hint: its write may have outlived the entries that were under way with it.
-        self.commit_index = max(applied_index, min(commit_index, entries.last_index))
+        self.commit_index = max(commit_index, applied_index)
         self.applied_index = applied_index
         self.applying_index = applied_index
         self.persisted_index = entries.last_index

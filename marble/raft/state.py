@@ -89,8 +89,12 @@ class State:
 
     @property
     def hard_state(self) -> HardState:
-        """What this node must remember."""
-        return HardState(self.term, self.vote, self.log.commit_index)
+        """What this node must remember. Its commit index never passes what is durable.
+
+        Otherwise a write that is torn after the hard state could leave a commit index that covers entries which the
+        lost part of that same write was to replace: a restart would take those for committed.
+        """
+        return HardState(self.term, self.vote, min(self.log.commit_index, self.log.persisted_index))
 
     @property
     def unfinished_write(self) -> int:

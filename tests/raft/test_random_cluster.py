@@ -1,0 +1,32 @@
+"""Safety under everything that may go wrong, and progress once it stops."""
+
+from __future__ import annotations
+
+import pytest
+from raft.random_cluster import RandomCluster
+
+TIGHT = {"append_bytes_max": 40, "inflight_messages_max": 2, "inflight_bytes_max": 60}
+
+
+@pytest.mark.parametrize("pre_vote", [True, False])
+@pytest.mark.parametrize("check_quorum", [True, False])
+@pytest.mark.parametrize(("size", "seed"), [(3, 1), (3, 2), (3, 3), (5, 4), (5, 5), (1, 6), (2, 7)])
+def test_cluster_keeps_its_promises(size: int, seed: int, pre_vote: bool, check_quorum: bool) -> None:
+    tight = TIGHT if seed % 2 else {}
+    cluster = RandomCluster(seed, size, pre_vote=pre_vote, check_quorum=check_quorum, **tight)
+    for _ in range(2500):
+        cluster.step()
+    cluster.heal()
+    assert len(cluster.committed) > 3
+    assert len(cluster.leaders) > 1
+
+
+def test_one_seed_gives_one_history() -> None:
+    histories = []
+    for _ in range(2):
+        cluster = RandomCluster(11, 3)
+        for _ in range(1500):
+            cluster.step()
+        histories.append((cluster.committed, cluster.leaders, [node.rows for node in cluster.nodes.values()]))
+    assert histories[0] == histories[1]
+    assert histories[0][0]
