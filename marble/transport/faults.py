@@ -92,6 +92,11 @@ def from_flight_error(error: BaseException, *, changes: bool = False) -> MarbleE
     return InvariantError(f"{type(error).__name__}: {error}")
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Whether a server itself said that it did nothing of what was asked, so that asking again repeats nothing."""
+    return isinstance(_told(error), UsageError | NotLeaderError | UnavailableError)
+
+
 def _told(error: BaseException) -> MarbleError | None:
     """What the server says in ``extra_info``; None if it says nothing that we understand."""
     extra = getattr(error, "extra_info", b"")

@@ -4,7 +4,8 @@ Rule 1: handlers run on gRPC's threads. They check what came, hand it to the rec
 Rule 2: what a stranger sends ends that stranger's call and is counted; it does nothing else.
 Rule 3: `FlightTransport.stop` returns within its deadline, whoever keeps a stream open.
 
-Calls other than the nodes' own stream go to a `FlightService`, so that one port serves peers and clients.
+Calls other than the nodes' own streams (DoExchange of the command `RAFT_COMMAND`) go to a `FlightService`, so that one
+port serves peers and clients.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import pyarrow.flight as fl
 from marble.env import Clock, Random, SystemClock, SystemRandom
 from marble.errors import ProtocolError, UnavailableError, UsageError
 from marble.metrics import Metrics
-from marble.transport import _shutdown
+from marble.transport import _shutdown, wire
 from marble.transport.codec import Codec, Envelope
 from marble.transport.faults import to_flight_error
 from marble.transport.link import RAFT_COMMAND, Link, TransportOptions
@@ -51,6 +52,13 @@ class FlightService(Protocol):
         descriptor: fl.FlightDescriptor,
         reader: fl.MetadataRecordBatchReader,
         writer: fl.FlightMetadataWriter,
+    ) -> None: ...
+    def do_exchange(
+        self,
+        context: fl.ServerCallContext,
+        descriptor: fl.FlightDescriptor,
+        reader: fl.MetadataRecordBatchReader,
+        writer: fl.MetadataRecordBatchWriter,
     ) -> None: ...
     def do_action(self, context: fl.ServerCallContext, action: fl.Action) -> Iterable[bytes | fl.Result]: ...
     def list_actions(self, context: fl.ServerCallContext) -> Iterable[fl.ActionType | tuple[str, str]]: ...
@@ -309,14 +317,14 @@ class FlightTransport:
             _log.error("a call failed", exc_info=error)
         return told
 
-    def exchange(self, descriptor: fl.FlightDescriptor, reader: fl.MetadataRecordBatchReader) -> None:
+    def take_messages(self, reader: fl.MetadataRecordBatchReader) -> None:
         """A stream of messages from a peer, until it ends."""
         try:
             receiver = self._receiver
             if receiver is None or self._stopped:
                 self._refused.add()
                 raise UnavailableError(f"node {self.node_id} does not take messages now")
-            sender = self._greet(descriptor, reader)
+            sender = self._greet(reader)
             for chunk in reader:
                 if chunk.app_metadata is None:
                     raise ProtocolError(f"entries without messages from node {sender}")
@@ -330,7 +338,7 @@ class FlightTransport:
             self._count_garbage(error)
             raise self._told(error) from None
 
-    def _greet(self, descriptor: fl.FlightDescriptor, reader: fl.MetadataRecordBatchReader) -> int:
+    def _greet(self, reader: fl.MetadataRecordBatchReader) -> int:
         """Find out who opened this stream. Raises ProtocolError unless it is a peer."""
         with self._lock:
             refused = self._strangers >= self.options.strangers_max
@@ -339,8 +347,6 @@ class FlightTransport:
             self._refused.add()
             raise UnavailableError(f"too many streams to node {self.node_id} that do not say where they come from")
         try:
-            if descriptor.command != RAFT_COMMAND:
-                raise ProtocolError(f"DoExchange serves {RAFT_COMMAND.decode()} only")
             chunk = next(reader, None)
             if chunk is None or chunk.app_metadata is None or chunk.data is not None:
                 raise ProtocolError("the stream does not open with a hello")
@@ -366,10 +372,14 @@ class _Server(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow has no type
 
     def __init__(self, location: str, transport: FlightTransport) -> None:
         self._transport = transport
-        super().__init__(location)
+        super().__init__(location, middleware={wire.CallHeaders.KEY: wire.CallHeadersFactory()})
 
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        self._transport.exchange(descriptor, reader)
+        if descriptor.command == RAFT_COMMAND:
+            self._transport.take_messages(reader)
+            return
+        with self._transport.serve() as service:
+            service.do_exchange(context, descriptor, reader, writer)
 
     def list_flights(self, context: Any, criteria: bytes) -> Iterator[fl.FlightInfo]:
         with self._transport.serve() as service:
