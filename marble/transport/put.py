@@ -11,6 +11,7 @@ Threads: any thread may `write`. One thread of the stream's own ("marble-put-…
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -209,7 +210,9 @@ class PutStream:
             refused, why = self._read_acks()
             failed = bool(refused) or why is not None
             self._settle(refused, why)
-            del writer
+            # After the end of the stream this only collects its status, which is known.
+            with contextlib.suppress(pa.ArrowException):
+                writer.close()
 
     def _open(self, client: fl.FlightClient) -> fl.FlightStreamWriter:
         writer, reader = client.do_exchange(fl.FlightDescriptor.for_path(*self._path), self._options)
