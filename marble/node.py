@@ -312,6 +312,14 @@ class Node:
         """The transport lost the link to `peer`."""
         self._inbox.put(lambda: self._driver.raft.report_unreachable(peer))
 
+    def fail(self, error: BaseException) -> None:
+        """Stop the engine because of `error`, which is marble's own: nothing that follows could be trusted."""
+
+        def stop() -> None:
+            raise error
+
+        self._inbox.put(stop)
+
     def wait_for_leader(self, timeout_s: float) -> int:
         """Wait until this node knows a leader; return its id. Raises UnavailableError after `timeout_s` seconds."""
         with self._view:

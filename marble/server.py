@@ -37,6 +37,7 @@ from marble.metrics import Metrics
 from marble.node import Committed, Node, NodeOptions
 from marble.service import TablesService
 from marble.transport.flight import FlightTransport
+from marble.transport.link import TransportOptions
 from marble.types import EntryKind, Role
 
 STOP_GRACE_S: Final = 0.5
@@ -44,6 +45,10 @@ STOP_GRACE_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
+ENTRY_OVERHEAD_BYTES = 1 << 20
+"""What the columns beside the payload add to the entries of one message, at most."""
+
+
 class ArrowFlightTransport:
     """Where a node is to listen, for peers and clients alike. Nothing is opened before the server starts."""
 
@@ -206,7 +211,7 @@ class RaftServer:
                 listen,
                 self._options.cluster_id,
                 self._options.node_id,
-                entry_bytes_max=self._config.message_bytes_max,
+                options=TransportOptions(entry_bytes_max=self._config.message_bytes_max + ENTRY_OVERHEAD_BYTES),
                 metrics=metrics,
             )
             stack.callback(carrier.stop, STOP_GRACE_S)
@@ -214,7 +219,7 @@ class RaftServer:
             stack.callback(node.stop)
             service = TablesService(LocalBackend(node, self._machine))
             node.start()
-            carrier.start(node.receive, service)
+            carrier.start(node.receive, service, unreachable=node.unreachable, failed=node.fail)
             peers = {peer: where for peer, where in self._options.endpoints.items() if peer != self._options.node_id}
             carrier.set_peers(peers)
             stack.pop_all()
