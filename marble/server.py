@@ -44,11 +44,11 @@ STOP_GRACE_S: Final = 0.5
 """How long open calls get to end by themselves when a server stops: enough to write the acks that are due."""
 
 
-@dataclass(frozen=True, slots=True)
 ENTRY_OVERHEAD_BYTES = 1 << 20
 """What the columns beside the payload add to the entries of one message, at most."""
 
 
+@dataclass(frozen=True, slots=True)
 class ArrowFlightTransport:
     """Where a node is to listen, for peers and clients alike. Nothing is opened before the server starts."""
 
