@@ -22,7 +22,7 @@ from marble.config import parse_url
 from marble.database import Database
 from marble.errors import MarbleError, NotLeaderError, OutcomeUnknownError, ProtocolError, UnavailableError, UsageError
 from marble.filters import columns_read, filter_batches
-from marble.schema import TableInfo, conform, conform_keys
+from marble.schema import TableInfo
 from marble.transport.faults import from_flight_error
 from marble.transport.put import PutStream
 from marble.transport.wire import (
@@ -99,10 +99,10 @@ class RemoteBackend:
     # -- writes ------------------------------------------------------------------------------------------------------
 
     def write(self, table: TableInfo, batch: pa.RecordBatch) -> Future[int]:
-        return self._put(table, UPSERT, table.schema, conform(batch, table))
+        return self._put(table, UPSERT, table.schema, batch)
 
     def delete(self, table: TableInfo, keys: pa.RecordBatch) -> Future[int]:
-        return self._put(table, DELETE, table.key_schema, conform_keys(keys, table))
+        return self._put(table, DELETE, table.key_schema, keys)
 
     def _put(self, table: TableInfo, verb: str, schema: pa.Schema, batch: pa.RecordBatch) -> Future[int]:
         with self._lock:
@@ -186,7 +186,6 @@ class RemoteBackend:
     # -- reads -------------------------------------------------------------------------------------------------------
 
     def get_many(self, table: TableInfo, keys: pa.RecordBatch, consistency: str) -> pa.RecordBatch:
-        keys = conform_keys(keys, table)
         path = (table.name, GET) if consistency == "linearizable" else (table.name, GET, consistency)
 
         def read(endpoint: str, left: float) -> pa.RecordBatch:

@@ -18,7 +18,8 @@ from marble._core.entry_batch import Proposal
 from marble.database import Database
 from marble.env import SystemFiles
 from marble.lsm import payload
-from marble.lsm.machine import TableMachine, TableView
+from marble.lsm.machine import TableMachine
+from marble.lsm.view import TableView
 from marble.node import Committed, Node, NodeOptions
 from marble.schema import TableInfo, conform, conform_keys
 from marble.types import EntryKind
@@ -43,6 +44,10 @@ def then(future: Future[A], function: Callable[[A], B]) -> Future[B]:
     return answer
 
 
+def _index(committed: Committed) -> int:
+    return committed.index
+
+
 class LocalBackend:
     """What `marble.database.Database` does, done on a node in this process. Thread-safe.
 
@@ -63,18 +68,19 @@ class LocalBackend:
         return self.node.propose(Proposal(kind, table_id, body))
 
     def write_entry(self, table: TableInfo, batch: pa.RecordBatch) -> Future[Committed]:
-        """Upsert the rows of `batch`, as one entry."""
+        """Upsert the rows of `batch`, whoever it came from, as one entry."""
         return self.propose(EntryKind.WRITE, table.id, payload.encode_rows(conform(batch, table)))
 
     def delete_entry(self, table: TableInfo, keys: pa.RecordBatch) -> Future[Committed]:
-        """Delete the rows with these `keys`, as one entry."""
+        """Delete the rows with these `keys`, whoever they came from, as one entry."""
         return self.propose(EntryKind.DELETE, table.id, payload.encode_rows(conform_keys(keys, table)))
 
     def write(self, table: TableInfo, batch: pa.RecordBatch) -> Future[int]:
-        return then(self.write_entry(table, batch), lambda committed: committed.index)
+        # `Table` has conformed what it hands over.
+        return then(self.propose(EntryKind.WRITE, table.id, payload.encode_rows(batch)), _index)
 
     def delete(self, table: TableInfo, keys: pa.RecordBatch) -> Future[int]:
-        return then(self.delete_entry(table, keys), lambda committed: committed.index)
+        return then(self.propose(EntryKind.DELETE, table.id, payload.encode_rows(keys)), _index)
 
     def create_table(self, name: str, schema: pa.Schema, key: Sequence[str]) -> TableInfo:
         body = payload.encode_create_table(name, schema, key)

@@ -249,9 +249,9 @@ class PutStream:
                 if not self._sent:
                     return refused, ProtocolError("the server acknowledged more than was written")
                 item = self._sent.popleft()
-            error = ack.error()
-            if isinstance(error, NotLeaderError | UnavailableError):
-                item.refusal = error
+            answer = ack.error()
+            if isinstance(answer, NotLeaderError | UnavailableError):
+                item.refusal = answer
                 refused.append(item)
                 with self._state:
                     # Nothing more goes out here; it waits in the backlog behind what is to be sent again.
@@ -263,10 +263,10 @@ class PutStream:
                     earlier.refuse()
                 refused.clear()
                 self._done(item)
-                if error is None:
+                if answer is None:
                     item.future.set_result(ack)
                 else:
-                    item.future.set_exception(error)
+                    item.future.set_exception(answer)
             with self._state:
                 if self._writer is None and not self._sent:
                     reader.cancel()
