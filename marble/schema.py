@@ -121,7 +121,7 @@ class TableInfo:
     key: tuple[str, ...]
     key_schema: pa.Schema = dataclasses.field(init=False, repr=False, compare=False)
     lookup_schema: pa.Schema = dataclasses.field(init=False, repr=False, compare=False)
-    _checked: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    _checked: tuple[tuple[int, pa.Field, bool], ...] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         def keep(name: str, value: object) -> None:
@@ -129,10 +129,11 @@ class TableInfo:
 
         keep("key_schema", pa.schema([self.schema.field(name) for name in self.key]))
         keep("lookup_schema", pa.schema([field.with_nullable(True) for field in self.schema]))
-        # Most columns may hold anything: apply looks only at the others, for each of its many small batches.
-        keep(
-            "_checked", tuple(i for i, field in enumerate(self.schema) if field.name in self.key or _is_required(field))
-        )
+        # Apply goes through many small batches: it passes over columns that may hold anything, and a count of nulls
+        # says enough of the others, unless the flag is set.
+        checked = [(i, field) for i, field in enumerate(self.schema) if field.name in self.key or _is_required(field)]
+        flags = [_has_required_child(field.type) or pt.is_floating(field.type) for _, field in checked]
+        keep("_checked", tuple((i, field, flag) for (i, field), flag in zip(checked, flags, strict=True)))
 
     def same_definition(self, schema: pa.Schema, key: Sequence[str]) -> bool:
         """Whether `schema` and `key` (as `check_table` returned them) are those of this table."""
@@ -191,14 +192,8 @@ def check_table(name: str, schema: pa.Schema, key: Sequence[str]) -> tuple[pa.Sc
         raise UsageError(f"table {name!r}: a table has 1 to {COLUMNS_MAX} columns, this schema has {len(schema)}")
     _check_names(schema.names, f"table {name!r}")
     fields_left = [FIELDS_MAX]
-    fields = [
-        pa.field(
-            field.name,
-            _stored_type(field.type, f"table {name!r}, column {field.name!r}", 1, fields_left),
-            field.nullable,
-        )
-        for field in schema
-    ]
+    types = [_stored_type(each.type, f"table {name!r}, column {each.name!r}", 1, fields_left) for each in schema]
+    fields = [pa.field(each.name, type_, each.nullable) for each, type_ in zip(schema, types, strict=True)]
     stored = pa.schema(fields)
     return stored, _check_key(name, stored, key)
 
@@ -426,8 +421,10 @@ def check_rows(batch: pa.RecordBatch, table: TableInfo) -> None:
     UsageError
         Naming the table, the column and the first row in question.
     """
-    for position in table._checked:
-        _check_column(batch.column(position), table.schema.field(position), table)
+    for position, field, look in table._checked:
+        column = batch.column(position)
+        if look or column.null_count:
+            _check_column(column, field, table)
 
 
 def check_keys(batch: pa.RecordBatch, table: TableInfo) -> None:

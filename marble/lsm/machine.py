@@ -124,10 +124,13 @@ class TableMachine:
     def _publish(self, applied_index: int) -> None:
         snapshots = self._state.snapshots
         if self._touched:
-            snapshots = {
-                id_: memtable.snapshot() if id_ in self._touched else snapshots[id_]
-                for id_, memtable in self._memtables.items()
-            }
+            snapshots = dict(snapshots)
+            for id_ in self._touched:
+                memtable = self._memtables.get(id_)
+                if memtable is None:
+                    snapshots.pop(id_, None)
+                else:
+                    snapshots[id_] = memtable.snapshot()
             self._touched.clear()
         self._state = _State(applied_index, self._catalog, snapshots)
 
