@@ -204,7 +204,7 @@ def _check_key(name: str, schema: pa.Schema, key: Sequence[str]) -> tuple[str, .
     if not key:
         raise UsageError(f"table {name!r}: name at least one key column, e.g. key=[{schema.names[0]!r}]")
     if len(set(key)) < len(key):
-        raise UsageError(f"table {name!r}: a column stands twice in the key {list(key)}")
+        raise UsageError(f"table {name!r}: a column stands twice in the key {_shown(list(key))}")
     for column in key:
         if column not in schema.names:
             raise UsageError(
