@@ -1,0 +1,277 @@
+"""Links between real transports on loopback: order, loss, restart, and stopping whatever the peer does."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pyarrow as pa
+import pytest
+
+from marble._core import entry_batch
+from marble._core.entry_batch import Proposal
+from marble.env import SystemClock, SystemRandom
+from marble.errors import UsageError
+from marble.metrics import Metrics
+from marble.raft.messages import Message, MessageKind
+from marble.transport.codec import Codec, Envelope
+from marble.transport.flight import FlightTransport
+from marble.transport.link import Link, TransportOptions
+from marble.types import EntryKind
+
+DEADLINE_S = 30.0
+QUICK = TransportOptions(connect_timeout_s=0.5, backoff_min_s=0.01, backoff_max_s=0.05, idle_check_s=0.05)
+
+
+def heartbeat(number: int, sender: int = 1, to: int = 2) -> Envelope:
+    return Envelope(0, Message(MessageKind.HEARTBEAT, sender, to, 1, commit=number))
+
+
+def append(first: int, rows: int = 1, bytes_: int = 64) -> Envelope:
+    payload = pa.py_buffer(bytes(bytes_))
+    batch = entry_batch.build(0, first, 1, [Proposal(EntryKind.WRITE, 1, payload, 0, at) for at in range(rows)])
+    message = Message(MessageKind.APPEND_ENTRIES, 1, 2, 1, log_index=first - 1, entries=entry_batch.span(batch))
+    return Envelope(0, message, batch)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """For states that nobody announces: look again until it is so, or fail at the deadline."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        threading.Event().wait(0.002)
+
+
+class Inbox:
+    """A receiver that keeps what comes."""
+
+    def __init__(self) -> None:
+        self.queue: queue.SimpleQueue[Envelope] = queue.SimpleQueue()
+
+    def __call__(self, envelopes: list[Envelope]) -> None:
+        for envelope in envelopes:
+            self.queue.put(envelope)
+
+    def take(self) -> Envelope:
+        return self.queue.get(timeout=DEADLINE_S)
+
+
+class Pair:
+    """Nodes 1 and 2; what 2 receives is in `inbox`, what broke for 1 in `broken`."""
+
+    def __init__(
+        self, options: TransportOptions = QUICK, receiver: Callable[[list[Envelope]], None] | None = None
+    ) -> None:
+        self.options = options
+        self.inbox = Inbox()
+        self.broken: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.one = FlightTransport("127.0.0.1:0", "c", 1, options=options)
+        self.two = FlightTransport("127.0.0.1:0", "c", 2, options=options)
+        self.endpoints = {1: self.one.endpoint, 2: self.two.endpoint}
+        self.one.set_peers(self.endpoints)
+        self.two.set_peers(self.endpoints)
+        self.one.start(Inbox(), unreachable=self.broken.put)
+        self.two.start(receiver or self.inbox)
+
+    def restart_two(self) -> None:
+        self.two = FlightTransport(self.endpoints[2], "c", 2, options=self.options)
+        self.two.set_peers(self.endpoints)
+        self.two.start(self.inbox)
+
+    def stop(self) -> None:
+        assert self.one.stop(5.0)
+        assert self.two.stop(5.0)
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    made = Pair()
+    yield made
+    made.stop()
+
+
+def test_messages_and_entries_arrive_in_order(pair: Pair) -> None:
+    sent = [append(at, rows=2) if at % 3 == 0 else heartbeat(at) for at in range(1, 200)]
+    for at in range(0, len(sent), 7):
+        assert pair.one.send(2, sent[at : at + 7])
+    for envelope in sent:
+        got = pair.inbox.take()
+        assert got.message == envelope.message
+        assert (got.batch is None) == (envelope.batch is None)
+        assert got.batch is None or got.batch.equals(envelope.batch)
+    assert pair.one.connected(2)
+    assert pair.two.metrics.counter("transport_messages_received").value == len(sent)
+
+
+def test_both_ways(pair: Pair) -> None:
+    assert pair.one.send(2, [heartbeat(1)])
+    assert pair.inbox.take().message.commit == 1
+    assert pair.two.send(1, [heartbeat(2, sender=2, to=1)])
+    wait_until(lambda: pair.one.metrics.counter("transport_messages_received").value == 1)
+
+
+def test_unknown_peers_get_nothing(pair: Pair) -> None:
+    assert not pair.one.send(3, [heartbeat(1, to=3)])
+    assert not pair.one.connected(3)
+
+
+def test_restarted_peer_is_found_again_without_traffic(pair: Pair) -> None:
+    assert pair.one.send(2, [heartbeat(1)])
+    pair.inbox.take()
+    assert pair.two.stop(5.0)
+    # Nothing is sent: the idle check alone must notice.
+    assert pair.broken.get(timeout=DEADLINE_S) == 2
+    wait_until(lambda: not pair.one.send(2, [heartbeat(2)]))
+    pair.restart_two()
+    wait_until(lambda: pair.one.send(2, [heartbeat(3)]))
+    while pair.inbox.take().message.commit != 3:
+        pass
+
+
+def test_first_message_after_a_restart_is_not_lost() -> None:
+    """A candidate's link to another follower may have been idle since that one was restarted."""
+    pair = Pair(TransportOptions(backoff_min_s=0.01, backoff_max_s=0.02, idle_check_s=60.0))
+    assert pair.one.send(2, [heartbeat(1)])
+    pair.inbox.take()
+    # Longer than backoff_max_s, so that the stream counts as having worked.
+    threading.Event().wait(0.05)
+    assert pair.two.stop(5.0)
+    pair.restart_two()
+    assert pair.one.send(2, [heartbeat(2)])
+    assert pair.inbox.take().message.commit == 2
+    assert pair.broken.get(timeout=DEADLINE_S) == 2
+    pair.stop()
+
+
+def test_peer_that_changes_its_endpoint(pair: Pair) -> None:
+    assert pair.two.stop(5.0)
+    pair.two = FlightTransport("127.0.0.1:0", "c", 2, options=QUICK)
+    pair.endpoints[2] = pair.two.endpoint
+    pair.two.set_peers(pair.endpoints)
+    pair.two.start(pair.inbox)
+    pair.one.set_peers(pair.endpoints)
+    wait_until(lambda: pair.one.send(2, [heartbeat(5)]))
+    assert pair.inbox.take().message.commit == 5
+    pair.one.set_peers({})
+    assert not pair.one.send(2, [heartbeat(6)])
+
+
+def test_peer_that_refuses_is_unreachable() -> None:
+    one = FlightTransport("127.0.0.1:0", "c", 1, options=QUICK)
+    other = FlightTransport("127.0.0.1:0", "another", 2, options=QUICK)
+    other.set_peers({1: one.endpoint})
+    other.start(Inbox())
+    broken: queue.SimpleQueue[int] = queue.SimpleQueue()
+    one.set_peers({2: other.endpoint})
+    one.start(Inbox(), unreachable=broken.put)
+    assert [broken.get(timeout=DEADLINE_S) for _ in range(3)] == [2, 2, 2]
+    assert other.metrics.counter("transport_protocol_errors").value >= 2
+    assert one.stop(5.0)
+    assert other.stop(5.0)
+
+
+def link_to(endpoint: str, options: TransportOptions, metrics: Metrics) -> tuple[Link, queue.SimpleQueue[int]]:
+    broken: queue.SimpleQueue[int] = queue.SimpleQueue()
+    failures: list[BaseException] = []
+    link = Link(
+        2,
+        endpoint,
+        Codec("c", 1, 1 << 20),
+        options=options,
+        random=SystemRandom(1),
+        clock=SystemClock(),
+        metrics=metrics,
+        unreachable=broken.put,
+        failed=failures.append,
+    )
+    return link, broken
+
+
+def test_queue_is_bounded_by_messages_and_by_bytes() -> None:
+    # A link that is not started takes what fits and nothing more.
+    metrics = Metrics()
+    link, _ = link_to("127.0.0.1:1", TransportOptions(queue_messages_max=3), metrics)
+    assert link.send([heartbeat(1), heartbeat(2)])
+    assert not link.send([heartbeat(3), heartbeat(4)])
+    assert link.send([heartbeat(5)])
+    assert not link.send([heartbeat(6)])
+    assert metrics.counter("transport_messages_dropped").value == 3
+    link, _ = link_to("127.0.0.1:1", TransportOptions(queue_bytes_max=10_000), metrics)
+    # An empty queue takes any one send, or a large entry could never leave.
+    assert link.send([append(1, bytes_=64_000)])
+    assert not link.send([heartbeat(1)])
+    link, _ = link_to("127.0.0.1:1", TransportOptions(queue_bytes_max=10_000), metrics)
+    assert link.send([append(1, rows=100)])
+    assert not link.send([append(101, rows=100)])
+    assert link.send([append(101, rows=20)])
+
+
+def test_nothing_is_queued_for_a_peer_that_is_away() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+        metrics = Metrics()
+        link, broken = link_to(endpoint, QUICK, metrics)
+        assert link.send([heartbeat(1)])
+        link.start()
+        assert broken.get(timeout=DEADLINE_S) == 2
+        wait_until(lambda: not link.send([heartbeat(2)]))
+        assert metrics.counter("transport_messages_dropped").value >= 2
+        link.request_stop()
+        assert link.join(5.0)
+
+
+def test_link_to_a_listener_that_says_nothing_stops() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        link, _ = link_to(f"127.0.0.1:{silent.getsockname()[1]}", QUICK, Metrics())
+        link.start()
+        connection, _ = silent.accept()
+        with connection:
+            assert link.send([heartbeat(1)])
+            assert not link.connected
+            link.request_stop()
+            assert link.join(DEADLINE_S)
+
+
+def test_link_whose_peer_does_not_read_stops_and_drops() -> None:
+    """The peer's receiver blocks, so that flow control stops the writer in the middle of a write."""
+    entered = threading.Event()
+    release = threading.Event()
+
+    def block(envelopes: list[Envelope]) -> None:
+        entered.set()
+        release.wait(DEADLINE_S)
+
+    pair = Pair(TransportOptions(queue_bytes_max=1 << 20), block)
+    large = append(1, bytes_=1 << 20)
+    assert pair.one.send(2, [large])
+    assert entered.wait(DEADLINE_S)
+    wait_until(lambda: not pair.one.send(2, [large]))
+    assert pair.one.stop(5.0)
+    release.set()
+    assert pair.two.stop(5.0)
+
+
+def test_error_of_our_own_is_reported() -> None:
+    one = FlightTransport("127.0.0.1:0", "c", 1, options=QUICK)
+    two = FlightTransport("127.0.0.1:0", "c", 2, options=QUICK)
+    failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+    two.set_peers({1: one.endpoint})
+    two.start(Inbox())
+    one.set_peers({2: two.endpoint})
+    one.start(Inbox(), failed=failures.put)
+    one.send(2, [heartbeat(1, to=3)])
+    assert "not for the stream to 2" in str(failures.get(timeout=DEADLINE_S))
+    assert one.stop(5.0)
+    assert two.stop(5.0)
+
+
+@pytest.mark.parametrize("wrong", [{"queue_bytes_max": 0}, {"backoff_min_s": 2.0}, {"idle_check_s": -1.0}])
+def test_options_are_checked(wrong: dict[str, float]) -> None:
+    with pytest.raises(UsageError):
+        TransportOptions(**wrong)  # type: ignore[arg-type]
