@@ -122,10 +122,11 @@ def _demo(options: argparse.Namespace) -> int:
     if (options.file is None) != (options.key is None):
         raise UsageError("--file and --key belong together: the key names the rows of the file")
     with _signals_raise():
-        if options.file is None:
-            source = load_flights(options.rows)
-        else:
-            source = load_file(options.file, options.key.split(","), options.rows)
+        source = (
+            load_flights(options.rows)
+            if options.file is None
+            else load_file(options.file, options.key.split(","), options.rows)
+        )
         chosen = DemoOptions(source, options.nodes, options.batch_rows, options.keep, not options.no_kill)
         return EXIT_OK if run_demo(chosen, choose_display(), connect) else EXIT_FAILED
 

@@ -146,7 +146,9 @@ class RemoteBackend:
             error: MarbleError = UnavailableError(f"no leader is known to {', '.join(self._endpoints)}")
             for endpoint in self._candidates():
                 try:
-                    status = _object(self._action(endpoint, "status", b"", min(PROBE_TIMEOUT_S, self._options.timeout_s)))
+                    status = _object(
+                        self._action(endpoint, "status", b"", min(PROBE_TIMEOUT_S, self._options.timeout_s))
+                    )
                 except MarbleError as failure:
                     error = failure
                     continue
@@ -242,7 +244,9 @@ class RemoteBackend:
 
     def _candidates(self) -> list[str]:
         leader = self._leader
-        return list(self._endpoints) if leader is None else [leader, *(each for each in self._endpoints if each != leader)]
+        return (
+            list(self._endpoints) if leader is None else [leader, *(each for each in self._endpoints if each != leader)]
+        )
 
     def _client(self, endpoint: str) -> fl.FlightClient:
         with self._lock:
@@ -288,7 +292,9 @@ class RemoteBackend:
         while True:
             client = self._locate(deadline, failed)
             try:
-                (answer,) = client.do_action(fl.Action(name, body), call_options(max(RETRY_WAIT_MIN_S, deadline - time.monotonic())))
+                (answer,) = client.do_action(
+                    fl.Action(name, body), call_options(max(RETRY_WAIT_MIN_S, deadline - time.monotonic()))
+                )
                 return bytes(answer.body.to_pybytes())
             except pa.ArrowException as failure:
                 error = from_flight_error(failure, changes=True)

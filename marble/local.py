@@ -20,7 +20,8 @@ from marble.env import SystemFiles
 from marble.lsm import payload
 from marble.lsm.machine import TableMachine
 from marble.lsm.view import TableView
-from marble.node import Committed, Node, NodeOptions
+from marble.node import Node, NodeOptions
+from marble.promises import Committed, promise
 from marble.schema import TableInfo, conform, conform_keys
 from marble.types import EntryKind
 
@@ -30,8 +31,7 @@ B = TypeVar("B")
 
 def then(future: Future[A], function: Callable[[A], B]) -> Future[B]:
     """A future of `function` applied to the result of `future`; errors pass through."""
-    answer: Future[B] = Future()
-    answer.set_running_or_notify_cancel()
+    answer: Future[B] = promise()
 
     def done(source: Future[A]) -> None:
         error = source.exception()
@@ -115,7 +115,9 @@ class LocalBackend:
         self.node.stop()
 
 
-def open(path: str | os.PathLike[str], *, max_log_size: int | None = None, max_entry_size: int = 16 * 1024 * 1024) -> Database:
+def open(  # noqa: A001
+    path: str | os.PathLike[str], *, max_log_size: int | None = None, max_entry_size: int = 16 * 1024 * 1024
+) -> Database:
     """Open a database in a directory of this machine: a Raft cluster of one, no server.
 
     The log and the guarantees are those of a cluster: a write that has returned is on the disk.

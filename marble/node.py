@@ -10,7 +10,6 @@ sync, a broken invariant): then `failure` says why, every waiting caller gets an
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import queue
 import threading
@@ -21,23 +20,24 @@ from typing import Any, Final, Protocol, TypeVar
 
 from marble._core.entry_batch import Proposal
 from marble._core.term_index import TermIndex
-from marble.driver import Applied, Driver, DurableState, turn
+from marble.driver import Driver, DurableState, turn
 from marble.env import Clock, Files, Random, SystemClock, SystemRandom
 from marble.errors import (
     CorruptionError,
     InvariantError,
     MarbleError,
     NotLeaderError,
-    OutcomeUnknownError,
     UnavailableError,
     UsageError,
 )
+from marble.identity import bind
 from marble.logstore.log import Log, LogOptions
 from marble.machine import StateMachine
 from marble.metrics import Metrics
+from marble.promises import Committed, Promises, promise
 from marble.raft.config import RaftConfig
 from marble.raft.core import Raft
-from marble.raft.messages import ReadState, RoleChanged
+from marble.raft.messages import RoleChanged
 from marble.transport.codec import Envelope
 from marble.types import NO_NODE, HardState, Role
 
@@ -46,19 +46,9 @@ logger = logging.getLogger("marble.node")
 GROUP: Final = 0
 """The one group of a node, until there are many."""
 
-IDENTITY_FILE: Final = "identity.json"
 LOCK_FILE: Final = "LOCK"
-FORMAT_VERSION: Final = 1
-"""Of the data directory. A node refuses a directory of another version."""
 
 T = TypeVar("T")
-
-
-def _future() -> Future[Any]:
-    """A future that a caller cannot cancel: what was proposed cannot be called back."""
-    future: Future[Any] = Future()
-    future.set_running_or_notify_cancel()
-    return future
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,38 +84,10 @@ class NodeOptions:
     read_timeout_s: float = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """The answer to a proposal: it is durable on a quorum and applied here."""
-
-    index: int
-    term: int
-    value: int
-
-
 class Transport(Protocol):
     """What the node needs of `marble.transport.flight.FlightTransport`."""
 
     def send(self, to: int, envelopes: list[Envelope]) -> bool: ...
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """A proposal that the core has taken and that has not been decided."""
-
-    term: int
-    future: Future[Committed]
-    deadline: float
-
-
-@dataclass(slots=True)
-class _Reading:
-    """A read that waits for its index."""
-
-    future: Future[int]
-    deadline: float
-    index: int = 0
-    asked: int = 0
 
 
 class Node:
@@ -182,9 +144,6 @@ class Node:
         self._inbox_lock = threading.Lock()
         self._inbox_bytes = 0
         self._batching: list[tuple[Proposal, Future[Committed]]] = []
-        self._waiting: dict[int, list[_Waiting]] = {}
-        self._reading: dict[int, _Reading] = {}
-        self._next_request = 1
         self._closing = False
         self._thread: threading.Thread | None = None
         self._view = threading.Condition()
@@ -194,10 +153,16 @@ class Node:
         with contextlib.ExitStack() as stack:
             files.make_directory("")
             stack.enter_context(files.lock(LOCK_FILE))
-            self._check_identity()
+            bind(files, options.cluster_id, options.node_id)
             self._log = Log.open(files, LogOptions())
             stack.callback(self._log.close)
             self._driver = self._recover()
+            self._promises = Promises(
+                options.propose_timeout_s,
+                options.read_timeout_s,
+                self._driver.raft.read_index,
+                ask_again_ticks=options.heartbeat_ticks,
+            )
             self._resources = stack.pop_all()
 
     # -- what callers see ------------------------------------------------------------------------------------------
@@ -257,7 +222,7 @@ class Node:
         The future ends with `Committed`, or with NotLeaderError or UnavailableError (nothing was replicated),
         OutcomeUnknownError, or the error that applying it gave on every replica.
         """
-        future: Future[Committed] = _future()
+        future: Future[Committed] = promise()
         size = proposal.nbytes
         if size > self.options.entry_bytes_max:
             raise UsageError(
@@ -268,7 +233,9 @@ class Node:
                 raise self._gone()
             if self._inbox_bytes and self._inbox_bytes + size > self.options.inbox_bytes_max:
                 self.metrics.counter("proposals_refused").add(1)
-                raise UnavailableError("too many proposals wait on this node: retry later, or keep fewer writes in flight")
+                raise UnavailableError(
+                    "too many proposals wait on this node: retry later, or keep fewer writes in flight"
+                )
             self._inbox_bytes += size
             self._inbox.put(lambda: self._batching.append((proposal, future)))
         return future
@@ -278,13 +245,13 @@ class Node:
 
         The future ends with the index, or with UnavailableError (no leader could be asked in time: retry).
         """
-        future: Future[int] = _future()
-        self._post(lambda: self._begin_read(future), future)
+        future: Future[int] = promise()
+        self._post(lambda: self._promises.add_read(future, self._clock.monotonic()), future)
         return future
 
     def call(self, function: Callable[[Raft], T]) -> Future[T]:
         """Run `function` on the engine thread, between turns."""
-        future: Future[T] = _future()
+        future: Future[T] = promise()
 
         def run() -> None:
             try:
@@ -334,35 +301,11 @@ class Node:
         try:
             return self.call(self._status).result(self.options.read_timeout_s)
         except TimeoutError:
-            raise UnavailableError(f"the engine of node {self.options.node_id} does not answer (a slow disk?)") from None
+            raise UnavailableError(
+                f"the engine of node {self.options.node_id} does not answer (a slow disk?)"
+            ) from None
 
     # -- opening ---------------------------------------------------------------------------------------------------
-
-    def _check_identity(self) -> None:
-        """Bind the directory to this node of this cluster, for good: a log answers for one voter only (Raft §5.2)."""
-        mine = {"format": FORMAT_VERSION, "cluster_id": self.options.cluster_id, "node_id": self.options.node_id}
-        where = self._files.describe(IDENTITY_FILE)
-        if self._files.exists(IDENTITY_FILE):
-            try:
-                found = json.loads(self._files.read(IDENTITY_FILE))
-            except ValueError:
-                raise CorruptionError("the identity file cannot be read", where, 0) from None
-            if found != mine:
-                raise UsageError(f"{where} belongs to {found}, not to {mine}: choose another directory")
-            return
-        if self._files.exists("log"):
-            raise CorruptionError("there is a log but no identity file beside it", where)
-        temporary = IDENTITY_FILE + ".tmp"
-        if self._files.exists(temporary):
-            self._files.remove(temporary)
-        file = self._files.create(temporary)
-        try:
-            file.write(json.dumps(mine).encode())
-            file.sync()
-        finally:
-            file.close()
-        self._files.rename(temporary, IDENTITY_FILE)
-        self._files.sync_directory("")
 
     def _recover(self) -> Driver:
         options, report = self.options, self._log.report
@@ -428,7 +371,7 @@ class Node:
                 # A process that was paused does not make up for lost ticks: its peers' answers still wait in the inbox.
                 next_tick = max(next_tick + tick_s, now)
                 self._driver.raft.tick()
-                self._expire(now)
+                self._promises.expire(now)
             turn([self._driver], self._log)
             self._publish()
 
@@ -459,99 +402,21 @@ class Node:
         except UnavailableError as error:
             self._refuse(batch, error)
             return
-        deadline = self._clock.monotonic() + self.options.propose_timeout_s
-        for offset, (_, future) in enumerate(batch):
-            self._waiting.setdefault(first.index + offset, []).append(_Waiting(first.term, future, deadline))
+        self._promises.add_writes(first.index, first.term, [future for _, future in batch], self._clock.monotonic())
 
     @staticmethod
     def _refuse(batch: list[tuple[Proposal, Future[Committed]]], error: MarbleError) -> None:
         for _, future in batch:
             future.set_exception(error)
 
-    def _begin_read(self, future: Future[int]) -> None:
-        reading = _Reading(future, self._clock.monotonic() + self.options.read_timeout_s)
-        self._ask(reading)
-
-    def _ask(self, reading: _Reading) -> None:
-        """(Re)issue a read under a new request number: an answer to an older one no longer counts."""
-        request, self._next_request = self._next_request, self._next_request + 1
-        reading.asked = 0
-        self._reading[request] = reading
-        self._driver.raft.read_index(request)
-
-    def _expire(self, now: float) -> None:
-        """Once a tick: end what has waited too long, and ask again for reads whose question or answer was lost."""
-        for index in [index for index, waiting in self._waiting.items() if waiting[0].deadline <= now]:
-            kept = []
-            for waiting in self._waiting[index]:
-                if waiting.deadline <= now:
-                    waiting.future.set_exception(
-                        OutcomeUnknownError(
-                            f"entry {index} of term {waiting.term} was not decided in {self.options.propose_timeout_s} s: "
-                            "it may still be committed"
-                        )
-                    )
-                else:
-                    kept.append(waiting)
-            if kept:
-                self._waiting[index] = kept
-            else:
-                del self._waiting[index]
-        for request, reading in list(self._reading.items()):
-            reading.asked += 1
-            if reading.deadline <= now:
-                del self._reading[request]
-                reading.future.set_exception(
-                    UnavailableError(f"no leader confirmed the read within {self.options.read_timeout_s} s: retry")
-                )
-            elif not reading.index and reading.asked > self.options.heartbeat_ticks:
-                del self._reading[request]
-                self._ask(reading)
-
     def _publish(self) -> None:
         """Tell those who wait what the last turn decided."""
         outcome = self._driver.take_outcome()
         for applied in outcome.applied:
-            self._answer(applied)
-        for read in outcome.reads:
-            self._answer_read(read)
-        if self._reading:
-            self._finish_reads()
+            self._promises.applied(applied.first, applied.terms, applied.results)
+        self._promises.answered(outcome.reads, self._driver.raft.applied_index)
         for event in outcome.events:
             self._note(event)
-
-    def _answer(self, applied: Applied) -> None:
-        if not self._waiting:
-            return
-        for offset, (term, result) in enumerate(zip(applied.terms, applied.results, strict=True)):
-            index = applied.first + offset
-            for waiting in self._waiting.pop(index, ()):
-                if waiting.term != term:
-                    waiting.future.set_exception(
-                        UnavailableError("another leader took over before the write was replicated: nothing was written; retry")
-                    )
-                    continue
-                try:
-                    value = result.raise_for_error()
-                except MarbleError as error:
-                    waiting.future.set_exception(error)
-                else:
-                    waiting.future.set_result(Committed(index, term, value))
-
-    def _answer_read(self, read: ReadState) -> None:
-        reading = self._reading.get(read.request)
-        if reading is None:
-            return
-        if read.index:
-            reading.index = read.index
-        # Otherwise the core dropped it; the next round of `_expire` asks again, perhaps of another leader.
-
-    def _finish_reads(self) -> None:
-        applied = self._driver.raft.applied_index
-        for request, reading in list(self._reading.items()):
-            if reading.index and reading.index <= applied:
-                del self._reading[request]
-                reading.future.set_result(applied)
 
     def _note(self, event: RoleChanged) -> None:
         logger.info(
@@ -578,12 +443,8 @@ class Node:
         gone = self._gone()
         for _, future in self._batching:
             future.set_exception(gone)
-        for index, waitings in self._waiting.items():
-            for waiting in waitings:
-                waiting.future.set_exception(OutcomeUnknownError(f"the node stopped before entry {index} was decided"))
-        for reading in self._reading.values():
-            reading.future.set_exception(gone)
-        self._batching, self._waiting, self._reading = [], {}, {}
+        self._batching = []
+        self._promises.abandon(gone)
 
     def _post(self, action: Callable[[], None], future: Future[Any]) -> None:
         with self._inbox_lock:
@@ -612,7 +473,11 @@ class Node:
             "applied_index": raft.applied_index,
             "log_bytes": self._log.nbytes,
             "peers": {
-                str(peer): {"match_index": progress.match_index, "next_index": progress.next_index, "state": progress.state.value}
+                str(peer): {
+                    "match_index": progress.match_index,
+                    "next_index": progress.next_index,
+                    "state": progress.state.value,
+                }
                 for peer, progress in sorted(raft.progress.items())
             },
             "nodes": {str(node): endpoint for node, endpoint in sorted(self.options.endpoints.items())},

@@ -43,7 +43,7 @@ from marble.errors import (
 from marble.local import LocalBackend, then
 from marble.lsm import payload
 from marble.lsm.view import TableView
-from marble.node import Committed
+from marble.promises import Committed
 from marble.schema import TableInfo, check_table_name, conform_keys
 from marble.transport import wire
 from marble.transport.faults import to_flight_error

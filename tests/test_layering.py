@@ -17,7 +17,7 @@ FLOORS = [
     ("_core",),
     ("raft", "logstore", "lsm", "database"),
     ("transport",),
-    ("driver",),
+    ("driver", "promises", "identity"),
     ("node",),
     ("local", "client"),
     ("server", "service"),

@@ -65,7 +65,9 @@ class Recording:
         return self.inner.applied_index
 
     def apply(self, entries: pa.RecordBatch) -> list[Result]:
-        places = zip(entries["index"].to_pylist(), entries["term"].to_pylist(), entries["checksum"].to_pylist(), strict=True)
+        places = zip(
+            entries["index"].to_pylist(), entries["term"].to_pylist(), entries["checksum"].to_pylist(), strict=True
+        )
         for index, term, checksum in places:
             self.history[index] = (term, checksum)
         return list(self.inner.apply(entries))
@@ -115,7 +117,10 @@ class SimulatedCluster:
         self._wire: list[tuple[int, int, Envelope]] = []
         self._cut: set[tuple[int, int]] = set()
         self._table_id = 0
-        self.nodes = {id: SimulatedNode(id, SimulatedFiles(Random(self.random.randrange(2**62)))) for id in range(1, size + 1)}
+        self.nodes = {
+            number: SimulatedNode(number, SimulatedFiles(Random(self.random.randrange(2**62))))
+            for number in range(1, size + 1)
+        }
         for node in self.nodes.values():
             self._start(node)
 
@@ -168,7 +173,9 @@ class SimulatedCluster:
 
     def leader(self) -> SimulatedNode | None:
         """The live leader of the highest term, if any."""
-        leading = [node for node in self.nodes.values() if node.driver is not None and node.driver.raft.role is Role.LEADER]
+        leading = [
+            node for node in self.nodes.values() if node.driver is not None and node.driver.raft.role is Role.LEADER
+        ]
         return max(leading, key=lambda node: node.driver.raft.term if node.driver else 0, default=None)
 
     def tick(self, node: SimulatedNode) -> None:
@@ -200,7 +207,9 @@ class SimulatedCluster:
 
     def deliver(self) -> None:
         """Deliver one message, drawn from those whose time has come."""
-        due = [place for place, (when, _, _) in enumerate(self._wire) if when <= self.steps] or list(range(len(self._wire)))
+        due = [place for place, (when, _, _) in enumerate(self._wire) if when <= self.steps] or list(
+            range(len(self._wire))
+        )
         if not due:
             return
         _, to, envelope = self._wire.pop(due[self.random.randrange(0, len(due))])
@@ -229,7 +238,9 @@ class SimulatedCluster:
             group.hard_state if group else HardState(), sorted(self.nodes), group.term_index if group else TermIndex()
         )
         config = RaftConfig(id=node.id, election_ticks=10, heartbeat_ticks=2, append_bytes_max=4096, random=self.random)
-        node.driver = Driver(GROUP, Raft(config, state), node.log, node.record, lambda to, envelopes: self._send(to, envelopes))
+        node.driver = Driver(
+            GROUP, Raft(config, state), node.log, node.record, lambda to, envelopes: self._send(to, envelopes)
+        )
         self._act(node, lambda driver: None)
 
     def _act(self, node: SimulatedNode, action: Callable[[Driver], None]) -> None:

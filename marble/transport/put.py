@@ -23,7 +23,15 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.flight as fl
 
-from marble.errors import MarbleError, NotLeaderError, OutcomeUnknownError, ProtocolError, UnavailableError, UsageError, check
+from marble.errors import (
+    MarbleError,
+    NotLeaderError,
+    OutcomeUnknownError,
+    ProtocolError,
+    UnavailableError,
+    UsageError,
+    check,
+)
 from marble.transport.faults import from_flight_error
 from marble.transport.wire import Ack, decode_ack
 
@@ -290,7 +298,9 @@ class PutStream:
         for item in unknown:
             self._done(item)
             item.future.set_exception(
-                OutcomeUnknownError(f"the write was sent and its answer was lost ({reason or 'the server ended the stream'})")
+                OutcomeUnknownError(
+                    f"the write was sent and its answer was lost ({reason or 'the server ended the stream'})"
+                )
             )
 
     def _fail_backlog(self, error: MarbleError) -> None:

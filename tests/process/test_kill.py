@@ -107,7 +107,9 @@ class Load:
 
 def make_batch(batch_id: int) -> pa.RecordBatch:
     keys = [batch_id * ROWS_PER_BATCH + row for row in range(ROWS_PER_BATCH)]
-    return pa.record_batch({"id": keys, "value": [key * 7 for key in keys], "text": [f"row {key}" for key in keys]}, schema=SCHEMA)
+    return pa.record_batch(
+        {"id": keys, "value": [key * 7 for key in keys], "text": [f"row {key}" for key in keys]}, schema=SCHEMA
+    )
 
 
 def wait_for(condition: Callable[[], object]) -> object:

@@ -94,7 +94,9 @@ def test_a_refused_write_does_not_overtake_a_later_one_that_took_effect(server: 
     assert server.streams == 1
 
 
-def test_an_answer_that_never_comes_is_an_unknown_outcome_and_the_stream_mends_itself(server: Server, stream: PutStream) -> None:
+def test_an_answer_that_never_comes_is_an_unknown_outcome_and_the_stream_mends_itself(
+    server: Server, stream: PutStream
+) -> None:
     server.answers.put(None)
     with pytest.raises(OutcomeUnknownError):
         stream.write(batch(1)).result(DEADLINE_S)

@@ -1,0 +1,53 @@
+"""Whose data directory this is: bound for good, at first use, to one node of one cluster.
+
+Rule 1: a log answers for one voter only (Raft §5.2). A directory that changed hands would let one node speak with another's votes, so
+the binding is durable before the log is first opened, and a log without one is not trusted.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Final
+
+from marble.env import Files
+from marble.errors import CorruptionError, UsageError
+
+IDENTITY_FILE: Final = "identity.json"
+LOG_DIRECTORY: Final = "log"
+FORMAT_VERSION: Final = 1
+"""Of the data directory. A node refuses a directory of another version."""
+
+
+def bind(files: Files, cluster_id: str, node_id: int) -> None:
+    """Check that the directory belongs to this node, or make it so if it is new.
+
+    Raises
+    ------
+    UsageError
+        It belongs to another node, cluster or version.
+    CorruptionError
+        The identity is unreadable, or there is a log and no identity.
+    """
+    mine = {"format": FORMAT_VERSION, "cluster_id": cluster_id, "node_id": node_id}
+    where = files.describe(IDENTITY_FILE)
+    if files.exists(IDENTITY_FILE):
+        try:
+            found = json.loads(files.read(IDENTITY_FILE))
+        except ValueError:
+            raise CorruptionError("the identity file cannot be read", where, 0) from None
+        if found != mine:
+            raise UsageError(f"{where} belongs to {found}, not to {mine}: choose another directory")
+        return
+    if files.exists(LOG_DIRECTORY):
+        raise CorruptionError("there is a log but no identity file beside it", where)
+    temporary = IDENTITY_FILE + ".tmp"
+    if files.exists(temporary):
+        files.remove(temporary)
+    file = files.create(temporary)
+    try:
+        file.write(json.dumps(mine).encode())
+        file.sync()
+    finally:
+        file.close()
+    files.rename(temporary, IDENTITY_FILE)
+    files.sync_directory("")

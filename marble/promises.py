@@ -1,0 +1,168 @@
+"""What callers have been promised: the futures of proposals and reads, from the moment the core takes them until they are decided.
+
+Rule 1: every future that comes in here goes out decided, exactly once: with its answer, with an error that says what is known, or, when
+the engine ends, with that. A proposal is known to have failed only when another entry is committed at its index (Log Matching, §5.3);
+until then its outcome is open, whoever leads.
+
+Not thread-safe: the engine thread owns it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from marble.errors import MarbleError, OutcomeUnknownError, UnavailableError
+from marble.machine import Result
+from marble.raft.messages import ReadState
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The answer to a proposal: it is durable on a quorum and applied here."""
+
+    index: int
+    term: int
+    value: int
+
+
+@dataclass(slots=True)
+class _Write:
+    term: int
+    future: Future[Committed]
+    deadline: float
+
+
+@dataclass(slots=True)
+class _Read:
+    """``index`` is 0 until the core has answered; ``ticks`` counts since it was last asked."""
+
+    future: Future[int]
+    deadline: float
+    index: int = 0
+    ticks: int = 0
+
+
+def promise() -> Future[Any]:
+    """A future that a caller cannot cancel: what was proposed cannot be called back."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
+class Promises:
+    """Futures of proposals by index, and of reads by request number.
+
+    - Several proposals may wait at one index: this node led, lost the lead, and led again. At most one of them comes true.
+    - A read is known to the core under one number at a time; an answer to an older number no longer counts.
+
+    Parameters
+    ----------
+    write_timeout_s, read_timeout_s
+        How long one may stay undecided.
+    ask
+        Asks the core for a read index under a new number.
+    ask_again_ticks
+        A read that the core has not answered for so long is asked again: question or answer was lost.
+    """
+
+    def __init__(
+        self, write_timeout_s: float, read_timeout_s: float, ask: Callable[[int], None], ask_again_ticks: int
+    ) -> None:
+        self._write_timeout_s = write_timeout_s
+        self._read_timeout_s = read_timeout_s
+        self._ask = ask
+        self._ask_again_ticks = ask_again_ticks
+        self._writes: dict[int, list[_Write]] = {}
+        self._reads: dict[int, _Read] = {}
+        self._next_request = 1
+
+    def add_writes(self, first: int, term: int, futures: Iterable[Future[Committed]], now: float) -> None:
+        """The core took these proposals at `first` and the indexes after it, in `term`."""
+        deadline = now + self._write_timeout_s
+        for index, future in enumerate(futures, first):
+            self._writes.setdefault(index, []).append(_Write(term, future, deadline))
+
+    def add_read(self, future: Future[int], now: float) -> None:
+        """Ask the core for a read index."""
+        self._begin(_Read(future, now + self._read_timeout_s))
+
+    def applied(self, first: int, terms: Sequence[int], results: Sequence[Result]) -> None:
+        """These entries were applied here: whoever waits at their indexes gets an answer."""
+        if not self._writes:
+            return
+        for index, (term, result) in enumerate(zip(terms, results, strict=True), first):
+            for write in self._writes.pop(index, ()):
+                if write.term != term:
+                    write.future.set_exception(
+                        UnavailableError(
+                            "another leader took over before the write was replicated: nothing was written"
+                        )
+                    )
+                elif result.error_code is None:
+                    write.future.set_result(Committed(index, term, result.value))
+                else:
+                    write.future.set_exception(_error_of(result))
+
+    def answered(self, reads: Iterable[ReadState], applied_index: int) -> None:
+        """The core answered `reads`, and everything up to `applied_index` is applied here."""
+        if not self._reads:
+            return
+        for answer in reads:
+            read = self._reads.get(answer.request)
+            if read is not None and answer.index:
+                read.index = answer.index
+            # Index 0: the core dropped it. `expire` asks again, perhaps of another leader.
+        for request in [request for request, read in self._reads.items() if 0 < read.index <= applied_index]:
+            self._reads.pop(request).future.set_result(applied_index)
+
+    def expire(self, now: float) -> None:
+        """Once a tick: end what has waited too long, and repeat questions that were lost."""
+        for index in [index for index, writes in self._writes.items() if writes[0].deadline <= now]:
+            writes = self._writes.pop(index)
+            if late := [write for write in writes if write.deadline > now]:
+                self._writes[index] = late
+            for write in writes:
+                if write.deadline <= now:
+                    write.future.set_exception(
+                        OutcomeUnknownError(
+                            f"entry {index} of term {write.term} was not decided within {self._write_timeout_s:g} s: "
+                            "it may still be committed"
+                        )
+                    )
+        for request, read in list(self._reads.items()):
+            read.ticks += 1
+            if read.deadline <= now:
+                del self._reads[request]
+                read.future.set_exception(
+                    UnavailableError(f"no leader confirmed the read within {self._read_timeout_s:g} s: retry")
+                )
+            elif not read.index and read.ticks > self._ask_again_ticks:
+                del self._reads[request]
+                self._begin(read)
+
+    def abandon(self, gone: MarbleError) -> None:
+        """The engine has ended because of `gone`: answer everyone who still waits."""
+        writes, self._writes = self._writes, {}
+        reads, self._reads = self._reads, {}
+        for index, waiting in writes.items():
+            for write in waiting:
+                write.future.set_exception(OutcomeUnknownError(f"the node stopped before entry {index} was decided"))
+        for read in reads.values():
+            read.future.set_exception(gone)
+
+    def _begin(self, read: _Read) -> None:
+        request, self._next_request = self._next_request, self._next_request + 1
+        read.ticks = 0
+        self._reads[request] = read
+        self._ask(request)
+
+
+def _error_of(result: Result) -> MarbleError:
+    try:
+        result.raise_for_error()
+    except MarbleError as error:
+        return error
+    raise AssertionError("a result with an error code raises")
