@@ -205,7 +205,11 @@ class RemoteBackend:
         return self._call(read)
 
     def scan(
-        self, table: TableInfo, columns: Sequence[str] | None, filter: pc.Expression | None, consistency: str
+        self,
+        table: TableInfo,
+        columns: Sequence[str] | None,
+        filter: pc.Expression | None,  # noqa: A002
+        consistency: str,
     ) -> pa.RecordBatchReader:
         # The filter runs here; the columns that it looks at must travel too.
         chosen = list(table.schema.names) if columns is None else list(columns)

@@ -104,7 +104,11 @@ class LocalBackend:
         return self.view(table, consistency).get_many(keys)
 
     def scan(
-        self, table: TableInfo, columns: Sequence[str] | None, filter: pc.Expression | None, consistency: str
+        self,
+        table: TableInfo,
+        columns: Sequence[str] | None,
+        filter: pc.Expression | None,  # noqa: A002
+        consistency: str,
     ) -> pa.RecordBatchReader:
         return self.view(table, consistency).scan(columns, filter)
 
