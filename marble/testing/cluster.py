@@ -26,7 +26,7 @@ from marble.lsm.machine import TableMachine
 from marble.machine import Result, StateMachine
 from marble.raft.config import RaftConfig
 from marble.raft.core import Raft
-from marble.testing.disk import DiskCrash, SimulatedFiles
+from marble.testing.disk import PowerLoss, SimulatedFiles
 from marble.transport.codec import Envelope
 from marble.types import EntryKind, HardState, Role
 
@@ -132,7 +132,7 @@ class SimulatedCluster:
         faults, draw = self.faults, self.random.random()
         node = self.nodes[self.random.randrange(1, len(self.nodes) + 1)]
         for chance, action in (
-            (faults.crash, self.crash),
+            (faults.crash, self._crash_soon),
             (faults.partition, self._partition),
             (faults.mend, lambda _: self._cut.clear()),
             (faults.write, self.write),
@@ -153,6 +153,7 @@ class SimulatedCluster:
         self.faults = Faults(loss=0, duplication=0, delay_steps_max=1, crash=0, partition=0)
         self._cut.clear()
         for node in self.nodes.values():
+            node.files.lose_power_at = None
             if not node.alive:
                 self._start(node)
         for _ in range(TICKS_TO_HEAL_MAX):
@@ -217,11 +218,18 @@ class SimulatedCluster:
         if node.alive and (envelope.message.sender, to) not in self._cut:
             self._act(node, lambda driver: driver.receive(envelope))
 
+    def _crash_soon(self, node: SimulatedNode) -> None:
+        """Now, or in the middle of whatever the node does to its disk next."""
+        if self.random.random() < 0.3:
+            self.crash(node)
+        else:
+            node.files.lose_power_at = node.files.operations + self.random.randrange(1, 6)
+
     def crash(self, node: SimulatedNode) -> None:
         """Power off: unsynced writes are lost in part or whole."""
         node.driver = node.log = None
         node.pending.clear()
-        node.files.crash()
+        node.files.power_loss()
 
     def _start(self, node: SimulatedNode) -> None:
         node.tables = TableMachine()
@@ -229,7 +237,7 @@ class SimulatedCluster:
         try:
             node.files.make_directory("")
             node.log = Log.open(node.files, LogOptions(segment_bytes_max=16 * 1024))
-        except DiskCrash:
+        except PowerLoss:
             self.crash(node)
             return
         check(not node.log.report.lost_durable_bytes, "the simulated disk keeps what was synced")
@@ -250,7 +258,7 @@ class SimulatedCluster:
         try:
             action(driver)
             turn([driver], log)
-        except DiskCrash:
+        except PowerLoss:
             self.crash(node)
             return
         for applied in driver.take_outcome().applied:
