@@ -343,7 +343,7 @@ class Raft:
         if message.to != state.id or message.sender == state.id:
             raise ProtocolError(f"a {message.kind.name} from {message.sender} to {message.to} reached node {state.id}")
         if message.kind in _RESPONSES and not state.membership.is_member(message.sender):
-            raise ProtocolError(f"node {message.sender}, which is no member, answers with a {message.kind.name}")
+            raise ProtocolError(f"node {message.sender}, which is no member, sends a {message.kind.name}")
         if message.kind in _FROM_LEADER:
             if message.term == 0:
                 raise ProtocolError(f"node {message.sender} claims to lead term 0")

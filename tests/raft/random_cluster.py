@@ -1,7 +1,8 @@
 """A cluster of pure cores under a hostile network and hostile disks, driven by one seeded source of chance.
 
-Everything that may go wrong does: messages are lost, doubled, delayed and reordered, links are cut, syncs are late, nodes crash and lose
-what was not synced, or half of it. After every step the safety of Raft is checked (figure 3) against records that no node can see.
+Everything that may go wrong does: messages are lost, doubled, delayed and reordered, links are cut, syncs are late,
+nodes crash and lose what was not synced, or half of it. After every step the safety of Raft is checked (figure 3)
+against records that no node can see.
 """
 
 from __future__ import annotations
@@ -235,19 +236,23 @@ class RandomCluster:
 
     def _send(self, node: Node, messages: list[tuple[Message, list[str]]]) -> None:
         for message, _ in messages:
-            if message.kind is MessageKind.REQUEST_VOTE_RESPONSE and not message.reject:
-                granted = self.votes.setdefault((node.id, message.term), message.to)
-                if granted != message.to:
-                    raise Violation(f"node {node.id} voted for {granted} and {message.to} in term {message.term}")
-            if message.kind is not MessageKind.REQUEST_PRE_VOTE and not (
-                message.kind is MessageKind.REQUEST_PRE_VOTE_RESPONSE and not message.reject
-            ):
-                if node.hard_state.term < message.term:
-                    raise Violation(f"{message} left before its term was durable")
-            if message.kind is MessageKind.APPEND_ENTRIES_RESPONSE and not message.reject:
-                if message.term == node.hard_state.term and message.log_index > len(node.rows):
-                    raise Violation(f"{message} acknowledges what is not on the disk")
+            self._check_sent(node, message)
         self.network.extend(messages)
+
+    def _check_sent(self, node: Node, message: Message) -> None:
+        """What leaves a node must survive its crash."""
+        kind = message.kind
+        granted = kind is MessageKind.REQUEST_VOTE_RESPONSE and not message.reject
+        if granted and self.votes.setdefault((node.id, message.term), message.to) != message.to:
+            raise Violation(f"node {node.id} votes a second time in term {message.term}: {message}")
+        asks = kind is MessageKind.REQUEST_PRE_VOTE or (
+            kind is MessageKind.REQUEST_PRE_VOTE_RESPONSE and not message.reject
+        )
+        if not asks and node.hard_state.term < message.term:
+            raise Violation(f"{message} left before its term was durable")
+        accepted = kind is MessageKind.APPEND_ENTRIES_RESPONSE and not message.reject
+        if accepted and message.term == node.hard_state.term and message.log_index > len(node.rows):
+            raise Violation(f"{message} acknowledges what is not on the disk")
 
     def _rows(self, node: Node, ready: Ready) -> tuple[int, list[Row]]:
         if ready.append is None:
