@@ -344,9 +344,11 @@ class Raft:
             raise ProtocolError(f"a {message.kind.name} from {message.sender} to {message.to} reached node {state.id}")
         if message.kind in _RESPONSES and not state.membership.is_member(message.sender):
             raise ProtocolError(f"node {message.sender}, which is no member, sends a {message.kind.name}")
+        if message.term == 0 and (message.kind in _FROM_LEADER or message.kind in _VOTE_REQUESTS):
+            raise ProtocolError(
+                f"node {message.sender} sends a {message.kind.name} of term 0, which nobody leads or wins"
+            )
         if message.kind in _FROM_LEADER:
-            if message.term == 0:
-                raise ProtocolError(f"node {message.sender} claims to lead term 0")
             if message.term == state.term and state.leader not in (NO_NODE, message.sender):
                 # At most one leader in a term (Raft §5.2): its entries and another's must not mix under one term.
                 raise ProtocolError(

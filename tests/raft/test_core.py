@@ -111,6 +111,8 @@ def test_message_to_another_node_is_refused() -> None:
         make(2).step(append(2, 2, 1, 0, 0))
     with pytest.raises(ProtocolError):
         make(2).step(append(1, 2, 0, 0, 0))
+    with pytest.raises(ProtocolError):
+        make(1).step(response(MessageKind.REQUEST_VOTE, 2, 0))
 
 
 def test_refused_message_changes_nothing() -> None:
