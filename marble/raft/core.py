@@ -348,12 +348,12 @@ class Raft:
             raise ProtocolError(
                 f"node {message.sender} sends a {message.kind.name} of term 0, which nobody leads or wins"
             )
-        if message.kind in _FROM_LEADER:
-            if message.term == state.term and state.leader not in (NO_NODE, message.sender):
-                # At most one leader in a term (Raft §5.2): its entries and another's must not mix under one term.
-                raise ProtocolError(
-                    f"node {message.sender} claims to lead term {message.term}, which node {state.leader} leads"
-                )
+        rival = message.term == state.term and state.leader not in (NO_NODE, message.sender)
+        if message.kind in _FROM_LEADER and rival:
+            # At most one leader in a term (Raft §5.2): its entries and another's must not mix under one term.
+            raise ProtocolError(
+                f"node {message.sender} claims to lead term {message.term}, which node {state.leader} leads"
+            )
 
     def _step_past(self, message: Message) -> None:
         """A message of an older term. Most are dropped."""

@@ -63,7 +63,7 @@ class Message:
     def __post_init__(self) -> None:
         if not (1 <= self.sender <= NODE_ID_MAX and 1 <= self.to <= NODE_ID_MAX):
             raise ProtocolError(f"node ids {self.sender} -> {self.to} are not within 1 to {NODE_ID_MAX}")
-        # Spelled out, because every message sent or received passes here and a loop over names costs more than the rest.
+        # Spelled out: every message passes here, and a loop over names costs more than all the rest.
         if not (
             0 <= self.term <= INDEX_MAX
             and 0 <= self.log_index <= INDEX_MAX
