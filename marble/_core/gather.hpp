@@ -114,7 +114,8 @@ inline int64_t AboutBytes(const arrow::ArrayData& array) {
 // The columns of `plan.sources`, and a row of zeros in place of a missing source.
 class ColumnViews {
  public:
-  ColumnViews(const RowPlan& plan, int column, int64_t bits) : zeros_(static_cast<size_t>(std::max<int64_t>(bits / 8, 16)), 0) {
+  // `stride`: bytes from one row to the next in buffer 1, or 0 where that holds bits.
+  ColumnViews(const RowPlan& plan, int column, int64_t stride) : zeros_(static_cast<size_t>(std::max<int64_t>(stride, 16)), 0) {
     views_.reserve(plan.sources.size());
     for (const Source* source : plan.sources) {
       if (source == nullptr) {
@@ -131,7 +132,7 @@ class ColumnViews {
       // Only fixed_size_binary[0] has no values buffer, and nothing to read in it either.
       view.values = array.buffers[1] == nullptr ? zeros_.data() : array.buffers[1]->data();
       if (array.buffers.size() > 2 && array.buffers[2] != nullptr) view.data = array.buffers[2]->data();
-      if (bits > 1) view.values += array.offset * (bits / 8);
+      if (array.buffers[1] != nullptr) view.values += array.offset * stride;
       views_.push_back(view);
     }
   }
@@ -293,7 +294,7 @@ inline arrow::Result<std::shared_ptr<arrow::ArrayData>> GatherColumn(const RowPl
   const bool large = id == arrow::Type::LARGE_STRING || id == arrow::Type::LARGE_BINARY;
   const bool fixed = bits > 0 || id == arrow::Type::FIXED_SIZE_BINARY;
   if (!fixed && !narrow && !large) return GatherAny(plan, column, type);
-  const ColumnViews views(plan, column, bits);
+  const ColumnViews views(plan, column, narrow ? 4 : large ? 8 : bits / 8);
   auto out = arrow::ArrayData::Make(type, rows, {nullptr, nullptr}, 0);
   if (narrow) {
     ARROW_RETURN_NOT_OK(GatherBytes<int32_t>(plan, views, out.get()));

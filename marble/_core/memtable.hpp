@@ -105,13 +105,18 @@ inline arrow::Status RewriteSparse(const Layout& layout, Run* run) {
   if (chosen.empty()) return arrow::Status::OK();
   const std::vector<Slot> kept = run->slots;  // Sources of the plan stay alive until it is done with.
   RowPlan plan;
-  for (const Slot& slot : kept) plan.sources.push_back(slot.source.get());
+  std::vector<uint32_t> numbers(kept.size(), 0);
+  for (size_t i = 0; i < kept.size(); ++i) {
+    if (!chosen[i]) continue;
+    numbers[i] = static_cast<uint32_t>(plan.sources.size());
+    plan.sources.push_back(kept[i].source.get());
+  }
   std::vector<size_t> positions;
   int64_t bytes = 0;
   for (size_t i = 0; i < run->size; ++i) {
     const uint32_t slot = SlotOf(run->refs[i]);
     if (slot < chosen.size() && chosen[slot] && (run->refs[i] & kTombstone) == 0) {
-      plan.rows.push_back({slot, RowOf(run->refs[i])});
+      plan.rows.push_back({numbers[slot], RowOf(run->refs[i])});
       positions.push_back(i);
       bytes += kept[slot].source->bytes / kept[slot].source->rows;
     }

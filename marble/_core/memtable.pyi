@@ -5,8 +5,8 @@ import pyarrow as pa
 class Memtable:
     """The rows of one table in memory, ordered by primary key.
 
-    Writes come from one thread at a time (others wait); snapshots may be taken and read in any thread, without waiting for writes,
-    and outlive the memtable. Batches are kept by reference: do not change the memory under them afterwards.
+    Writes come from one thread at a time (others wait); snapshots may be taken and read in any thread, without waiting
+    for writes, and outlive the memtable. Batches are kept by reference: do not change the memory under them afterwards.
 
     Parameters
     ----------
@@ -75,7 +75,10 @@ class Memtable:
         """Return the state after the last finished write; it never changes."""
 
 class Snapshot:
-    """What a memtable held at one index. Immutable; safe to use in many threads at once; made by `Memtable.snapshot` only."""
+    """What a memtable held at one index.
+
+    Immutable and safe to use in many threads at once. Made by `Memtable.snapshot` only.
+    """
 
     @property
     def schema(self) -> pa.Schema:
@@ -91,7 +94,7 @@ class Snapshot:
         """Sorted runs that reads look into."""
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that this snapshot holds: index, keys, and whole buffers behind the batches, each buffer once."""
+        """Bytes of memory held by this snapshot: index, keys, and the whole allocations behind batches, each once."""
     def get_many(self, keys: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.BooleanArray]:
         """Look rows up by key.
 
@@ -103,8 +106,8 @@ class Snapshot:
         Returns
         -------
         tuple
-            A batch of `Memtable.get_schema` with one row per key, in the order of `keys` (a missing row has its key and nulls),
-            and for each key whether its row was found.
+            A batch of `Memtable.get_schema` with one row per key, in the order of `keys` (a missing row has its key and
+            nulls), and for each key whether its row was found.
 
         Raises
         ------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import struct
 
 import pyarrow as pa
@@ -18,7 +19,7 @@ def encode_value(value: object, type_: pa.DataType) -> bytes:
         number = number ^ (2**bits - 1) if number >> (bits - 1) else number | 1 << (bits - 1)
         return number.to_bytes(bits // 8, "big")
     if pa.types.is_decimal128(type_):
-        unscaled = int(value.scaleb(type_.scale, context=None)) if value else 0
+        unscaled = int(value.scaleb(type_.scale, decimal.Context(prec=40)))
         return (unscaled + 2**127).to_bytes(16, "big")
     if pa.types.is_unsigned_integer(type_):
         return value.to_bytes(type_.bit_width // 8, "big")

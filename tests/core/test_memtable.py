@@ -1,0 +1,615 @@
+"""The memtable against a dict, its memory, and readers beside a writer."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from reference.memtable import Memtable as Twin
+
+from marble._core.memtable import Memtable, Scan, Snapshot
+from marble.errors import InvariantError, UsageError
+
+Row = dict[str, object]
+MakeRow = Callable[[random.Random], Row]
+
+INT_SCHEMA = pa.schema([("k", pa.int64()), ("v", pa.int64())])
+
+
+def ints(keys: Iterable[int], value: int | None = None) -> pa.RecordBatch:
+    keys = list(keys)
+    return pa.RecordBatch.from_pydict({"k": keys, "v": keys if value is None else [value] * len(keys)}, INT_SCHEMA)
+
+
+def int_keys(keys: Iterable[int]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([pa.array(list(keys), pa.int64())], ["k"])
+
+
+def rows_of(snapshot: Snapshot, **options: object) -> list[Row]:
+    rows = []
+    for batch in snapshot.scan(**options):
+        batch.validate(full=True)
+        assert batch.num_rows > 0
+        rows += batch.to_pylist()
+    return rows
+
+
+def check_snapshot(snapshot: Snapshot, twin: Twin, keys: pa.RecordBatch) -> None:
+    assert snapshot.index == twin.index
+    rows, found = snapshot.get_many(keys)
+    rows.validate(full=True)
+    expected = twin.get_many(keys)
+    assert rows.num_rows == keys.num_rows
+    assert found.to_pylist() == [row is not None for row in expected]
+    for key, row, wanted in zip(keys.to_pylist(), rows.to_pylist(), expected, strict=True):
+        assert row == (wanted or dict.fromkeys(snapshot.schema.names) | key)
+    assert rows_of(snapshot) == twin.scan()
+    assert rows_of(snapshot, batch_rows_max=7) == twin.scan()
+    assert snapshot.row_count == len(twin.rows)
+
+
+STRUCT = pa.struct([("x", pa.int16()), ("y", pa.list_(pa.string()))])
+TABLES: dict[str, tuple[pa.Schema, list[str], MakeRow]] = {
+    "whole_key": (
+        pa.schema([("v", pa.string()), ("k", pa.int32()), ("f", pa.float64()), ("b", pa.bool_())]),
+        ["k"],
+        lambda r: {
+            "k": r.randrange(-400, 400),
+            "v": r.choice([None, "", "é" * r.randrange(5)]),
+            "f": 0.5,
+            "b": r.choice([None, True]),
+        },
+    ),
+    "two_columns_in_eight_bytes": (
+        pa.schema([("a", pa.int16()), ("b", pa.bool_()), ("v", pa.large_binary())]),
+        ["b", "a"],
+        lambda r: {"a": r.randrange(-200, 200), "b": r.random() < 0.5, "v": bytes(r.randrange(4))},
+    ),
+    "fixed_key_beyond_eight_bytes": (
+        pa.schema([("t", pa.int64()), ("n", pa.uint32()), ("v", pa.list_(pa.int32()))]),
+        ["t", "n"],
+        lambda r: {"t": r.randrange(3), "n": r.randrange(200), "v": r.choice([None, [], [1, None, r.randrange(9)]])},
+    ),
+    "strings_with_long_common_starts": (
+        pa.schema([("s", pa.string()), ("k", pa.int64()), ("v", STRUCT)]),
+        ["s", "k"],
+        lambda r: {
+            "s": r.choice(["", "\0", "a" * 8, "a" * 16, "a" * 70]) + r.choice(["", "\0", "b", "bc"]),
+            "k": r.randrange(10),
+            "v": r.choice([None, {"x": None, "y": ["p", None]}, {"x": 3, "y": None}]),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", TABLES)
+def test_any_history_reads_as_the_dict_does(name: str, seed: int) -> None:
+    schema, key, make_row = TABLES[name]
+    chance = random.Random(seed)
+
+    def batch_of(count: int) -> pa.RecordBatch:
+        return pa.RecordBatch.from_pylist([make_row(chance) for _ in range(count)], schema)
+
+    table, twin = Memtable(schema, key), Twin(schema, key)
+    kept = []
+    for index in range(1, 120):
+        batch = batch_of(chance.choice([0, 1, 1, 2, 5, 50, 300]))
+        cut = chance.randrange(batch.num_rows + 1) if chance.random() < 0.3 else 0
+        batch = batch.slice(cut)
+        if chance.random() < 0.3:
+            assert table.delete(batch.select(key), index) == twin.delete(batch.select(key), index)
+        else:
+            assert table.upsert(batch, index) == twin.upsert(batch, index)
+        if chance.random() < 0.1:
+            kept.append((table.snapshot(), twin.copy()))
+    kept.append((table.snapshot(), twin.copy()))
+    chance.shuffle(kept)
+    del table
+    for snapshot, expected in kept:
+        check_snapshot(snapshot, expected, batch_of(150).select(key))
+
+
+def test_an_empty_table_has_no_rows() -> None:
+    table = Memtable(INT_SCHEMA, ["k"])
+    snapshot = table.snapshot()
+    assert (snapshot.index, snapshot.row_count, snapshot.run_count, snapshot.nbytes) == (0, 0, 0, 0)
+    check_snapshot(snapshot, Twin(INT_SCHEMA, ["k"]), int_keys([1, 2]))
+    rows, found = snapshot.get_many(int_keys([]))
+    assert (rows.num_rows, len(found)) == (0, 0)
+
+
+def test_the_last_row_of_a_batch_wins() -> None:
+    table = Memtable(INT_SCHEMA, ["k"])
+    batch = pa.RecordBatch.from_pydict({"k": [i % 7 for i in range(300)], "v": list(range(300))}, INT_SCHEMA)
+    assert table.upsert(batch, 1) == 300
+    assert [row["v"] for row in rows_of(table.snapshot())] == [294, 295, 296, 297, 298, 299, 293]
+
+
+def test_an_empty_write_moves_the_index_only() -> None:
+    table = Memtable(INT_SCHEMA, ["k"])
+    table.upsert(ints([1]), 3)
+    assert table.upsert(ints([]), 4) == 0
+    assert table.delete(int_keys([]), 5) == 0
+    assert table.delete(int_keys([8]), 6) == 0
+    snapshot = table.snapshot()
+    assert (snapshot.index, snapshot.row_count, snapshot.run_count) == (6, 1, 1)
+
+
+def test_deleting_counts_each_row_once() -> None:
+    table = Memtable(INT_SCHEMA, ["k"])
+    table.upsert(ints(range(10)), 1)
+    assert table.delete(int_keys([3, 3, 4, 99]), 2) == 2
+    assert table.delete(int_keys([3, 4, 5]), 3) == 1
+    assert table.snapshot().row_count == 7
+    assert table.delete(int_keys(range(100)), 4) == 7
+    assert table.snapshot().row_count == 0
+
+
+def test_a_table_emptied_by_deletes_keeps_no_runs() -> None:
+    table = Memtable(INT_SCHEMA, ["k"])
+    table.upsert(ints(range(500)), 1)
+    table.delete(int_keys(range(500)), 2)
+    assert (table.snapshot().run_count, table.snapshot().nbytes) == (0, 0)
+
+
+def test_runs_grow_with_the_logarithm_of_the_writes() -> None:
+    table = Memtable(INT_SCHEMA, ["k"])
+    for index in range(1, 2000):
+        table.upsert(ints([index * 7919 % 2003]), index)
+    assert table.snapshot().run_count <= 12
+
+
+def test_count_of_rows_survives_merges_in_any_order_of_asking() -> None:
+    chance = random.Random(5)
+    table, twin = Memtable(INT_SCHEMA, ["k"]), Twin(INT_SCHEMA, ["k"])
+    for index in range(1, 400):
+        batch = ints(chance.randrange(2000) for _ in range(chance.randrange(20)))
+        if chance.random() < 0.4:
+            table.delete(batch.select(["k"]), index)
+            twin.delete(batch.select(["k"]), index)
+        else:
+            table.upsert(batch, index)
+            twin.upsert(batch, index)
+        if chance.random() < 0.2:
+            assert table.snapshot().row_count == len(twin.rows)
+    assert table.snapshot().row_count == len(twin.rows)
+
+
+VALUE_TYPES = [
+    pa.null(),
+    pa.bool_(),
+    pa.int8(),
+    pa.uint16(),
+    pa.float16(),
+    pa.int32(),
+    pa.int64(),
+    pa.decimal128(20, 2),
+    pa.decimal256(50, 2),
+    pa.month_day_nano_interval(),
+    pa.timestamp("us", "UTC"),
+    pa.binary(5),
+    pa.binary(0),
+    pa.string(),
+    pa.large_string(),
+    pa.binary(),
+    pa.string_view(),
+    pa.binary_view(),
+    pa.list_(pa.field("element", pa.int32(), nullable=False)),
+    pa.large_list(pa.string()),
+    pa.list_(pa.float32(), 2),
+    pa.list_view(pa.int8()),
+    pa.map_(pa.string(), pa.int32()),
+    pa.struct([pa.field("x", pa.int8(), nullable=False), pa.field("y", pa.list_(pa.struct([("z", pa.string())])))]),
+    pa.dense_union([pa.field("i", pa.int32()), pa.field("s", pa.string())]),
+    pa.sparse_union([pa.field("i", pa.int32()), pa.field("s", pa.string())]),
+]
+
+
+def value_of(type_: pa.DataType, chance: random.Random) -> object:
+    """Make a Python value that pyarrow accepts for `type_`."""
+    if chance.random() < 0.25 or pa.types.is_null(type_):
+        return None
+    if pa.types.is_boolean(type_):
+        return chance.random() < 0.5
+    if pa.types.is_fixed_size_binary(type_):
+        return chance.randbytes(type_.byte_width)
+    if pa.types.is_fixed_size_list(type_):
+        return [1.5, None]
+    if pa.types.is_map(type_):
+        return [("a", 1), ("b", None)][: chance.randrange(3)]
+    if pa.types.is_struct(type_):
+        return {"x": chance.randrange(9), "y": chance.choice([None, [], [{"z": "q"}, None]])}
+    if pa.types.is_nested(type_):
+        item = "long enough for a buffer" if pa.types.is_string(type_.value_type) else 7
+        return [item] * chance.randrange(4)
+    if type_ == pa.month_day_nano_interval():
+        return (chance.randrange(5), 2, 3)
+    text = "x" * chance.randrange(30)
+    if any(check(type_) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
+        return text
+    if pa.types.is_binary(type_) or pa.types.is_binary_view(type_):
+        return text.encode()
+    return np.float16(chance.randrange(9)) if pa.types.is_float16(type_) else chance.randrange(100)
+
+
+def column_of(type_: pa.DataType, count: int, chance: random.Random) -> pa.Array:
+    if pa.types.is_union(type_):
+        kinds = pa.array([chance.randrange(2) for _ in range(count)], pa.int8())
+        children = [pa.array(range(count), pa.int32()), pa.array([str(i) for i in range(count)])]
+        if type_.mode == "sparse":
+            return pa.UnionArray.from_sparse(kinds, children, ["i", "s"])
+        return pa.UnionArray.from_dense(kinds, pa.array(range(count), pa.int32()), children, ["i", "s"])
+    return pa.array([value_of(type_, chance) for _ in range(count)], type_)
+
+
+@pytest.mark.parametrize("pattern", ["scattered", "stretches", "one_stretch"])
+@pytest.mark.parametrize("type_", VALUE_TYPES, ids=str)
+def test_columns_of_every_type_come_back(type_: pa.DataType, pattern: str) -> None:
+    chance = random.Random(str(type_) + pattern)
+    schema = pa.schema([("k", pa.int64()), pa.field("v", type_)], metadata={"a": "b"})
+    count = {"scattered": 60, "stretches": 200, "one_stretch": 60}[pattern]
+    table = Memtable(schema, ["k"])
+    parts = []
+    for part in range(1 if pattern == "one_stretch" else 3):
+        keys = list(range(part * count, part * count + count))
+        if pattern == "scattered":
+            keys = [key % count * 3 + part for key in keys]
+            chance.shuffle(keys)
+        batch = pa.RecordBatch.from_arrays([pa.array(keys), column_of(type_, count, chance)], schema=schema)
+        batch = batch.slice(5)
+        parts.append(batch)
+        table.upsert(batch, part + 1)
+    expected = sorted((row for part in parts for row in part.to_pylist()), key=lambda row: row["k"])
+    snapshot = table.snapshot()
+    scanned = pa.Table.from_batches(list(snapshot.scan()), snapshot.scan().schema)
+    scanned.validate(full=True)
+    assert scanned.schema.equals(schema, check_metadata=True)
+    assert scanned.to_pylist() == expected
+    by_key = {row["k"]: row for row in expected}
+    asked = [-1, *chance.sample(list(by_key), 40), -2]
+    rows, found = snapshot.get_many(int_keys(asked))
+    rows.validate(full=True)
+    assert rows.schema.equals(table.get_schema, check_metadata=True)
+    assert rows.to_pylist() == [by_key.get(key, {"k": key, "v": None}) for key in asked]
+    assert found.to_pylist() == [key >= 0 for key in asked]
+
+
+def test_wanted_columns_come_in_the_wanted_order() -> None:
+    schema = pa.schema([("a", pa.int8()), ("k", pa.int64()), ("c", pa.string())])
+    table = Memtable(schema, ["k"])
+    table.upsert(pa.RecordBatch.from_pydict({"a": [1, 2], "k": [9, 8], "c": ["x", "y"]}, schema), 1)
+    snapshot = table.snapshot()
+    assert rows_of(snapshot, columns=["c", "a"]) == [{"c": "y", "a": 2}, {"c": "x", "a": 1}]
+    assert snapshot.scan(columns=["c", "a"]).schema.names == ["c", "a"]
+    nothing = list(snapshot.scan(columns=[]))
+    assert [(batch.num_columns, batch.num_rows) for batch in nothing] == [(0, 2)]
+
+
+def test_a_scan_that_ended_stays_ended() -> None:
+    table = Memtable(INT_SCHEMA, ["k"])
+    table.upsert(ints([1]), 1)
+    scan = table.snapshot().scan()
+    assert len(list(scan)) == 1
+    assert list(scan) == []
+
+
+def test_many_overlapping_runs_scan_in_blocks() -> None:
+    table = Memtable(INT_SCHEMA, ["k"])
+    chance = np.random.default_rng(11)
+    expected: dict[int, int] = {}
+    for index, size in enumerate([150_000, 40_000, 9_000, 2_000, 300, 50, 7], 1):
+        keys = chance.integers(0, 400_000, size)
+        table.upsert(
+            pa.RecordBatch.from_arrays([pa.array(keys), pa.array([index] * size, pa.int64())], schema=INT_SCHEMA), index
+        )
+        expected.update(dict.fromkeys(keys.tolist(), index))
+    snapshot = table.snapshot()
+    assert snapshot.run_count == 7
+    scanned = pa.Table.from_batches(snapshot.scan(50_000))
+    keys = sorted(expected)
+    assert scanned["k"].to_pylist() == keys
+    assert scanned["v"].to_pylist() == [expected[key] for key in keys]
+    assert snapshot.row_count == len(keys)
+
+
+def test_long_rows_make_short_batches() -> None:
+    schema = pa.schema([("k", pa.int64()), ("v", pa.binary())])
+    table = Memtable(schema, ["k"])
+    value = bytes(4 << 20)
+    for index in range(1, 40):
+        table.upsert(pa.RecordBatch.from_pydict({"k": [index], "v": [value]}, schema), index)
+    sizes = [batch.nbytes for batch in table.snapshot().scan()]
+    assert len(sizes) > 1
+    assert max(sizes) < 80 << 20
+
+
+class Memory:
+    """Batches over memory whose release can be seen."""
+
+    def __init__(self) -> None:
+        self.held = 0
+
+    def batch(self, keys: Iterable[int]) -> pa.RecordBatch:
+        array = np.array(list(keys), np.int64)
+        self.held += 1
+        weakref.finalize(array, self._release)
+        buffer = pa.py_buffer(array)
+        column = pa.Array.from_buffers(pa.int64(), len(array), [None, buffer])
+        return pa.RecordBatch.from_arrays([column, column], schema=INT_SCHEMA)
+
+    def _release(self) -> None:
+        self.held -= 1
+
+
+def test_a_batch_without_live_rows_is_let_go() -> None:
+    memory = Memory()
+    table = Memtable(INT_SCHEMA, ["k"])
+    for index in range(1, 50):
+        table.upsert(memory.batch(range(1000)), index)
+    gc.collect()
+    assert memory.held <= 2
+    assert table.snapshot().row_count == 1000
+
+
+def test_readers_keep_what_they_read_and_no_longer() -> None:
+    memory = Memory()
+    table = Memtable(INT_SCHEMA, ["k"])
+    table.upsert(memory.batch(range(1000)), 1)
+    old = table.snapshot()
+    scan = old.scan(100)
+    first = next(scan)
+    table.upsert(memory.batch(range(1000)), 2)
+    table.delete(int_keys(range(1000)), 3)
+    assert table.snapshot().row_count == 0
+    assert memory.held == 1
+    assert old.row_count == 1000
+    del old, table
+    assert first["k"].to_pylist() == list(range(100))
+    assert [row["k"] for batch in scan for row in batch.to_pylist()] == list(range(100, 1000))
+    assert memory.held == 1
+    del scan
+    assert memory.held == 0
+    assert first["k"].to_pylist() == list(range(100))
+
+
+def test_slices_given_to_readers_hold_the_memory() -> None:
+    memory = Memory()
+    table = Memtable(INT_SCHEMA, ["k"])
+    table.upsert(memory.batch(range(1000)), 1)
+    whole = next(table.snapshot().scan())
+    rows, _ = table.snapshot().get_many(int_keys(range(900)))
+    del table
+    assert memory.held == 1
+    assert whole["v"].to_pylist() == list(range(1000))
+    del whole
+    assert rows["v"].to_pylist() == list(range(900))
+    del rows
+    assert memory.held == 0
+
+
+def test_many_small_batches_become_few() -> None:
+    memory = Memory()
+    table = Memtable(INT_SCHEMA, ["k"])
+    for index in range(1, 4097):
+        table.upsert(memory.batch([index * 2039 % 4099]), index)
+    assert memory.held < 200
+    assert [row["v"] for row in rows_of(table.snapshot())] == sorted(index * 2039 % 4099 for index in range(1, 4097))
+
+
+@pytest.mark.parametrize("key", [["k"], ["s", "k"]])
+def test_batches_that_are_mostly_dead_are_rewritten(key: list[str]) -> None:
+    schema = pa.schema([("k", pa.int64()), ("s", pa.string()), ("v", pa.binary(64))])
+    table = Memtable(schema, key)
+
+    def batch_of(keys: range) -> pa.RecordBatch:
+        columns = [
+            pa.array(keys, pa.int64()),
+            pa.array(f"same start of {i}" for i in keys),
+            pa.array([b"v" * 64] * len(keys), pa.binary(64)),
+        ]
+        return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+    # Of the first batch every 128th row stays.
+    table.upsert(batch_of(range(20_000)), 1)
+    full = table.snapshot().nbytes
+    dead = pa.array(i % 128 != 0 for i in range(20_000))
+    assert table.delete(batch_of(range(20_000)).filter(dead).select(key), 2) == 20_000 - 157
+    snapshot = table.snapshot()
+    assert sorted(row["k"] for row in rows_of(snapshot)) == list(range(0, 20_000, 128))
+    assert snapshot.nbytes < full / 50
+
+
+def test_nbytes_counts_a_shared_allocation_once() -> None:
+    schema = INT_SCHEMA
+    whole = ints(range(8000))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        for start in range(0, 8000, 1000):
+            writer.write_batch(whole.slice(start, 1000))
+    message = sink.getvalue()
+    table = Memtable(schema, ["k"])
+    for index, batch in enumerate(pa.ipc.open_stream(message), 1):
+        table.upsert(batch, index)
+    assert message.size <= table.snapshot().nbytes < message.size + 8000 * 16 + 10_000
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (pa.record_batch({"k": [1]}), "the table has 2 columns, the batch 1"),
+        (pa.record_batch({"v": [1], "k": [1]}), "column 0 of the table is 'k'"),
+        (
+            pa.record_batch({"k": [1], "v": ["x"]}),
+            "column 1 of the table is 'v' of type int64, of the batch 'v' of type string",
+        ),
+        (pa.record_batch([pa.array([1, None]), pa.array([1, 2])], names=["k", "v"]), "key column 'k' is null in row 1"),
+        ({"k": [1], "v": [1]}, r"expected a pyarrow\.RecordBatch, got dict"),
+    ],
+)
+def test_a_wrong_batch_is_refused_and_changes_nothing(batch: object, message: str) -> None:
+    table = Memtable(INT_SCHEMA, ["k"])
+    table.upsert(ints([5]), 1)
+    with pytest.raises(UsageError, match=message):
+        table.upsert(batch, 2)
+    snapshot = table.snapshot()
+    assert (snapshot.index, rows_of(snapshot)) == (1, [{"k": 5, "v": 5}])
+
+
+def test_wrong_keys_are_refused() -> None:
+    table = Memtable(INT_SCHEMA, ["k"])
+    for keys in (ints([1]), pa.record_batch({"k": ["x"]}), pa.record_batch({"x": [1]}), None):
+        with pytest.raises(UsageError):
+            table.delete(keys, 1)
+        with pytest.raises(UsageError):
+            table.snapshot().get_many(keys)
+    assert table.snapshot().index == 0
+
+
+def test_an_index_that_goes_back_is_an_invariant_broken() -> None:
+    table = Memtable(INT_SCHEMA, ["k"])
+    table.upsert(ints([1]), 5)
+    with pytest.raises(InvariantError, match="index 4 was to be applied after 5"):
+        table.upsert(ints([2]), 4)
+    with pytest.raises(InvariantError, match="index 4 was to be applied after 5"):
+        table.delete(int_keys([1]), 4)
+    assert table.upsert(ints([2]), 5) == 1
+
+
+@pytest.mark.parametrize(
+    ("schema", "key", "message"),
+    [
+        (INT_SCHEMA, [], "at least one column"),
+        (INT_SCHEMA, ["x"], "key column 'x' is not a column"),
+        (INT_SCHEMA, ["k", "k"], "key column 'k' is named twice"),
+        (INT_SCHEMA, "k", "the key is a sequence of column names"),
+        (INT_SCHEMA, [1], "the key is a sequence of column names"),
+        (None, ["k"], r"expected a pyarrow\.Schema, got NoneType"),
+        (pa.schema([("k", pa.list_(pa.int8()))]), ["k"], "cannot be a key"),
+        (pa.schema([("k", pa.int8()), ("v", pa.int8()), ("v", pa.int8())]), ["k"], "column 'v' is there twice"),
+        (pa.schema([("k", pa.int8()), ("v", pa.dictionary(pa.int8(), pa.string()))]), ["k"], "cannot store"),
+        (pa.schema([("k", pa.int8()), ("v", pa.list_(pa.dictionary(pa.int8(), pa.string())))]), ["k"], "cannot store"),
+        (pa.schema([("k", pa.int8()), ("v", pa.run_end_encoded(pa.int32(), pa.string()))]), ["k"], "cannot store"),
+        (pa.schema([("k", pa.int8()), ("v", pa.uuid())]), ["k"], "cannot store"),
+    ],
+)
+def test_wrong_tables_are_refused(schema: object, key: object, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Memtable(schema, key)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_rows_max": 0}, "at least 1"),
+        ({"columns": ["x"]}, "column 'x' is not in the table"),
+        ({"columns": ["v", "v"]}, "named twice"),
+        ({"columns": "k"}, "sequence of names"),
+    ],
+)
+def test_wrong_scans_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Memtable(INT_SCHEMA, ["k"]).snapshot().scan(**options)
+
+
+@pytest.mark.parametrize("class_", [Snapshot, Scan])
+def test_objects_are_made_by_the_memtable_only(class_: type) -> None:
+    with pytest.raises(TypeError, match="comes from"):
+        class_()
+    with pytest.raises(TypeError, match="comes from"):
+        class_.__new__(class_)
+
+
+def test_the_table_says_what_it_is() -> None:
+    schema = pa.schema([pa.field("v", pa.int64(), nullable=False), pa.field("k", pa.int64(), nullable=False)])
+    table = Memtable(schema, ["k"])
+    assert (table.schema, table.key, table.key_schema) == (schema, ("k",), pa.schema([schema.field("k")]))
+    assert table.get_schema == pa.schema([pa.field("v", pa.int64()), schema.field("k")])
+    assert table.snapshot().schema == schema
+
+
+def test_readers_beside_a_writer_see_whole_writes_only() -> None:
+    """Each write gives all keys the same value, so any snapshot, read in any way, holds one value."""
+    table = Memtable(INT_SCHEMA, ["k"])
+    keys = [*range(0, 3000, 3)]
+    table.upsert(ints(keys, 1), 1)
+    stop = threading.Event()
+    seen: list[set[int]] = []
+    errors: list[BaseException] = []
+
+    def read(seed: int) -> None:
+        chance = random.Random(seed)
+        last = 0
+        values: set[int] = set()
+        try:
+            while not stop.is_set():
+                snapshot = table.snapshot()
+                assert snapshot.index >= last
+                last = snapshot.index
+                asked = chance.sample(keys, 50)
+                rows, found = snapshot.get_many(int_keys(asked))
+                got = set(rows["v"].to_pylist())
+                scanned = pa.Table.from_batches(snapshot.scan(chance.choice([100, 5000])))
+                assert scanned["k"].to_pylist() == keys
+                assert got == set(scanned["v"].to_pylist()) == {last}
+                assert pc.all(found).as_py()
+                assert snapshot.row_count == len(keys)
+                values |= got
+            seen.append(values)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for index in range(2, 300):
+        table.upsert(ints(reversed(keys), index), index)
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert errors == []
+    assert len(seen) == 3
+
+
+def test_threads_that_share_a_scan_get_each_row_once() -> None:
+    table = Memtable(INT_SCHEMA, ["k"])
+    for index in range(1, 30):
+        table.upsert(ints(range(index, 60_000, 29)), index)
+    scan = table.snapshot().scan(500)
+    taken: list[list[int]] = [[], [], []]
+
+    def take(mine: list[int]) -> None:
+        for batch in scan:
+            mine += batch["k"].to_pylist()
+
+    threads = [threading.Thread(target=take, args=(mine,)) for mine in taken]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert sorted(key for mine in taken for key in mine) == list(range(1, 60_000))
+
+
+def test_writers_in_several_threads_take_turns() -> None:
+    table = Memtable(INT_SCHEMA, ["k"])
+
+    def write(start: int) -> None:
+        for part in range(50):
+            table.upsert(ints(range(start + part * 20, start + part * 20 + 20)), 1)
+
+    threads = [threading.Thread(target=write, args=(start,)) for start in (0, 1000, 2000)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert [row["k"] for row in rows_of(table.snapshot())] == list(range(3000))
