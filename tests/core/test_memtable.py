@@ -1,17 +1,14 @@
-"""The memtable against a dict, its memory, and readers beside a writer."""
+"""The memtable against a dict, and what it refuses."""
 
 from __future__ import annotations
 
-import gc
 import random
-import threading
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pytest
+from reference.memtable import INT_SCHEMA, int_keys, ints, rows_of
 from reference.memtable import Memtable as Twin
 
 from marble._core.memtable import Memtable, Scan, Snapshot
@@ -19,26 +16,6 @@ from marble.errors import InvariantError, UsageError
 
 Row = dict[str, object]
 MakeRow = Callable[[random.Random], Row]
-
-INT_SCHEMA = pa.schema([("k", pa.int64()), ("v", pa.int64())])
-
-
-def ints(keys: Iterable[int], value: int | None = None) -> pa.RecordBatch:
-    keys = list(keys)
-    return pa.RecordBatch.from_pydict({"k": keys, "v": keys if value is None else [value] * len(keys)}, INT_SCHEMA)
-
-
-def int_keys(keys: Iterable[int]) -> pa.RecordBatch:
-    return pa.RecordBatch.from_arrays([pa.array(list(keys), pa.int64())], ["k"])
-
-
-def rows_of(snapshot: Snapshot, **options: object) -> list[Row]:
-    rows = []
-    for batch in snapshot.scan(**options):
-        batch.validate(full=True)
-        assert batch.num_rows > 0
-        rows += batch.to_pylist()
-    return rows
 
 
 def check_snapshot(snapshot: Snapshot, twin: Twin, keys: pa.RecordBatch) -> None:
@@ -183,105 +160,6 @@ def test_count_of_rows_survives_merges_in_any_order_of_asking() -> None:
     assert table.snapshot().row_count == len(twin.rows)
 
 
-VALUE_TYPES = [
-    pa.null(),
-    pa.bool_(),
-    pa.int8(),
-    pa.uint16(),
-    pa.float16(),
-    pa.int32(),
-    pa.int64(),
-    pa.decimal128(20, 2),
-    pa.decimal256(50, 2),
-    pa.month_day_nano_interval(),
-    pa.timestamp("us", "UTC"),
-    pa.binary(5),
-    pa.binary(0),
-    pa.string(),
-    pa.large_string(),
-    pa.binary(),
-    pa.string_view(),
-    pa.binary_view(),
-    pa.list_(pa.field("element", pa.int32(), nullable=False)),
-    pa.large_list(pa.string()),
-    pa.list_(pa.float32(), 2),
-    pa.list_view(pa.int8()),
-    pa.map_(pa.string(), pa.int32()),
-    pa.struct([pa.field("x", pa.int8(), nullable=False), pa.field("y", pa.list_(pa.struct([("z", pa.string())])))]),
-    pa.dense_union([pa.field("i", pa.int32()), pa.field("s", pa.string())]),
-    pa.sparse_union([pa.field("i", pa.int32()), pa.field("s", pa.string())]),
-]
-
-
-def value_of(type_: pa.DataType, chance: random.Random) -> object:
-    """Make a Python value that pyarrow accepts for `type_`."""
-    if chance.random() < 0.25 or pa.types.is_null(type_):
-        return None
-    if pa.types.is_boolean(type_):
-        return chance.random() < 0.5
-    if pa.types.is_fixed_size_binary(type_):
-        return chance.randbytes(type_.byte_width)
-    if pa.types.is_fixed_size_list(type_):
-        return [1.5, None]
-    if pa.types.is_map(type_):
-        return [("a", 1), ("b", None)][: chance.randrange(3)]
-    if pa.types.is_struct(type_):
-        return {"x": chance.randrange(9), "y": chance.choice([None, [], [{"z": "q"}, None]])}
-    if pa.types.is_nested(type_):
-        item = "long enough for a buffer" if pa.types.is_string(type_.value_type) else 7
-        return [item] * chance.randrange(4)
-    if type_ == pa.month_day_nano_interval():
-        return (chance.randrange(5), 2, 3)
-    text = "x" * chance.randrange(30)
-    if any(check(type_) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
-        return text
-    if pa.types.is_binary(type_) or pa.types.is_binary_view(type_):
-        return text.encode()
-    return np.float16(chance.randrange(9)) if pa.types.is_float16(type_) else chance.randrange(100)
-
-
-def column_of(type_: pa.DataType, count: int, chance: random.Random) -> pa.Array:
-    if pa.types.is_union(type_):
-        kinds = pa.array([chance.randrange(2) for _ in range(count)], pa.int8())
-        children = [pa.array(range(count), pa.int32()), pa.array([str(i) for i in range(count)])]
-        if type_.mode == "sparse":
-            return pa.UnionArray.from_sparse(kinds, children, ["i", "s"])
-        return pa.UnionArray.from_dense(kinds, pa.array(range(count), pa.int32()), children, ["i", "s"])
-    return pa.array([value_of(type_, chance) for _ in range(count)], type_)
-
-
-@pytest.mark.parametrize("pattern", ["scattered", "stretches", "one_stretch"])
-@pytest.mark.parametrize("type_", VALUE_TYPES, ids=str)
-def test_columns_of_every_type_come_back(type_: pa.DataType, pattern: str) -> None:
-    chance = random.Random(str(type_) + pattern)
-    schema = pa.schema([("k", pa.int64()), pa.field("v", type_)], metadata={"a": "b"})
-    count = {"scattered": 60, "stretches": 200, "one_stretch": 60}[pattern]
-    table = Memtable(schema, ["k"])
-    parts = []
-    for part in range(1 if pattern == "one_stretch" else 3):
-        keys = list(range(part * count, part * count + count))
-        if pattern == "scattered":
-            keys = [key % count * 3 + part for key in keys]
-            chance.shuffle(keys)
-        batch = pa.RecordBatch.from_arrays([pa.array(keys), column_of(type_, count, chance)], schema=schema)
-        batch = batch.slice(5)
-        parts.append(batch)
-        table.upsert(batch, part + 1)
-    expected = sorted((row for part in parts for row in part.to_pylist()), key=lambda row: row["k"])
-    snapshot = table.snapshot()
-    scanned = pa.Table.from_batches(list(snapshot.scan()), snapshot.scan().schema)
-    scanned.validate(full=True)
-    assert scanned.schema.equals(schema, check_metadata=True)
-    assert scanned.to_pylist() == expected
-    by_key = {row["k"]: row for row in expected}
-    asked = [-1, *chance.sample(list(by_key), 40), -2]
-    rows, found = snapshot.get_many(int_keys(asked))
-    rows.validate(full=True)
-    assert rows.schema.equals(table.get_schema, check_metadata=True)
-    assert rows.to_pylist() == [by_key.get(key, {"k": key, "v": None}) for key in asked]
-    assert found.to_pylist() == [key >= 0 for key in asked]
-
-
 def test_wanted_columns_come_in_the_wanted_order() -> None:
     schema = pa.schema([("a", pa.int8()), ("k", pa.int64()), ("c", pa.string())])
     table = Memtable(schema, ["k"])
@@ -329,116 +207,6 @@ def test_long_rows_make_short_batches() -> None:
     sizes = [batch.nbytes for batch in table.snapshot().scan()]
     assert len(sizes) > 1
     assert max(sizes) < 80 << 20
-
-
-class Memory:
-    """Batches over memory whose release can be seen."""
-
-    def __init__(self) -> None:
-        self.held = 0
-
-    def batch(self, keys: Iterable[int]) -> pa.RecordBatch:
-        array = np.array(list(keys), np.int64)
-        self.held += 1
-        weakref.finalize(array, self._release)
-        buffer = pa.py_buffer(array)
-        column = pa.Array.from_buffers(pa.int64(), len(array), [None, buffer])
-        return pa.RecordBatch.from_arrays([column, column], schema=INT_SCHEMA)
-
-    def _release(self) -> None:
-        self.held -= 1
-
-
-def test_a_batch_without_live_rows_is_let_go() -> None:
-    memory = Memory()
-    table = Memtable(INT_SCHEMA, ["k"])
-    for index in range(1, 50):
-        table.upsert(memory.batch(range(1000)), index)
-    gc.collect()
-    assert memory.held <= 2
-    assert table.snapshot().row_count == 1000
-
-
-def test_readers_keep_what_they_read_and_no_longer() -> None:
-    memory = Memory()
-    table = Memtable(INT_SCHEMA, ["k"])
-    table.upsert(memory.batch(range(1000)), 1)
-    old = table.snapshot()
-    scan = old.scan(100)
-    first = next(scan)
-    table.upsert(memory.batch(range(1000)), 2)
-    table.delete(int_keys(range(1000)), 3)
-    assert table.snapshot().row_count == 0
-    assert memory.held == 1
-    assert old.row_count == 1000
-    del old, table
-    assert first["k"].to_pylist() == list(range(100))
-    assert [row["k"] for batch in scan for row in batch.to_pylist()] == list(range(100, 1000))
-    assert memory.held == 1
-    del scan
-    assert memory.held == 0
-    assert first["k"].to_pylist() == list(range(100))
-
-
-def test_slices_given_to_readers_hold_the_memory() -> None:
-    memory = Memory()
-    table = Memtable(INT_SCHEMA, ["k"])
-    table.upsert(memory.batch(range(1000)), 1)
-    whole = next(table.snapshot().scan())
-    rows, _ = table.snapshot().get_many(int_keys(range(900)))
-    del table
-    assert memory.held == 1
-    assert whole["v"].to_pylist() == list(range(1000))
-    del whole
-    assert rows["v"].to_pylist() == list(range(900))
-    del rows
-    assert memory.held == 0
-
-
-def test_many_small_batches_become_few() -> None:
-    memory = Memory()
-    table = Memtable(INT_SCHEMA, ["k"])
-    for index in range(1, 4097):
-        table.upsert(memory.batch([index * 2039 % 4099]), index)
-    assert memory.held < 200
-    assert [row["v"] for row in rows_of(table.snapshot())] == sorted(index * 2039 % 4099 for index in range(1, 4097))
-
-
-@pytest.mark.parametrize("key", [["k"], ["s", "k"]])
-def test_batches_that_are_mostly_dead_are_rewritten(key: list[str]) -> None:
-    schema = pa.schema([("k", pa.int64()), ("s", pa.string()), ("v", pa.binary(64))])
-    table = Memtable(schema, key)
-
-    def batch_of(keys: range) -> pa.RecordBatch:
-        columns = [
-            pa.array(keys, pa.int64()),
-            pa.array(f"same start of {i}" for i in keys),
-            pa.array([b"v" * 64] * len(keys), pa.binary(64)),
-        ]
-        return pa.RecordBatch.from_arrays(columns, schema=schema)
-
-    # Of the first batch every 128th row stays.
-    table.upsert(batch_of(range(20_000)), 1)
-    full = table.snapshot().nbytes
-    dead = pa.array(i % 128 != 0 for i in range(20_000))
-    assert table.delete(batch_of(range(20_000)).filter(dead).select(key), 2) == 20_000 - 157
-    snapshot = table.snapshot()
-    assert sorted(row["k"] for row in rows_of(snapshot)) == list(range(0, 20_000, 128))
-    assert snapshot.nbytes < full / 50
-
-
-def test_nbytes_counts_a_shared_allocation_once() -> None:
-    schema = INT_SCHEMA
-    whole = ints(range(8000))
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, schema) as writer:
-        for start in range(0, 8000, 1000):
-            writer.write_batch(whole.slice(start, 1000))
-    message = sink.getvalue()
-    table = Memtable(schema, ["k"])
-    for index, batch in enumerate(pa.ipc.open_stream(message), 1):
-        table.upsert(batch, index)
-    assert message.size <= table.snapshot().nbytes < message.size + 8000 * 16 + 10_000
 
 
 @pytest.mark.parametrize(
@@ -533,83 +301,3 @@ def test_the_table_says_what_it_is() -> None:
     assert (table.schema, table.key, table.key_schema) == (schema, ("k",), pa.schema([schema.field("k")]))
     assert table.get_schema == pa.schema([pa.field("v", pa.int64()), schema.field("k")])
     assert table.snapshot().schema == schema
-
-
-def test_readers_beside_a_writer_see_whole_writes_only() -> None:
-    """Each write gives all keys the same value, so any snapshot, read in any way, holds one value."""
-    table = Memtable(INT_SCHEMA, ["k"])
-    keys = [*range(0, 3000, 3)]
-    table.upsert(ints(keys, 1), 1)
-    stop = threading.Event()
-    seen: list[set[int]] = []
-    errors: list[BaseException] = []
-
-    def read(seed: int) -> None:
-        chance = random.Random(seed)
-        last = 0
-        values: set[int] = set()
-        try:
-            while not stop.is_set():
-                snapshot = table.snapshot()
-                assert snapshot.index >= last
-                last = snapshot.index
-                asked = chance.sample(keys, 50)
-                rows, found = snapshot.get_many(int_keys(asked))
-                got = set(rows["v"].to_pylist())
-                scanned = pa.Table.from_batches(snapshot.scan(chance.choice([100, 5000])))
-                assert scanned["k"].to_pylist() == keys
-                assert got == set(scanned["v"].to_pylist()) == {last}
-                assert pc.all(found).as_py()
-                assert snapshot.row_count == len(keys)
-                values |= got
-            seen.append(values)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for index in range(2, 300):
-        table.upsert(ints(reversed(keys), index), index)
-    stop.set()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    assert errors == []
-    assert len(seen) == 3
-
-
-def test_threads_that_share_a_scan_get_each_row_once() -> None:
-    table = Memtable(INT_SCHEMA, ["k"])
-    for index in range(1, 30):
-        table.upsert(ints(range(index, 60_000, 29)), index)
-    scan = table.snapshot().scan(500)
-    taken: list[list[int]] = [[], [], []]
-
-    def take(mine: list[int]) -> None:
-        for batch in scan:
-            mine += batch["k"].to_pylist()
-
-    threads = [threading.Thread(target=take, args=(mine,)) for mine in taken]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    assert sorted(key for mine in taken for key in mine) == list(range(1, 60_000))
-
-
-def test_writers_in_several_threads_take_turns() -> None:
-    table = Memtable(INT_SCHEMA, ["k"])
-
-    def write(start: int) -> None:
-        for part in range(50):
-            table.upsert(ints(range(start + part * 20, start + part * 20 + 20)), 1)
-
-    threads = [threading.Thread(target=write, args=(start,)) for start in (0, 1000, 2000)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    assert [row["k"] for row in rows_of(table.snapshot())] == list(range(3000))

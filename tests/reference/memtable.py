@@ -1,11 +1,31 @@
-"""The slow, obvious twin of marble._core.memtable: a dict from encoded key to row."""
+"""The slow, obvious twin of marble._core.memtable: a dict from encoded key to row; and small tables to test with."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 from reference import key_codec
+
+INT_SCHEMA = pa.schema([("k", pa.int64()), ("v", pa.int64())])
+
+
+def ints(keys: Iterable[int], value: int | None = None) -> pa.RecordBatch:
+    keys = list(keys)
+    return pa.RecordBatch.from_pydict({"k": keys, "v": keys if value is None else [value] * len(keys)}, INT_SCHEMA)
+
+
+def int_keys(keys: Iterable[int]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([pa.array(list(keys), pa.int64())], ["k"])
+
+
+def rows_of(snapshot: object, **options: object) -> list[dict[str, object]]:
+    rows = []
+    for batch in snapshot.scan(**options):
+        batch.validate(full=True)
+        assert batch.num_rows > 0
+        rows += batch.to_pylist()
+    return rows
 
 
 class Memtable:
