@@ -325,6 +325,8 @@ class FlightTransport:
                 self._refused.add()
                 raise UnavailableError(f"node {self.node_id} does not take messages now")
             sender = self._greet(reader)
+            if sender is None:
+                return
             for chunk in reader:
                 if chunk.app_metadata is None:
                     raise ProtocolError(f"entries without messages from node {sender}")
@@ -338,8 +340,8 @@ class FlightTransport:
             self._count_garbage(error)
             raise self._told(error) from None
 
-    def _greet(self, reader: fl.MetadataRecordBatchReader) -> int:
-        """Find out who opened this stream. Raises ProtocolError unless it is a peer."""
+    def _greet(self, reader: fl.MetadataRecordBatchReader) -> int | None:
+        """Find out who opened this stream; None if it ended at once. Raises ProtocolError unless it is a peer."""
         with self._lock:
             refused = self._strangers >= self.options.strangers_max
             self._strangers += not refused
@@ -348,7 +350,10 @@ class FlightTransport:
             raise UnavailableError(f"too many streams to node {self.node_id} that do not say where they come from")
         try:
             chunk = next(reader, None)
-            if chunk is None or chunk.app_metadata is None or chunk.data is not None:
+            if chunk is None:
+                # A peer that stops while it connects does this.
+                return None
+            if chunk.app_metadata is None or chunk.data is not None:
                 raise ProtocolError("the stream does not open with a hello")
             sender = self._codec.check_hello(chunk.app_metadata.to_pybytes())
             if sender not in self._endpoints:

@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -133,17 +133,20 @@ class Stream:
         self.client = port.client()
         self.writer, self.reader = self.client.do_exchange(fl.FlightDescriptor.for_command(RAFT_COMMAND))
         self.failure: pa.ArrowException | None = None
-        self.writer.begin(schema)
+        self._try(lambda: self.writer.begin(schema))
         self.write(CODEC.hello(1) if hello is None else hello)
 
     def write(self, metadata: bytes | None, batch: pa.RecordBatch | None = None) -> None:
+        if batch is None:
+            self._try(lambda: self.writer.write_metadata(metadata))
+        elif metadata is None:
+            self._try(lambda: self.writer.write_batch(batch))
+        else:
+            self._try(lambda: self.writer.write_with_metadata(batch, metadata))
+
+    def _try(self, write: Callable[[], None]) -> None:
         try:
-            if batch is None:
-                self.writer.write_metadata(metadata)
-            elif metadata is None:
-                self.writer.write_batch(batch)
-            else:
-                self.writer.write_with_metadata(batch, metadata)
+            write()
         except pa.ArrowException as error:
             self.failure = self.failure or error
 
@@ -191,7 +194,7 @@ def test_stream_that_ends_by_itself_is_no_error(port: Port) -> None:
 @pytest.mark.parametrize(
     ("hello", "message"),
     [
-        (b"", "does not open with a hello"),
+        (b"h", "does not open with a hello"),
         (b"x" * 100, "does not open with a hello"),
         (Codec("other", 2, 1).hello(1), "this node is of cluster 'c', not 'other'"),
         (Codec("c", 2, 1).hello(3), "this is node 1, not 3"),
