@@ -294,19 +294,18 @@ class _Demo:
     def _report(self, stats: WriteStats) -> None:
         seconds = max(stats.seconds, 1e-9)
         failover = " (failover included)" if self._killed else ""
+        batches = len(stats.latencies_s) + len(stats.failover_latencies_s)
+        p50_ms, p99_ms = stats.latency_s(0.5) * 1e3, stats.latency_s(0.99) * 1e3
         self._measured += [
-            ("written", f"{stats.rows:,} rows in {len(stats.latencies_s):,} batches, {stats.seconds:.2f} s{failover}"),
-            ("rate", f"{stats.rows / seconds:,.0f} rows/s, {stats.nbytes / seconds / 1e6:,.2f} MB/s"),
-            (
-                "write latency",
-                f"p50 {stats.latency_s(0.5) * 1e3:.2f} ms, p99 {stats.latency_s(0.99) * 1e3:.2f} ms for a batch",
-            ),
+            ("written", f"{stats.rows:,} rows in {batches:,} batches, {stats.seconds:.2f} s{failover}"),
+            ("rate", f"{stats.rows / seconds:,.0f} rows/s, {stats.nbytes / seconds / 1e6:,.2f} MB/s{failover}"),
+            ("write latency", f"p50 {p50_ms:.2f} ms, p99 {p99_ms:.2f} ms for a batch, {stats.window} under way"),
         ]
         if self._killed:
             measured = "not measured" if stats.failover_s is None else f"{stats.failover_s:.3f} s"
             self._measured += [
                 ("failover", f"{measured} from SIGKILL to the first acknowledged write after it"),
-                ("repeated writes", f"{stats.repeats:,}"),
+                ("under way in it", f"{len(stats.failover_latencies_s)} batches, {stats.repeats} writes were repeated"),
             ]
 
     def _restart(self, index: int) -> None:

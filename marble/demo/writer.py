@@ -41,20 +41,23 @@ RETRIED: Final = (OutcomeUnknownError, UnavailableError, NotLeaderError)
 class WriteStats:
     """What the writes came to.
 
-    - ``latencies_s``: from the first offer of a batch to its acknowledgement, repeats included; one for each batch.
+    - ``latencies_s``: from the first offer of a batch to its acknowledgement, repeats included, for each batch that the
+      failover did not touch; ``failover_latencies_s`` for those that were under way in it.
     - ``failover_s``: from `Writer.mark_failure` to the first acknowledgement of a write that was offered after it.
     """
 
     latencies_s: list[float] = field(default_factory=list)
+    failover_latencies_s: list[float] = field(default_factory=list)
     rows: int = 0
     nbytes: int = 0
     repeats: int = 0
     last_index: int = 0
+    window: int = 0
     seconds: float = 0.0
     failover_s: float | None = None
 
     def latency_s(self, share: float) -> float:
-        """The latency that a `share` of the writes did not exceed (nearest rank); 0.0 if there were none."""
+        """What a `share` of ``latencies_s`` did not exceed (nearest rank); 0.0 if there are none."""
         ranked = sorted(self.latencies_s)
         return ranked[max(0, -int(-share * len(ranked) // 1) - 1)] if ranked else 0.0
 
@@ -86,7 +89,7 @@ class Writer:
         window: int = WINDOW,
         timeout_s: float = WRITE_TIMEOUT_S,
     ) -> None:
-        self.stats = WriteStats()
+        self.stats = WriteStats(window=window)
         self._write = write
         self._watch = watch
         self._window = window
@@ -165,9 +168,12 @@ class Writer:
         stats.last_index = max(stats.last_index, index)
         stats.rows += write.batch.num_rows
         stats.nbytes += write.batch.nbytes
-        stats.latencies_s.append(at_s - write.begun_s)
-        if self._failed_at_s is not None and stats.failover_s is None and write.offered_s >= self._failed_at_s:
-            stats.failover_s = at_s - self._failed_at_s
+        failed_s = self._failed_at_s
+        if failed_s is not None and stats.failover_s is None and write.offered_s >= failed_s:
+            stats.failover_s = at_s - failed_s
+        over_s = float("inf") if failed_s is None or stats.failover_s is None else failed_s + stats.failover_s
+        touched = failed_s is not None and at_s >= failed_s and write.begun_s < over_s
+        (stats.failover_latencies_s if touched else stats.latencies_s).append(at_s - write.begun_s)
         acknowledged()
 
     def _check_overdue(self) -> None:

@@ -6,7 +6,7 @@ import datetime
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marble.demo.compare import compare
@@ -98,6 +98,7 @@ def test_keys_of_several_columns_are_compared_whole() -> None:
     assert compare(source, swapped, ["t", "c"]).differing == {"v": 2}
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     rows=st.dictionaries(
         st.integers(-5, 5), st.tuples(st.none() | st.floats(width=32), st.none() | st.text(max_size=2)), min_size=1

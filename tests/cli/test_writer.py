@@ -154,6 +154,8 @@ def test_the_failover_is_measured_by_a_write_that_was_offered_after_it() -> None
     assert [measured for _, measured in seen] == [False, False, False, True, True, True]
     assert stats.failover_s is not None
     assert stats.failover_s > 0
+    # Under way in it: the third, which began before it, the fourth, which ended it, and two offered meanwhile.
+    assert (len(stats.latencies_s), len(stats.failover_latencies_s)) == (2, 4)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,179 @@
+"""The command line: exit statuses, one clear message, and what each command prints."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+import marble
+from marble.cli import _Signals, main
+from marble.demo.processes import NodeProcess, Nodes, find_free_ports, serve_command
+
+SCHEMA = pa.schema([("id", pa.int64()), ("v", pa.string())])
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = main(arguments)
+    output = capsys.readouterr()
+    return status, output.out, output.err
+
+
+def test_version_names_what_matters_in_a_report(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "version")
+    assert status == 0
+    assert re.fullmatch(
+        rf"marble {re.escape(marble.__version__)}, pyarrow {re.escape(pa.__version__)}, Python 3\.\S+\n", out
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["demo", "--rows", "0"], "--rows 0"),
+        (["demo", "--file", "x.csv"], "--file and --key belong together"),
+        (["demo", "--key", "id"], "--file and --key belong together"),
+        (["demo", "--file", "/nowhere/x.csv", "--key", "id"], "/nowhere/x.csv: no such file"),
+        (["serve", "--config", "/nowhere/node.toml"], "/nowhere/node.toml: cannot be read"),
+        (["status", "127.0.0.1:5001"], "is not the address of a cluster"),
+        (["log", "/nowhere"], "not a node's data directory"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("marble: ")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["destroy"], ["demo", "--row", "x"], ["serve"], ["log"]])
+def test_a_call_that_cannot_be_read_is_status_2_with_the_usage(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    assert raised.value.code == 2
+    assert "usage: marble" in capsys.readouterr().err
+
+
+def test_an_unknown_key_in_a_config_is_named_with_the_nearest(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "node.toml"
+    path.write_text('[node]\nid = 1\ndata_dir = "d"\n[cluster]\ncluster_id = "c"\nnode_endpoint = ["h:1"]\n')
+    status, _, err = run(capsys, "serve", "--config", str(path))
+    assert status == 2
+    assert err == f"marble: {path}: unknown key 'node_endpoint' in [cluster]: did you mean 'node_endpoints'?\n"
+
+
+def test_the_log_of_a_database_is_printed_as_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with marble.open(tmp_path / "data") as database:
+        index = database.create_table("t", SCHEMA, key=["id"]).write(pa.record_batch([[7], ["x"]], schema=SCHEMA))
+    status, out, err = run(capsys, "log", str(tmp_path / "data"))
+    assert (status, err) == (0, "")
+    header, *lines = out.splitlines()
+    assert header.split()[:6] == ["segment", "offset", "group", "index", "term", "kind"]
+    rows = [dict(zip(header.split(), line.split(), strict=True)) for line in lines]
+    assert [row["kind"] for row in rows if row["kind"] != "HARD_STATE"] == ["NOOP", "CREATE_TABLE", "WRITE"]
+    assert {row["checksum_ok"] for row in rows} == {"True"}
+    assert [row["index"] for row in rows if row["kind"] == "WRITE"] == [str(index)]
+
+
+def test_a_damaged_log_is_status_1_with_file_and_offset(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with marble.open(tmp_path / "data") as database:
+        database.create_table("t", SCHEMA, key=["id"])
+    (segment,) = (tmp_path / "data" / "log").glob("*.arrows")
+    damaged = bytearray(segment.read_bytes())
+    damaged[1000] ^= 1
+    segment.write_bytes(damaged)
+    status, _, err = run(capsys, "log", str(tmp_path / "data"))
+    assert status == 1
+    assert re.search(rf"{re.escape(segment.name)}, offset \d+\)\n$", err)
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure(tmp_path: Path) -> None:
+    with marble.open(tmp_path / "data") as database:
+        table = database.create_table("t", SCHEMA, key=["id"])
+        for number in range(200):
+            table.write_async(pa.record_batch([[number], ["x"]], schema=SCHEMA))
+    log = f"{sys.executable} -m marble.cli log {tmp_path / 'data'} 2>{tmp_path / 'err'}"
+    command = f"{log} | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines()[1] == "0"
+    assert (tmp_path / "err").read_text() == ""
+
+
+def write_config(tmp_path: Path, node: int, endpoints: list[str]) -> Path:
+    path = tmp_path / f"node-{node}.toml"
+    listed = ", ".join(f'"{endpoint}"' for endpoint in endpoints)
+    path.write_text(
+        f'[node]\nid = {node}\ndata_dir = "node-{node}"\n[cluster]\ncluster_id = "test"\nnode_endpoints = [{listed}]\n'
+        "election_timeout_ms = 300\nheartbeat_interval_ms = 60\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_node_serves_says_so_answers_and_ends_in_order(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    endpoint = f"127.0.0.1:{find_free_ports(1)[0]}"
+    process = NodeProcess("node 1", serve_command(write_config(tmp_path, 1, [endpoint])), tmp_path / "err")
+    with Nodes({1: process}) as nodes:
+        nodes.start()
+        assert process.ready_line == f"marble: node 1 listens on {endpoint}, data in {tmp_path / 'node-1'}"
+        with marble.connect(f"grpc://{endpoint}") as database:
+            database.create_table("t", SCHEMA, key=["id"]).write(pa.record_batch([[7], ["x"]], schema=SCHEMA))
+        status, out, _ = run(capsys, "status", f"grpc://{endpoint},127.0.0.1:1")
+        assert status == 0
+        header, first, second = out.splitlines()
+        shown = dict(zip(re.split(r"\s{2,}", header), re.split(r"\s{2,}", first), strict=True))
+        assert (shown["endpoint"], shown["node"], shown["role"], shown["leader"]) == (endpoint, "1", "leader", "1")
+        assert second.startswith("127.0.0.1:1 ")
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        assert process.wait_stopped() == 0
+    assert "Traceback" not in (tmp_path / "err").read_text()
+
+
+def test_a_node_whose_port_is_taken_is_status_1_with_the_reason(tmp_path: Path) -> None:
+    endpoint = f"127.0.0.1:{find_free_ports(1)[0]}"
+    first, second = (tmp_path / name for name in ("one", "two"))
+    for folder in (first, second):
+        folder.mkdir()
+    process = NodeProcess("node 1", serve_command(write_config(first, 1, [endpoint])), tmp_path / "err")
+    with Nodes({1: process}) as nodes:
+        nodes.start()
+        command = [sys.executable, "-m", "marble.cli", "serve", "--config", str(write_config(second, 1, [endpoint]))]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert re.search(rf"^marble: .*{endpoint}", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr
+
+
+def test_status_of_a_cluster_that_does_not_answer_is_1(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "status", f"grpc://127.0.0.1:{find_free_ports(1)[0]}")
+    assert status == 1
+    assert len(out.splitlines()) == 2
+
+
+def test_a_signal_wakes_who_waits_for_it() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    signals = _Signals([signal.SIGUSR1])
+    try:
+        assert not signals.wait(0)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.wait(60)
+    finally:
+        signals.close()
+    assert signal.getsignal(signal.SIGUSR1) is before
