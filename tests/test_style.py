@@ -38,7 +38,8 @@ IN_PACKAGE = {
 
 EXTERN = re.compile(r"^cdef extern from .*:\n((?:[ \t]+.*\n|\n)*)", re.MULTILINE)
 C_FUNCTION = re.compile(
-    r"^[ \t]*cdef (?!class|extern|cppclass|struct|enum|packed|object |bytes |str |list |tuple |dict |set )[^=#\n(]*?(?P<name>\w+)"
+    r"^[ \t]*cdef (?!class|extern|cppclass|struct|enum|packed|object |bytes |str |list |tuple |dict |set )"
+    r"[^=#\n(]*?(?P<name>\w+)"
     r"\((?:[^()]|\([^()]*\))*\)(?P<end>[^:=\n]*)(?::|$)",
     re.MULTILINE,
 )

@@ -105,7 +105,7 @@ def test_a_reader_that_has_seen_enough_is_no_failure(tmp_path: Path) -> None:
         table = database.create_table("t", SCHEMA, key=["id"])
         for number in range(200):
             table.write_async(pa.record_batch([[number], ["x"]], schema=SCHEMA))
-    log = f"{sys.executable} -m marble.cli log {tmp_path / 'data'} 2>{tmp_path / 'err'}"
+    log = f"{sys.executable} -P -m marble.cli log {tmp_path / 'data'} 2>{tmp_path / 'err'}"
     command = f"{log} | head -n 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.splitlines()[1] == "0"
@@ -153,7 +153,15 @@ def test_a_node_whose_port_is_taken_is_status_1_with_the_reason(tmp_path: Path) 
     process = NodeProcess("node 1", serve_command(write_config(first, 1, [endpoint])), tmp_path / "err")
     with Nodes({1: process}) as nodes:
         nodes.start()
-        command = [sys.executable, "-m", "marble.cli", "serve", "--config", str(write_config(second, 1, [endpoint]))]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "marble.cli",
+            "serve",
+            "--config",
+            str(write_config(second, 1, [endpoint])),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert done.stdout == ""

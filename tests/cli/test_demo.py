@@ -36,7 +36,7 @@ def write_orders(tmp_path: Path) -> Path:
 
 
 def demo(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "marble.cli", "demo", *arguments]
+    return [sys.executable, "-P", "-m", "marble.cli", "demo", *arguments]
 
 
 def is_alive(pid: int) -> bool:

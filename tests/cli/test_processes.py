@@ -33,7 +33,7 @@ STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(
 
 
 def child(tmp_path: Path, code: str, name: str = "node 1") -> NodeProcess:
-    return NodeProcess(name, [sys.executable, "-c", code], tmp_path / f"{name}.log")
+    return NodeProcess(name, [sys.executable, "-P", "-c", code], tmp_path / f"{name}.log")
 
 
 def is_alive(pid: int | None) -> bool:
@@ -147,9 +147,9 @@ def test_children_die_with_a_demo_that_is_killed() -> None:
     )
     parent = (
         "import os, signal, subprocess, sys;"
-        f"subprocess.Popen([sys.executable, '-c', {grandchild!r}, str(os.getpid())]); signal.pause()"
+        f"subprocess.Popen([sys.executable, '-P', '-c', {grandchild!r}, str(os.getpid())]); signal.pause()"
     )
-    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-P", "-c", parent], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         descriptor = process.stdout.fileno()
         assert os.read(descriptor, 1) == b"!"
@@ -160,7 +160,7 @@ def test_children_die_with_a_demo_that_is_killed() -> None:
 
 def test_a_child_whose_parent_is_gone_already_does_not_start() -> None:
     code = "from marble.cli import _die_with_parent; _die_with_parent(1)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert "the parent of this process is" in done.stderr
 
 
@@ -188,7 +188,7 @@ def test_a_port_that_another_program_took_is_replaced(tmp_path: Path, monkeypatc
 
         def make(ports: Sequence[int]) -> Nodes:
             made.append(ports)
-            command = [sys.executable, "-c", LISTENS, str(ports[0])]
+            command = [sys.executable, "-P", "-c", LISTENS, str(ports[0])]
             return Nodes({1: NodeProcess("node 1", command, tmp_path / "log")})
 
         with running_on_free_ports(1, make) as (nodes, ports):

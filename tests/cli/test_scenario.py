@@ -39,7 +39,7 @@ signal.sigwait([signal.SIGTERM])
 
 
 def serve(config: Path) -> list[str]:
-    return [sys.executable, "-c", SERVE, str(config)]
+    return [sys.executable, "-P", "-c", SERVE, str(config)]
 
 
 class Cluster:
@@ -190,7 +190,9 @@ def test_a_node_that_does_not_end_in_order_fails_the_demo(tmp_path: Path) -> Non
     code = SERVE + "sys.exit(5)"
     out = io.StringIO()
     options = DemoOptions(source(), nodes=1, keep=cluster.directory, kill=False)
-    good = run_demo(options, PlainDisplay(out), cluster.connect, lambda path: [sys.executable, "-c", code, str(path)])
+    good = run_demo(
+        options, PlainDisplay(out), cluster.connect, lambda path: [sys.executable, "-P", "-c", code, str(path)]
+    )
     assert not good
     assert "node 1 did not end in order (5)" in out.getvalue()
 
