@@ -28,7 +28,7 @@ from marble.errors import CorruptionError, InvariantError, ProtocolError, UsageE
 from marble.logstore.extents import Extents, Pending, Place
 from marble.logstore.repair import create_segment, prepare_directory, repair
 from marble.logstore.scan import RecoveryReport, Scan, ScannedFrame, Tail
-from marble.logstore.segment import WINDOW_BYTES, MarkFile, Window, segment_path
+from marble.logstore.segment import FRAME_BYTES_LIMIT, WINDOW_BYTES, MarkFile, Window, segment_path
 from marble.types import INDEX_MAX, NODE_ID_MAX, HardState
 
 _MIB = 1024 * 1024
@@ -43,8 +43,7 @@ class LogOptions:
 
     - ``segment_bytes_max``: a segment is continued while what comes next fits; at least one sync goes into each.
     - ``cache_bytes_max``: frames kept in memory after they were written or read.
-    - ``frame_bytes_max``: no frame is longer, written or read, so no entry either. Lowering it below what a log
-      already holds makes that log unreadable.
+    - ``frame_bytes_max``: no frame that is written is longer, so no entry either.
     """
 
     segment_bytes_max: int = 64 * _MIB
@@ -52,7 +51,7 @@ class LogOptions:
     frame_bytes_max: int = 64 * _MIB
 
     def __post_init__(self) -> None:
-        if not _MIB <= self.frame_bytes_max <= 1024 * _MIB:
+        if not _MIB <= self.frame_bytes_max <= FRAME_BYTES_LIMIT:
             raise UsageError(f"frame_bytes_max {self.frame_bytes_max} is not within 1 MiB to 1 GiB")
         if self.segment_bytes_max < 4096:
             raise UsageError(f"segment_bytes_max {self.segment_bytes_max} is below 4096")
@@ -135,7 +134,7 @@ class Log:
         if writable:
             prepare_directory(files)
         options = LogOptions() if options is None else options
-        return cls(files, options, Scan(files, options.frame_bytes_max), writable)
+        return cls(files, options, Scan(files), writable)
 
     @property
     def report(self) -> RecoveryReport:

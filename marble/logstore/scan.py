@@ -84,17 +84,14 @@ class Scan:
     ----------
     files
         The node's files.
-    frame_bytes_max
-        A frame that claims to be longer is not one.
     """
 
-    def __init__(self, files: Files, frame_bytes_max: int) -> None:
+    def __init__(self, files: Files) -> None:
         self.mark: Mark | None = read_mark(files)
         self.report = RecoveryReport()
         self.tail = Tail()
         self.nbytes_before_tail = 0
         self._files = files
-        self._frame_bytes_max = frame_bytes_max
         self._frames = 0
 
     def frames(self) -> Iterator[ScannedFrame]:
@@ -127,7 +124,7 @@ class Scan:
     def _segment(self, window: Window, number: int, is_last: bool) -> Iterator[ScannedFrame]:
         tail = self.tail
         while tail.end < window.size:
-            seal = window.find_frame(number, tail.end, self._frame_bytes_max)
+            seal = window.find_frame(number, tail.end)
             if seal is None:
                 self._judge(window, number, tail.end, is_last)
                 return
@@ -207,10 +204,10 @@ class Scan:
                 continue
             if not offset < start < seal_at <= start + frame.METADATA_BYTES_MAX:
                 continue
-            work_left -= min(length, window.size - start, self._frame_bytes_max)
+            work_left -= min(length, window.size - start)
             if work_left < 0:
                 return True
-            seal = window.find_frame(number, start, self._frame_bytes_max)
+            seal = window.find_frame(number, start)
             if seal is not None and seal.synced > offset:
                 return True
         return False

@@ -25,6 +25,9 @@ TEMPORARY_SUFFIX: Final = ".tmp"
 FORMAT: Final = "1"
 """Version of the format, in the metadata of every segment's schema. Frames are sealed alike in all versions."""
 
+FRAME_BYTES_LIMIT: Final = 1024 * 1024 * 1024
+"""No frame of any log is longer, whatever the options of its writer: bounds what is read before a seal is verified."""
+
 WINDOW_BYTES: Final = 4 * 1024 * 1024
 """How much of a segment is read at a time: large enough that opening the file does not count, small beside any heap."""
 
@@ -144,7 +147,7 @@ class Window:
             self._start = offset
         return self._data, offset - self._start
 
-    def find_frame(self, segment: int, offset: int, bytes_max: int) -> frame.Seal | None:
+    def find_frame(self, segment: int, offset: int, bytes_max: int = FRAME_BYTES_LIMIT) -> frame.Seal | None:
         """The frame at `offset` of the file, or None if there is no sound and whole one."""
         size = frame.METADATA_BYTES_MAX
         while True:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from marble._core import entry_batch
 from marble.env import Files
-from marble.logstore.log import LogOptions
 from marble.logstore.scan import RecoveryReport, Scan
 from marble.types import EntryKind
 
@@ -53,11 +52,11 @@ def rows(files: Files, report: Callable[[RecoveryReport], None] | None = None) -
     CorruptionError
         After the rows before the damage were handed out.
     """
-    scan = Scan(files, LogOptions().frame_bytes_max)
+    scan = Scan(files)
     last: dict[int, int] = {}
     for scanned in scan.frames():
         batch = scanned.batch
-        for at, row in enumerate(batch.to_pylist()):
+        for at, row in enumerate(batch.drop_columns(["payload"]).to_pylist()):
             kind, group, index = row["kind"], row["group"], row["index"]
             payload = entry_batch.payload(batch, at)
             found = entry_batch.entry_checksum(kind, row["session"], row["sequence"], row["table"], payload)

@@ -1,0 +1,347 @@
+"""A disk in memory that forgets, tears and lies as disks and page caches do, on a seeded schedule.
+
+What it models, and where it was seen:
+
+- What no sync covered may survive a power loss wholly, as a prefix, or with holes: any subset of its 512-byte
+  sectors, the others as zeros or as stale bytes of some other file (ALICE, OSDI'14).
+- Creations, renames and removals survive in any subset until the directory is synced; a rename is all or nothing.
+- A sync that fails leaves the data readable and marks it clean: a further sync succeeds and writes nothing ("Can
+  Applications Recover from fsync Failures?", ATC'20).
+- `SimulatedFiles.flip_bit` for what the medium does by itself.
+
+A power loss at the n-th operation is `SimulatedFiles.lose_power_at`; a killed process needs nothing: open another log
+on the same files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import errno
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from marble.env import Random
+from marble.errors import UnavailableError
+
+SECTOR_BYTES: Final = 512
+
+
+class PowerLoss(BaseException):
+    """The machine is off. Not an Exception, so that nothing under test handles it."""
+
+
+@dataclass(slots=True)
+class _Node:
+    """A file: what reads see, what the medium holds, and the writes (offset, bytes) between the two, in order."""
+
+    seen: bytearray = field(default_factory=bytearray)
+    stored: bytearray = field(default_factory=bytearray)
+    dirty: list[tuple[int, bytes]] = field(default_factory=list)
+
+    def write(self, offset: int, data: bytes) -> None:
+        _splice(self.seen, offset, data)
+        self.dirty.append((offset, data))
+
+    def sync(self) -> None:
+        """Write back what is dirty, and only that: what a failed sync has marked clean stays unwritten."""
+        for offset, data in self.dirty:
+            _splice(self.stored, offset, data)
+        self.dirty.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class _NameChange:
+    """``target`` is to mean ``node`` (None: nothing), and ``source``, if given, nothing any more."""
+
+    directory: str
+    target: str
+    node: _Node | None
+    source: str | None = None
+
+    def apply(self, names: dict[str, _Node]) -> None:
+        if self.source is not None:
+            names.pop(self.source, None)
+        if self.node is None:
+            names.pop(self.target, None)
+        else:
+            names[self.target] = self.node
+
+
+class SimulatedAppendFile:
+    """An `marble.env.AppendFile` of `SimulatedFiles`."""
+
+    def __init__(self, files: SimulatedFiles, path: str, node: _Node) -> None:
+        self._files = files
+        self._path = path
+        self._node = node
+        self._life = files.life
+
+    @property
+    def size(self) -> int:
+        return len(self._node.seen)
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._check_alive()
+        copied = bytes(data)
+        with self._files.operation("write", self._path) as failing:
+            # A write that fails has come some way nevertheless.
+            self._node.write(len(self._node.seen), copied[: len(copied) // 2] if failing else copied)
+
+    def sync(self) -> None:
+        self._check_alive()
+        self._files.sync_node(self._path, self._node)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def _check_alive(self) -> None:
+        if self._life != self._files.life:
+            raise PowerLoss("a file that was opened before the power was lost")
+
+
+class SimulatedFiles:
+    """A `marble.env.Files` in memory. One thread at a time.
+
+    - ``operations`` counts everything that changes the disk or syncs it, so that a test can lose power at each of
+      them in turn.
+
+    Parameters
+    ----------
+    random
+        Decides what a power loss leaves. The same seed and calls give the same disk.
+    """
+
+    def __init__(self, random: Random) -> None:
+        self.operations = 0
+        self.life = 0
+        self.lose_power_at: int | None = None
+        self.fail_at: int | None = None
+        self._random = random
+        self._off = False
+        self._directories = {""}
+        self._names: dict[str, _Node] = {}
+        self._stored_names: dict[str, _Node] = {}
+        self._changes: list[_NameChange] = []
+        self._locked: set[str] = set()
+
+    # -- faults ------------------------------------------------------------------------------------------------------
+
+    def power_loss(self) -> None:
+        """Lose the power and come back: from here on, reads see only what the medium kept."""
+        for change in self._changes:
+            if self._random.randrange(0, 2):
+                change.apply(self._stored_names)
+        for node in {id(node): node for node in (*self._names.values(), *self._stored_names.values())}.values():
+            self._tear(node)
+            node.dirty.clear()
+            node.seen = bytearray(node.stored)
+        self._names = dict(self._stored_names)
+        self._changes.clear()
+        self._locked.clear()
+        self.life += 1
+        self.lose_power_at, self.fail_at, self._off = None, None, False
+
+    def flip_bit(self, path: str, bit: int) -> None:
+        """Flip bit `bit` of the file, counted from its first byte's lowest."""
+        node = self._node(path)
+        for data in (node.seen, node.stored):
+            if bit // 8 < len(data):
+                data[bit // 8] ^= 1 << bit % 8
+
+    def cut(self, path: str, size: int) -> None:
+        """Shorten the file as no program of ours would."""
+        node = self._node(path)
+        node.sync()
+        del node.seen[size:], node.stored[size:]
+
+    def put(self, path: str, data: bytes) -> None:
+        """Make `path` hold exactly `data`, durably, its directory included."""
+        self.make_directory(_directory(path))
+        node = self._names.setdefault(path, _Node())
+        node.seen, node.stored, node.dirty = bytearray(data), bytearray(data), []
+        self._stored_names[path] = node
+
+    def delete(self, path: str) -> None:
+        """Make `path` go, durably."""
+        self._names.pop(path, None)
+        self._stored_names.pop(path, None)
+
+    def copy(self) -> SimulatedFiles:
+        """A disk in the same state that goes its own way, with a copy of the random source."""
+        return copy.deepcopy(self)
+
+    def _tear(self, node: _Node) -> None:
+        """Write back some of what is dirty."""
+        how = self._random.randrange(0, 5)
+        if how == 0 or not node.dirty:
+            return
+        if how == 1:
+            node.sync()
+            return
+        total = sum(len(data) for _, data in node.dirty)
+        if how == 2:
+            left = self._random.randrange(0, total + 1)
+            for offset, data in node.dirty:
+                _splice(node.stored, offset, data[:left])
+                left -= min(left, len(data))
+            return
+        before = len(node.stored)
+        for offset, data in node.dirty:
+            start = 0
+            while start < len(data):
+                end = min(len(data), start + SECTOR_BYTES - (offset + start) % SECTOR_BYTES)
+                if self._random.randrange(0, 2):
+                    _splice(node.stored, offset + start, data[start:end])
+                elif how == 4 and offset + start >= before:
+                    _splice(node.stored, offset + start, self._stale(end - start))
+                start = end
+
+    def _stale(self, size: int) -> bytes:
+        """What a block held before the file system gave it to this file: sectors of some other one."""
+        nodes = [node for node in self._stored_names.values() if len(node.stored) >= size]
+        if not nodes:
+            return bytes(self._random.randrange(0, 256) for _ in range(size))
+        data = nodes[self._random.randrange(0, len(nodes))].stored
+        start = self._random.randrange(0, (len(data) - size) // SECTOR_BYTES + 1) * SECTOR_BYTES
+        return bytes(data[start : start + size])
+
+    # -- what the file and this class share ----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def operation(self, what: str, path: str) -> Iterator[bool]:
+        """Count an operation around its doing; it is done before a power loss hits, since nothing of it is durable yet.
+
+        Gives whether it is to fail.
+        """
+        if self._off:
+            raise PowerLoss(f"{what} {path} without power")
+        self.operations += 1
+        failing = self.operations == self.fail_at
+        yield failing
+        if failing:
+            raise OSError(errno.EIO, f"simulated failure of operation {self.operations}", path)
+        self._maybe_lose_power(what, path)
+
+    def sync_node(self, path: str, node: _Node) -> None:
+        """Sync one file; power is lost before anything of it is certain."""
+        self._before_sync("sync", path, node)
+        node.sync()
+
+    def _before_sync(self, what: str, path: str, node: _Node | None) -> None:
+        if self._off:
+            raise PowerLoss(f"{what} {path} without power")
+        self.operations += 1
+        self._maybe_lose_power(what, path)
+        if self.operations == self.fail_at:
+            if node is not None:
+                node.dirty.clear()
+            raise OSError(errno.EIO, f"simulated failure of operation {self.operations}", path)
+
+    def _maybe_lose_power(self, what: str, path: str) -> None:
+        if self.operations == self.lose_power_at:
+            self._off = True
+            raise PowerLoss(f"at operation {self.operations}: {what} {path}")
+
+    def _node(self, path: str) -> _Node:
+        node = self._names.get(path)
+        if node is None:
+            raise FileNotFoundError(errno.ENOENT, "no such file", path)
+        return node
+
+    # -- marble.env.Files ----------------------------------------------------------------------------------------------
+
+    def make_directory(self, path: str) -> None:
+        parts = path.split("/")
+        self._directories.update("/".join(parts[: end + 1]) for end in range(len(parts)))
+
+    def list(self, path: str) -> Sequence[str]:
+        prefix = path + "/" if path else ""
+        inside = {name.removeprefix(prefix) for name in self._names if name.startswith(prefix)}
+        return sorted(name for name in inside if "/" not in name)
+
+    def exists(self, path: str) -> bool:
+        return path in self._names or path in self._directories
+
+    def size(self, path: str) -> int:
+        return len(self._node(path).seen)
+
+    def read(self, path: str, offset: int = 0, size: int | None = None) -> bytes:
+        data = self._node(path).seen
+        return bytes(data[offset : len(data) if size is None else offset + size])
+
+    def create(self, path: str) -> SimulatedAppendFile:
+        if path in self._names:
+            raise FileExistsError(errno.EEXIST, "file exists", path)
+        with self.operation("create", path) as failing:
+            node = _Node()
+            if not failing:
+                self._change(_NameChange(_directory(path), path, node))
+        return SimulatedAppendFile(self, path, node)
+
+    def open_append(self, path: str) -> SimulatedAppendFile:
+        return SimulatedAppendFile(self, path, self._node(path))
+
+    def overwrite(self, path: str, data: bytes) -> None:
+        with self.operation("overwrite", path) as failing:
+            if failing:
+                return
+            if path not in self._names:
+                self._change(_NameChange(_directory(path), path, _Node()))
+            self._names[path].write(0, bytes(data))
+
+    def truncate(self, path: str, size: int) -> None:
+        node = self._node(path)
+        self._before_sync("truncate", path, node)
+        node.sync()
+        del node.seen[size:], node.stored[size:]
+
+    def rename(self, source: str, target: str) -> None:
+        with self.operation("rename", target) as failing:
+            if not failing:
+                self._change(_NameChange(_directory(target), target, self._node(source), source))
+
+    def remove(self, path: str) -> None:
+        self._node(path)
+        with self.operation("remove", path) as failing:
+            if not failing:
+                self._change(_NameChange(_directory(path), path, None))
+
+    def sync_directory(self, path: str) -> None:
+        self._before_sync("sync_directory", path, None)
+        for change in self._changes:
+            if change.directory == path:
+                change.apply(self._stored_names)
+        self._changes = [change for change in self._changes if change.directory != path]
+
+    @contextlib.contextmanager
+    def lock(self, path: str) -> Iterator[None]:
+        if path in self._locked:
+            raise UnavailableError(
+                f"{path} is in use by another marble node: stop that one, or choose another directory"
+            )
+        self._locked.add(path)
+        try:
+            yield
+        finally:
+            self._locked.discard(path)
+
+    def describe(self, path: str) -> str:
+        return f"simulated:{path}"
+
+    def _change(self, change: _NameChange) -> None:
+        change.apply(self._names)
+        self._changes.append(change)
+
+
+def _directory(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _splice(target: bytearray, offset: int, data: bytes) -> None:
+    if not data:
+        return
+    if offset > len(target):
+        target.extend(bytes(offset - len(target)))
+    target[offset : offset + len(data)] = data
