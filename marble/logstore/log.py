@@ -131,10 +131,12 @@ class Log:
         InvariantError
             The disk failed.
         """
-        if writable:
-            prepare_directory(files)
-        options = LogOptions() if options is None else options
-        return cls(files, options, Scan(files), writable)
+        try:
+            if writable:
+                prepare_directory(files)
+            return cls(files, LogOptions() if options is None else options, Scan(files), writable)
+        except OSError as error:
+            raise InvariantError(f"the log could not be opened ({error}): mend the disk") from error
 
     @property
     def report(self) -> RecoveryReport:
@@ -342,12 +344,9 @@ class Log:
 
     def _continue(self) -> None:
         """Repair the end that the scan found and open it. Put off to the first sync when durable bytes were lost."""
-        try:
-            lost = self._report.lost_durable_bytes > 0
-            self._file, self._tail = repair(self._files, self._tail, mark_is_ahead=lost)
-            self._mark.write(self._tail.segment, self._tail.end, self._tail.chain)
-        except OSError as error:
-            raise InvariantError(f"the end of the log could not be made ready ({error}): mend the disk") from error
+        lost = self._report.lost_durable_bytes > 0
+        self._file, self._tail = repair(self._files, self._tail, mark_is_ahead=lost)
+        self._mark.write(self._tail.segment, self._tail.end, self._tail.chain)
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -380,9 +379,12 @@ class Log:
                     rows = None if cached is None else cached.slice(found.row, found.end - index)
             if rows is None:
                 assert isinstance(found, Place)
-                if window is None or window[0] != found.segment:
-                    window = found.segment, self._window(found.segment, bytes_max)
-                rows = self._load(window[1], group, found)
+                try:
+                    if window is None or window[0] != found.segment:
+                        window = found.segment, self._window(found.segment, bytes_max)
+                    rows = self._load(window[1], group, found)
+                except OSError as error:
+                    raise InvariantError(f"the log could not be read ({error}): mend the disk") from error
             stop, nbytes = frame.clip(rows, 0, rows.num_rows, bytes_left)
             if nbytes > bytes_left and parts:
                 break

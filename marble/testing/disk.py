@@ -5,6 +5,7 @@ What it models, and where it was seen:
 - What no sync covered may survive a power loss wholly, as a prefix, or with holes: any subset of its 512-byte
   sectors, the others as zeros or as stale bytes of some other file (ALICE, OSDI'14).
 - Creations, renames and removals survive in any subset until the directory is synced; a rename is all or nothing.
+  (A sync of a directory that failed can be repeated: file systems stop for good when their journal fails.)
 - A sync that fails leaves the data readable and marks it clean: a further sync succeeds and writes nothing ("Can
   Applications Recover from fsync Failures?", ATC'20).
 - `SimulatedFiles.flip_bit` for what the medium does by itself.
@@ -28,7 +29,7 @@ from marble.errors import UnavailableError
 SECTOR_BYTES: Final = 512
 
 
-class PowerLoss(BaseException):
+class DiskCrash(BaseException):
     """The machine is off. Not an Exception, so that nothing under test handles it."""
 
 
@@ -98,7 +99,7 @@ class SimulatedAppendFile:
 
     def _check_alive(self) -> None:
         if self._life != self._files.life:
-            raise PowerLoss("a file that was opened before the power was lost")
+            raise DiskCrash("a file that was opened before the power was lost")
 
 
 class SimulatedFiles:
@@ -128,7 +129,7 @@ class SimulatedFiles:
 
     # -- faults ------------------------------------------------------------------------------------------------------
 
-    def power_loss(self) -> None:
+    def crash(self) -> None:
         """Lose the power and come back: from here on, reads see only what the medium kept."""
         for change in self._changes:
             if self._random.randrange(0, 2):
@@ -216,7 +217,7 @@ class SimulatedFiles:
         Gives whether it is to fail.
         """
         if self._off:
-            raise PowerLoss(f"{what} {path} without power")
+            raise DiskCrash(f"{what} {path} without power")
         self.operations += 1
         failing = self.operations == self.fail_at
         yield failing
@@ -231,7 +232,7 @@ class SimulatedFiles:
 
     def _before_sync(self, what: str, path: str, node: _Node | None) -> None:
         if self._off:
-            raise PowerLoss(f"{what} {path} without power")
+            raise DiskCrash(f"{what} {path} without power")
         self.operations += 1
         self._maybe_lose_power(what, path)
         if self.operations == self.fail_at:
@@ -242,7 +243,7 @@ class SimulatedFiles:
     def _maybe_lose_power(self, what: str, path: str) -> None:
         if self.operations == self.lose_power_at:
             self._off = True
-            raise PowerLoss(f"at operation {self.operations}: {what} {path}")
+            raise DiskCrash(f"at operation {self.operations}: {what} {path}")
 
     def _node(self, path: str) -> _Node:
         node = self._names.get(path)

@@ -314,7 +314,7 @@ def test_failure_while_a_segment_is_started_ends_the_log() -> None:
             continue
         with pytest.raises(InvariantError):
             log.sync()
-        files.power_loss()
+        files.crash()
         assert [row["index"] for row in reopened(files, writable=True)[1][1]] in ([*range(1, 6)], [*range(1, 11)])
 
 

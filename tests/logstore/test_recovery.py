@@ -120,7 +120,7 @@ def test_loss_of_the_last_segment_s_header_is_reported_and_mended() -> None:
         log.append(1, None, entries(last + 1, [99]))
         log.close()
         assert [row["term"] for row in reopened(cut)[1][1]] == [*range(1, last + 1), 99]
-        cut.power_loss()
+        cut.crash()
         assert len(reopened(cut)[1][1]) == last + 1
 
 
@@ -190,7 +190,7 @@ def test_writer_that_died_between_write_and_sync_leaves_frames_that_count() -> N
     log, found = opened(files)
     assert len(found[1][1]) == 4
     # What it has shown it stands by: a power loss right now takes nothing back.
-    files.power_loss()
+    files.crash()
     assert reopened(files) == found != states[3]
 
 
