@@ -29,7 +29,7 @@ from marble._core.entry_batch import Proposal
 from marble.config import NodeConfig, RaftClusterConfig, format_endpoint, parse_endpoint
 from marble.database import Database
 from marble.env import SystemFiles
-from marble.errors import OutcomeUnknownError, UsageError
+from marble.errors import OutcomeUnknownError, UnavailableError, UsageError
 from marble.local import LocalBackend
 from marble.lsm import payload
 from marble.lsm.machine import TableMachine
@@ -41,12 +41,11 @@ from marble.transport.flight import FlightTransport
 from marble.transport.link import TransportOptions
 from marble.types import EntryKind, Role
 
-STOP_GRACE_S: Final = 0.5
-"""How long open calls get to end by themselves when a server stops: enough to write the acks that are due."""
+STOP_GRACE_S: Final = 2.0
+"""How long open calls get to end when a server stops: enough to write the acks that are due."""
 
-
-ENTRY_OVERHEAD_BYTES = 1 << 20
-"""What the columns beside the payload add to the entries of one message, at most."""
+MESSAGE_OVERHEAD_BYTES: Final = 1024 * 1024
+"""What a message between nodes holds beside entries, generously."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +211,8 @@ class RaftServer:
                 listen,
                 self._options.cluster_id,
                 self._options.node_id,
-                options=TransportOptions(entry_bytes_max=self._config.message_bytes_max + ENTRY_OVERHEAD_BYTES),
+                # The columns beside a payload take less than the smallest payload: at most as much again.
+                options=TransportOptions(entry_bytes_max=2 * self._config.message_bytes_max + MESSAGE_OVERHEAD_BYTES),
                 metrics=metrics,
             )
             stack.callback(carrier.stop, STOP_GRACE_S)
@@ -250,10 +250,10 @@ class RaftServer:
         assert self._flight is not None
         assert self._service is not None
         self._service.stop()
-        try:
-            self._flight.stop(min(STOP_GRACE_S, timeout_s / 4))
-        finally:
-            self._node.stop(max(0.1, deadline - time.monotonic()))
+        ended = self._flight.stop(min(STOP_GRACE_S, timeout_s / 2))
+        self._node.stop(max(0.1, deadline - time.monotonic()))
+        if not ended:
+            raise UnavailableError(f"a call at node {self.node_id} did not end in time; its thread is left behind")
 
     def __enter__(self) -> RaftServer:
         return self

@@ -405,7 +405,7 @@ def _path(descriptor: flight.FlightDescriptor, verbs: Sequence[str]) -> tuple[st
     check_table_name(name)
     verb = rest[0] if rest else ""
     if len(rest) > (2 if verb == wire.GET else 1) or (rest and verb not in verbs):
-        raise UsageError(f"the descriptor's path is {wanted}, not {[name, *rest]!r:.200}")
+        raise UsageError(f"the descriptor must be {wanted}, not {str([name, *rest])[:200]}")
     return name, verb, wire.check_consistency(rest[1]) if len(rest) == 2 else "linearizable"
 
 

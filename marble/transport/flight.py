@@ -395,8 +395,12 @@ class _Server(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow has no type
             return service.get_flight_info(context, descriptor)
 
     def get_schema(self, context: Any, descriptor: Any) -> fl.SchemaResult:
-        with self._transport.serve() as service:
-            return service.get_schema(context, descriptor)
+        try:
+            with self._transport.serve() as service:
+                return service.get_schema(context, descriptor)
+        except fl.FlightError as error:
+            # From this one method pyarrow passes no Flight error on: the client gets an ArrowInvalid with the message.
+            raise ValueError(str(error)) from None
 
     def do_get(self, context: Any, ticket: Any) -> fl.FlightDataStream:
         with self._transport.serve() as service:
