@@ -41,7 +41,7 @@ from marble.transport.flight import FlightTransport
 from marble.transport.link import TransportOptions
 from marble.types import EntryKind, Role
 
-STOP_GRACE_S: Final = 2.0
+STOP_GRACE_S: Final = 1.0
 """How long open calls get to end when a server stops: enough to write the acks that are due."""
 
 MESSAGE_OVERHEAD_BYTES: Final = 1024 * 1024
