@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,11 +31,12 @@ SCHEMA = pa.schema([pa.field("id", pa.int64()), pa.field("name", pa.string())])
 
 
 def eventually(condition: Callable[[], Any], what: str, timeout_s: float = WAIT_S) -> Any:
-    """Wait until `condition` gives something true, and return it: for what nobody signals."""
+    """Wait until `condition` gives something true, and return it: for what a node does and signals to nobody."""
     deadline = time.monotonic() + timeout_s
+    pause = threading.Event()
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what} did not come about within {timeout_s} s"
-        time.sleep(0.005)
+        pause.wait(0.005)
     return value
 
 

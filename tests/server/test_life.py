@@ -229,7 +229,10 @@ def test_a_server_without_a_leader_stops_in_time_though_calls_wait(make_cluster:
     for thread in threads:
         thread.start()
     server = cluster.servers[alone]
-    eventually(lambda: server._flight is not None and server._flight._calls == 3, "three calls that wait")
+    assert server._service is not None
+    assert server._flight is not None
+    flights, intakes = server._flight, server._service._intakes
+    eventually(lambda: flights._calls == 3 and any(each._window for each in intakes), "three calls that wait")
     began = time.monotonic()
     cluster.stop_node(alone)
     assert time.monotonic() - began < 10.0
