@@ -291,3 +291,30 @@ def test_encode_refuses_what_arrow_cannot_write() -> None:
         entry_batch.encode_payload(pa.record_batch({"deep": nested}))
     with pytest.raises(UsageError):
         entry_batch.encode_payload({"a": [1]})
+
+
+def test_admit_copies_into_one_aligned_allocation() -> None:
+    batch = entries()
+    admitted = entry_batch.admit(batch, 1 << 20)
+    assert admitted.equals(batch)
+    assert entry_batch.group_of(admitted) == 1
+    starts = [buffer.address for column in admitted.columns for buffer in column.buffers() if buffer is not None]
+    assert all(start % 64 == 0 for start in starts)
+    assert entry_batch.payload(admitted, 0).address != entry_batch.payload(batch, 0).address
+
+
+def test_admit_refuses_what_a_peer_may_not_send() -> None:
+    batch = entries()
+    for bad in (
+        batch.slice(0, 0),
+        pa.record_batch({"a": [1]}),
+        changed(batch, "index", [5, 6, 8]),
+        changed(batch, "sequence", [0, 1, 9]),
+        changed(batch, "term", [2, None, 2]),
+    ):
+        with pytest.raises(ProtocolError):
+            entry_batch.admit(bad, 1 << 20)
+    with pytest.raises(ProtocolError, match="are allowed"):
+        entry_batch.admit(batch, 64)
+    with pytest.raises(UsageError):
+        entry_batch.group_of(batch.slice(0, 0))
