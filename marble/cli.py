@@ -42,6 +42,8 @@ class _Stopped(BaseException):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: the process's own) and return the exit status."""
+    # gRPC reads this when its first channel is made. A peer that goes away is our news to tell, in our words.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     parser = _parser()
     options = parser.parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command

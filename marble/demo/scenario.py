@@ -31,6 +31,9 @@ DEFAULT_BATCH_ROWS: Final = 1000
 NODES_MAX: Final = 9
 """More processes than this on one machine show nothing but its scheduler."""
 
+BATCHES_MIN: Final = 4
+"""With a kill: two batches before it, one that is under way when it comes, one after it that tells when it is over."""
+
 LEADER_TIMEOUT_S: Final = 60.0
 CATCH_UP_TIMEOUT_S: Final = 120.0
 _POLL_S: Final = 0.05
@@ -95,8 +98,10 @@ class DemoOptions:
             raise UsageError(
                 f"--nodes {self.nodes}: without its leader no majority is left; give 3 nodes or more, or --no-kill"
             )
-        if self.kill and self.source.rows.num_rows < 2:
-            raise UsageError("1 row cannot be half written: give more rows, or --no-kill")
+        if self.kill and self.source.rows.num_rows < BATCHES_MIN:
+            raise UsageError(
+                f"{self.source.rows.num_rows} rows are too few to kill a leader among: give {BATCHES_MIN}, or --no-kill"
+            )
         if self.keep is not None and self.keep.exists() and (not self.keep.is_dir() or any(self.keep.iterdir())):
             raise UsageError(f"--keep {self.keep}: not an empty directory")
 
@@ -148,7 +153,9 @@ def run_demo(
 
 
 class _Demo:
-    """One run. ``_dead`` is the node that was killed and does not run yet again, or 0."""
+    """One run. Node ids, each 0 before its time: ``_target`` leads and is to be killed with the next write, ``_killed``
+    was, ``_dead`` was and does not run again yet.
+    """
 
     def __init__(
         self, options: DemoOptions, display: Display, connect: Callable[[str], Database], directory: Path
@@ -160,6 +167,7 @@ class _Demo:
         self._endpoints: dict[int, str] = {}
         self._nodes = Nodes({})
         self._dead = 0
+        self._target = 0
         self._killed = 0
         self._leader = ""
         self._measured: list[tuple[str, str]] = []
@@ -254,25 +262,34 @@ class _Demo:
     def _write_all(self) -> WriteStats:
         source, display = self._options.source, self._display
         total = source.rows.num_rows
-        batch_rows = min(self._options.batch_rows, -(-total // 2)) if self._options.kill else self._options.batch_rows
-        batches = source.batches(batch_rows)
-        # With a window of at most half of the batches, at least one is not yet offered when the leader is killed.
-        window = max(1, min(WINDOW, len(batches) // 2))
+        kill = self._options.kill
+        batches = source.batches(
+            min(self._options.batch_rows, total // BATCHES_MIN) if kill else self._options.batch_rows
+        )
+        # A window of less than half of the batches leaves two that are not yet offered when half is acknowledged.
+        window = max(1, min(WINDOW, len(batches) // 2 - 1)) if kill else WINDOW
         database = self._connect(f"grpc://{','.join(self._endpoints.values())}")
         try:
             table = database.create_table(source.name, source.rows.schema, list(source.key))
-            writer = Writer(table.write_async, self._watch, window)
+
+            def write(batch: pa.RecordBatch) -> Future[int]:
+                future = table.write_async(batch)
+                if self._target and not self._killed:
+                    # Now, while this batch is under way: that is the moment that loses rows, if any does.
+                    self._kill(self._target, writer)
+                return future
 
             def acknowledged() -> None:
                 rows = writer.stats.rows
-                if self._options.kill and not self._killed and 2 * rows >= total:
-                    self._kill_leader(writer)
+                if kill and not self._target and 2 * rows >= total:
+                    self._target, _ = self._find_leader()
                 elif self._dead and not self._leader and writer.stats.failover_s is not None:
                     leader, term = self._find_leader()
                     self._leader = f"leader node {leader}"
                     display.say(f"node {leader} leads in term {term}: {writer.stats.failover_s:.3f} s after the kill")
                 display.advance(rows, self._leader or "no leader")
 
+            writer = Writer(write, self._watch, window)
             display.begin(total, self._leader)
             stats = writer.run(batches, acknowledged)
             display.end()
@@ -280,8 +297,7 @@ class _Demo:
             database.close()
         return stats
 
-    def _kill_leader(self, writer: Writer) -> None:
-        leader, _ = self._find_leader()
+    def _kill(self, leader: int, writer: Writer) -> None:
         process = self._nodes.processes[leader]
         pid = process.pid
         # The mark comes first, so that the failover is never shown shorter than it was.

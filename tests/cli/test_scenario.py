@@ -231,7 +231,7 @@ def test_options_that_cannot_work_are_refused(tmp_path: Path) -> None:
         ({"batch_rows": 0}, "--batch-rows 0"),
         ({"keep": tmp_path}, "not an empty directory"),
         ({"keep": tmp_path / "file"}, "not an empty directory"),
-        ({"source": source(1)}, "1 row cannot be half written"),
+        ({"source": source(3)}, "3 rows are too few to kill a leader among: give 4"),
     ):
         arguments: dict[str, Any] = {"source": source(), **options}
         with pytest.raises(UsageError, match=words):
