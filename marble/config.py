@@ -27,8 +27,8 @@ NODES_MAX: Final = 31
 
 DEFAULT_PORT: Final = 5001
 
-ENTRY_BYTES_MAX: Final = 2**30
-"""Payloads of one batch share 32-bit offsets, and gRPC frames are below 2 GiB: a larger entry could not travel."""
+ENTRY_BYTES_MAX: Final = 60 * 2**20
+"""An entry must fit a frame of the log (`marble.logstore.log.LogOptions`), which never grows beyond 64 MiB."""
 
 HEARTBEAT_TICKS: Final = 3
 """Ticks between two heartbeats. Finer ticks spread the randomised election timeouts of the nodes further apart."""
@@ -165,7 +165,7 @@ class RaftClusterConfig:
         Bytes of log at which a node refuses further writes with `UnavailableError`, as the log is kept whole until
         snapshots are built. None: no limit.
     max_entry_size
-        Bytes of one entry's payload, that is of one written batch, at most; 4 KiB to 1 GiB.
+        Bytes of one entry's payload, that is of one written batch, at most; 4 KiB to 60 MiB.
     enable_pre_vote
         Ask whether an election could be won before starting it (thesis §9.6), so that a node that was cut off does
         not disturb the others.

@@ -79,6 +79,10 @@ class NodeOptions:
     """Peers' messages waiting for the engine; more are dropped and counted, which Raft tolerates."""
     inbox_bytes_max: int = 128 * 1024 * 1024
     """Proposals waiting for the engine; more are refused with UnavailableError."""
+    segment_bytes_max: int = 64 * 1024 * 1024
+    """Size at which the log begins another file."""
+    cache_bytes_max: int = 64 * 1024 * 1024
+    """Of the log's recent entries, kept in memory for followers and for apply."""
     propose_timeout_s: float = 10.0
     """After this an undecided proposal ends in OutcomeUnknownError."""
     read_timeout_s: float = 5.0
@@ -131,6 +135,12 @@ class Node:
     ) -> None:
         if options.node_id not in options.endpoints:
             raise UsageError(f"node {options.node_id} is not among the cluster's nodes {sorted(options.endpoints)}")
+        # The size of a frame stays as it is: a smaller one could not read what an earlier run wrote.
+        log_options = LogOptions(options.segment_bytes_max, options.cache_bytes_max)
+        if options.entry_bytes_max > log_options.entry_bytes_max:
+            raise UsageError(
+                f"max_entry_size {options.entry_bytes_max} is above {log_options.entry_bytes_max}, the most that fits the log"
+            )
         self.options = options
         self.machine = machine
         self.metrics = metrics or Metrics()
@@ -154,7 +164,7 @@ class Node:
             files.make_directory("")
             stack.enter_context(files.lock(LOCK_FILE))
             bind(files, options.cluster_id, options.node_id)
-            self._log = Log.open(files, LogOptions())
+            self._log = Log.open(files, log_options)
             stack.callback(self._log.close)
             self._driver = self._recover()
             self._promises = Promises(

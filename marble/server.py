@@ -173,6 +173,8 @@ class RaftServer:
             inflight_messages_max=config.inflight_messages_max,
             inflight_bytes_max=config.inflight_bytes_max,
             uncommitted_bytes_max=config.uncommitted_bytes_max,
+            segment_bytes_max=config.segment_bytes_max,
+            cache_bytes_max=config.cache_bytes_max,
         )
         self._config, self._phase = config, _Phase.INITIALIZED
 

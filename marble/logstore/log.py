@@ -58,6 +58,11 @@ class LogOptions:
         if self.cache_bytes_max < 0:
             raise UsageError(f"cache_bytes_max {self.cache_bytes_max} is negative")
 
+    @property
+    def entry_bytes_max(self) -> int:
+        """The largest payload that fits a frame."""
+        return self.frame_bytes_max - frame.OVERHEAD_BYTES_MAX - frame.ROW_BYTES_MAX
+
 
 @dataclass(frozen=True, slots=True)
 class GroupState:
@@ -191,7 +196,7 @@ class Log:
                 _check_hard_state(group, old, hard_state)
             if entries is not None:
                 first, first_term, last_term, nbytes, largest = frame.check_entries(entries, group)
-                limit = self._options.frame_bytes_max - frame.OVERHEAD_BYTES_MAX - frame.ROW_BYTES_MAX
+                limit = self._options.entry_bytes_max
                 if largest > limit:
                     raise UsageError(
                         f"an entry of {largest} bytes does not fit a frame: at most {limit}; write smaller batches"

@@ -13,8 +13,10 @@ import pyarrow.flight as flight
 import pytest
 from server.cluster import SCHEMA, WAIT_S, Cluster, eventually, free_endpoints, options, rows
 
-from marble.config import NodeConfig, RaftClusterConfig
+from marble.config import ENTRY_BYTES_MAX, NodeConfig, RaftClusterConfig
 from marble.errors import NotLeaderError, OutcomeUnknownError, UnavailableError, UsageError
+from marble.local import open as marble_open
+from marble.logstore.log import LogOptions
 from marble.server import create_arrow_flight_transport, create_raft_server, server_from_config
 from marble.transport import wire
 from marble.transport.faults import from_flight_error
@@ -346,3 +348,30 @@ def test_an_operation_that_finds_no_quorum_is_of_unknown_outcome(make_cluster: M
     # Either it was taken while this node still believed that it led, or it had already stepped down.
     with pytest.raises((OutcomeUnknownError, NotLeaderError)):
         cluster.servers[leader].propose_operation(b"x", timeout_s=0.2)
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_entry_larger_than_a_message_of_many_reaches_every_replica(make_cluster: MakeCluster) -> None:
+    size = 20 * 1024 * 1024
+    # While so much is written to three disks, a short election timeout would pass.
+    cluster = make_cluster(max_entry_size=size, append_bytes_max=1024 * 1024, election_timeout_ms=5000)
+    cluster.create_table("t")
+    large = pa.record_batch({"id": [1], "name": ["x" * (size - 4096)]}, schema=SCHEMA)
+    too_large = pa.record_batch({"id": [2], "name": ["x" * size]}, schema=SCHEMA)
+    acks = cluster.put(cluster.follower(), ["t"], [large, too_large, rows(3, 4)])
+    assert [ack.error_code for ack in acks] == [None, "usage", None]
+    for node in cluster.servers:
+        eventually(lambda node=node: cluster.act(node, "status")["applied_index"] >= acks[2].index, "all entries")
+        found = cluster.get(node, wire.encode_ticket("t", consistency="local"))
+        assert found.column("id").to_pylist() == [1, 3]
+        assert found.slice(0, 1).to_batches()[0].equals(large)
+
+
+def test_no_config_admits_an_entry_that_the_log_could_not_hold() -> None:
+    assert LogOptions().entry_bytes_max >= ENTRY_BYTES_MAX
+    with pytest.raises(UsageError, match="max_entry_size"):
+        RaftClusterConfig("c", ["h:1"], max_entry_size=ENTRY_BYTES_MAX + 1)
+    with pytest.raises(UsageError, match="max_entry_size"):
+        marble_open("unused", max_entry_size=LogOptions().entry_bytes_max + 1)
