@@ -26,7 +26,7 @@ from marble.lsm.machine import TableMachine
 from marble.machine import Result, StateMachine
 from marble.raft.config import RaftConfig
 from marble.raft.core import Raft
-from marble.testing.disk import PowerLoss, SimulatedFiles
+from marble.testing.disk import DiskCrash, SimulatedFiles
 from marble.transport.codec import Envelope
 from marble.types import EntryKind, HardState, Role
 
@@ -229,7 +229,7 @@ class SimulatedCluster:
         """Power off: unsynced writes are lost in part or whole."""
         node.driver = node.log = None
         node.pending.clear()
-        node.files.power_loss()
+        node.files.crash()
 
     def _start(self, node: SimulatedNode) -> None:
         node.tables = TableMachine()
@@ -237,7 +237,7 @@ class SimulatedCluster:
         try:
             node.files.make_directory("")
             node.log = Log.open(node.files, LogOptions(segment_bytes_max=16 * 1024))
-        except PowerLoss:
+        except DiskCrash:
             self.crash(node)
             return
         check(not node.log.report.lost_durable_bytes, "the simulated disk keeps what was synced")
@@ -258,7 +258,7 @@ class SimulatedCluster:
         try:
             action(driver)
             turn([driver], log)
-        except PowerLoss:
+        except DiskCrash:
             self.crash(node)
             return
         for applied in driver.take_outcome().applied:

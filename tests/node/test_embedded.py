@@ -100,9 +100,14 @@ def test_a_full_log_refuses_writes_and_stays_readable(tmp_path: Path) -> None:
     with marble.open(tmp_path, max_log_size=20_000) as db:
         table = db.create_table("t", SCHEMA, key=["id"])
         written = 0
-        with pytest.raises(UnavailableError, match="max_log_size"):
+
+        def fill() -> None:
+            nonlocal written
             while table.write(rows(written * 100, 100)):
                 written += 1
+
+        with pytest.raises(UnavailableError, match="max_log_size"):
+            fill()
         assert 0 < written < 1000
         assert table.scan().count_rows() == written * 100
 

@@ -41,6 +41,11 @@ def test_one_seed_gives_one_history() -> None:
     ]
 
 
+def run_many() -> None:
+    for seed in range(1, 20):
+        run(seed, STEPS, 3, CRASHES)
+
+
 def test_acknowledging_before_the_sync_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def turn(drivers: list, log: Log) -> None:
         while busy := [driver for driver in drivers if driver.raft.has_ready()]:
@@ -52,8 +57,7 @@ def test_acknowledging_before_the_sync_is_noticed(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(cluster, "turn", turn)
     with pytest.raises((MarbleError, AssertionError)):
-        for seed in range(1, 20):
-            run(seed, STEPS, 3, CRASHES)
+        run_many()
 
 
 def test_forgetting_term_and_vote_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,5 +69,4 @@ def test_forgetting_term_and_vote_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(Log, "append", forget)
     with pytest.raises((MarbleError, AssertionError)):
-        for seed in range(1, 20):
-            run(seed, STEPS, 3, CRASHES)
+        run_many()
