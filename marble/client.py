@@ -6,6 +6,7 @@ something is repeated only if it was refused, or if doing it twice is doing it o
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -94,6 +95,7 @@ class RemoteBackend:
         self._puts: dict[tuple[int, str], PutStream] = {}
         self._leader: str | None = None
         self._closed = threading.Event()
+        self._process = os.getpid()
         self._watch: threading.Thread | None = None
 
     # -- writes ------------------------------------------------------------------------------------------------------
@@ -243,6 +245,9 @@ class RemoteBackend:
             client.close()
 
     def _check_open(self) -> None:
+        if os.getpid() != self._process:
+            # gRPC's threads did not come along: any call would hang, whatever its deadline.
+            raise UsageError("this connection was made before a fork: connect again in the child")
         if self._closed.is_set():
             raise UsageError("the connection is closed")
 

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from marble._core.entry_batch import Proposal
 from marble.database import Database
 from marble.env import SystemFiles
+from marble.errors import UsageError
 from marble.lsm import payload
 from marble.lsm.machine import TableMachine
 from marble.lsm.view import TableView
@@ -62,9 +63,11 @@ class LocalBackend:
     def __init__(self, node: Node, machine: TableMachine) -> None:
         self.node = node
         self.machine = machine
+        self._closed = False
 
     def propose(self, kind: EntryKind, table_id: int, body: pa.Buffer) -> Future[Committed]:
         """Offer one entry of `kind` for the log."""
+        self._check_open()
         return self.node.propose(Proposal(kind, table_id, body))
 
     def write_entry(self, table: TableInfo, batch: pa.RecordBatch) -> Future[Committed]:
@@ -91,11 +94,13 @@ class LocalBackend:
         return self.propose(EntryKind.DROP_TABLE, 0, payload.encode_drop_table(name)).result().index
 
     def tables(self) -> Sequence[TableInfo]:
+        self._check_open()
         self.node.read_index().result()
         return self.machine.tables()
 
     def view(self, table: TableInfo, consistency: str) -> TableView:
         """The table as of now: of the whole cluster ("linearizable") or of what this replica has applied ("local")."""
+        self._check_open()
         if consistency == "linearizable":
             self.node.read_index().result()
         return self.machine.read(table.id)
@@ -116,7 +121,12 @@ class LocalBackend:
         return self.node.status()
 
     def close(self) -> None:
+        self._closed = True
         self.node.stop()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("the database is closed")
 
 
 def open(  # noqa: A001

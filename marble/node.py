@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -155,6 +156,7 @@ class Node:
         self._inbox_bytes = 0
         self._batching: list[tuple[Proposal, Future[Committed]]] = []
         self._closing = False
+        self._process = os.getpid()
         self._thread: threading.Thread | None = None
         self._view = threading.Condition()
         self._role = Role.FOLLOWER
@@ -239,8 +241,7 @@ class Node:
                 f"the entry takes {size} bytes, more than max_entry_size ({self.options.entry_bytes_max}): write smaller batches"
             )
         with self._inbox_lock:
-            if self._closing or self.stopped.is_set():
-                raise self._gone()
+            self._check_running()
             if self._inbox_bytes and self._inbox_bytes + size > self.options.inbox_bytes_max:
                 self.metrics.counter("proposals_refused").add(1)
                 raise UnavailableError(
@@ -458,10 +459,18 @@ class Node:
 
     def _post(self, action: Callable[[], None], future: Future[Any]) -> None:
         with self._inbox_lock:
-            if self._closing or self.stopped.is_set():
-                future.set_exception(self._gone())
+            try:
+                self._check_running()
+            except MarbleError as error:
+                future.set_exception(error)
                 return
             self._inbox.put(action)
+
+    def _check_running(self) -> None:
+        if os.getpid() != self._process:
+            raise UsageError("this node was started before a fork and runs in the parent only: open it in one process")
+        if self._closing or self.stopped.is_set():
+            raise self._gone()
 
     def _gone(self) -> MarbleError:
         if self.failure is not None:

@@ -145,11 +145,13 @@ class PutStream:
 
     def close(self, timeout_s: float) -> None:
         """Wait up to `timeout_s` seconds for what is in flight, then end the stream. Idempotent."""
+        with self._state:
+            # First, so that a `write` that waits for room while it holds `_order` gives up.
+            self._closing = True
+            self._state.notify_all()
         with self._order:
             with self._state:
-                self._closing = True
                 writer, thread = self._writer, self._thread
-                self._state.notify_all()
             if writer is not None:
                 try:
                     writer.done_writing()
