@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from marble._core.term_index import EntrySpan, TermIndex
@@ -53,16 +54,25 @@ class Violation(AssertionError):
 
 
 class RandomCluster:
-    """`nodes` cores and everything between them. One seed gives one history."""
+    """`size` cores and everything between them. One seed gives one history; `chaos`: percent of faults."""
 
-    def __init__(self, seed: int, size: int, **options: object) -> None:
+    def __init__(self, seed: int, size: int, chaos: float = 1.0, **options: object) -> None:
         self.random = random.Random(seed)
         self.options = options
         self.voters = list(range(1, size + 1))
         self.nodes = {i: Node(i, self._core(i, MemoryStorage(voters=self.voters))) for i in self.voters}
         self.network: list[tuple[Message, list[str]]] = []
         self.cut: set[tuple[int, int]] = set()
-        self.history: list[str] = []
+        self.chaos = chaos
+        # How often what happens to a node that lives.
+        self.weights: dict[Callable[[Node], None], int] = {
+            self.turn: 30,
+            self.sync: 15,
+            lambda node: node.raft.tick(): 12,
+            self.propose: 5,
+            self.read: 2,
+            lambda _: self.deliver(): 36,
+        }
         self.proposed = 0
         self.requests = 0
         self.answered = 0
@@ -81,31 +91,27 @@ class RandomCluster:
     def step(self) -> None:
         """One random event."""
         node = self.nodes[self.random.choice(self.voters)]
-        chance = self.random.random()
         if not node.alive:
-            if chance < 0.2:
+            if self.random.random() < 0.2:
                 self.restart(node)
-        elif chance < 0.30:
-            self.turn(node)
-        elif chance < 0.45:
-            self.sync(node)
-        elif chance < 0.57:
-            node.raft.tick()
-        elif chance < 0.62:
-            self.propose(node)
-        elif chance < 0.64:
-            self.read(node)
-        elif chance < 0.644:
-            self.crash(node)
-        elif chance < 0.646:
-            node.raft.campaign(force=self.random.random() < 0.5)
-        elif chance < 0.648:
-            self.partition()
-        elif chance < 0.65:
-            node.raft.report_unreachable(self.random.choice(self.voters))
+        elif self.random.random() < 0.01 * self.chaos:
+            self.fault(node)
         else:
-            self.deliver()
+            names, weights = zip(*self.weights.items(), strict=True)
+            self.random.choices(names, weights)[0](node)
         self.check()
+
+    def fault(self, node: Node) -> None:
+        """Something that a good day does not have."""
+        chance = self.random.random()
+        if chance < 0.4:
+            self.crash(node)
+        elif chance < 0.7:
+            node.raft.campaign(force=self.random.random() < 0.7)
+        elif chance < 0.9:
+            self.partition()
+        else:
+            node.raft.report_unreachable(self.random.choice(self.voters))
 
     def turn(self, node: Node) -> None:
         """The driver's turn: take a Ready and start carrying it out."""

@@ -175,6 +175,24 @@ def test_pipelined_readys_hand_out_every_entry_once() -> None:
     assert raft.persisted_index == 7
 
 
+def test_new_leader_counts_only_its_durable_entries() -> None:
+    raft = make(1)
+    raft.step(append(2, 1, 1, 0, 0, 1, 1))
+    first = raft.ready()
+    raft.persisted(first.number)
+    raft.step(append(2, 1, 1, 2, 1, 1, 1))
+    raft.ready()
+    raft.campaign()
+    ready = raft.ready()
+    assert raft.persisted_index == 2
+    # Votes cannot come before the request has left, and it leaves when everything before it is durable.
+    assert ready.messages == ()
+    raft.persisted(ready.number)
+    raft.step(response(MessageKind.REQUEST_VOTE_RESPONSE, 3, 2))
+    assert raft.role is Role.LEADER
+    assert (raft.progress[1].match_index, raft.last_index) == (4, 5)
+
+
 def test_number_is_given_exactly_when_a_sync_is_due() -> None:
     raft = make(2)
     raft.step(append(1, 2, 1, 0, 0, 1))

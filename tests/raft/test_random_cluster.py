@@ -10,14 +10,14 @@ TIGHT = {"append_bytes_max": 40, "inflight_messages_max": 2, "inflight_bytes_max
 
 @pytest.mark.parametrize("pre_vote", [True, False])
 @pytest.mark.parametrize("check_quorum", [True, False])
-@pytest.mark.parametrize(("size", "seed"), [(3, 1), (3, 2), (5, 3), (1, 4), (2, 5)])
-def test_cluster_keeps_its_promises(size: int, seed: int, pre_vote: bool, check_quorum: bool) -> None:
+@pytest.mark.parametrize(("size", "seed", "chaos"), [(3, 1, 1), (3, 2, 5), (5, 3, 1), (5, 6, 3), (1, 4, 1), (2, 5, 1)])
+def test_cluster_keeps_its_promises(size: int, seed: int, chaos: int, pre_vote: bool, check_quorum: bool) -> None:
     tight = TIGHT if seed % 2 else {}
-    cluster = RandomCluster(seed, size, pre_vote=pre_vote, check_quorum=check_quorum, **tight)
+    cluster = RandomCluster(seed, size, chaos, pre_vote=pre_vote, check_quorum=check_quorum, **tight)
     for _ in range(3000):
         cluster.step()
     cluster.heal()
-    assert len(cluster.committed) > 3
+    assert len(cluster.committed) > 1
     assert len(cluster.leaders) > 1
 
 
