@@ -1,0 +1,71 @@
+"""What the paper's tests are told with: cores made by hand, and one message at a time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from marble._core.term_index import EntrySpan
+from marble.raft.core import MemoryStorage, Raft, RaftConfig
+from marble.raft.messages import Message, MessageKind
+from marble.types import HardState, Role
+
+
+def make(
+    node: int = 1, voters: int = 3, log: Sequence[int] = (), hard_state: HardState | None = None, **options: object
+) -> Raft:
+    """A core of a group of `voters`, whose log has these terms."""
+    settings: dict[str, object] = {"pre_vote": False, "random": random.Random(node), **options}
+    config = RaftConfig(node, 10, 1, **settings)  # type: ignore[arg-type]
+    return Raft(config, MemoryStorage(log, hard_state, voters=range(1, voters + 1)))
+
+
+def carry_out(raft: Raft) -> list[Message]:
+    """Do all that the core wants, and return what it sends."""
+    messages: list[Message] = []
+    while raft.has_ready():
+        ready = raft.ready()
+        messages += ready.messages
+        raft.persisted(ready.number)
+        messages += ready.messages_after_persist
+        if ready.committed is not None:
+            raft.applied(ready.committed.end - 1)
+    return messages
+
+
+def message(kind: MessageKind, sender: int, term: int, to: int = 1, **fields: object) -> Message:
+    return Message(kind=kind, sender=sender, to=to, term=term, **fields)  # type: ignore[arg-type]
+
+
+def append(sender: int, term: int, index: int, log_term: int, terms: Sequence[int] = (), to: int = 1, commit: int = 0):
+    entries = EntrySpan.of(index + 1, terms)
+    return message(
+        MessageKind.APPEND_ENTRIES, sender, term, to, log_index=index, log_term=log_term, entries=entries, commit=commit
+    )
+
+
+def accept(sender: int, term: int, index: int) -> Message:
+    return message(MessageKind.APPEND_ENTRIES_RESPONSE, sender, term, log_index=index)
+
+
+def make_leader(voters: int = 3, log: Sequence[int] = (), **options: object) -> Raft:
+    """Node 1, elected and with its no-op durable at itself only."""
+    raft = make(1, voters, log, **options)
+    raft.campaign()
+    carry_out(raft)
+    for voter in range(2, voters // 2 + 2):
+        raft.step(message(MessageKind.REQUEST_VOTE_RESPONSE, voter, raft.term))
+    assert raft.role is Role.LEADER
+    carry_out(raft)
+    return raft
+
+
+def commit_noop(raft: Raft) -> None:
+    for voter in raft.voters[1 : len(raft.voters) // 2 + 1]:
+        raft.step(accept(voter, raft.term, raft.last_index))
+    carry_out(raft)
+    assert raft.commit_index == raft.last_index
+
+
+def of_kind(messages: Sequence[Message], kind: MessageKind) -> list[Message]:
+    return [m for m in messages if m.kind is kind]
