@@ -351,6 +351,9 @@ class Log:
         """Repair the end that the scan found and open it. Put off to the first sync when durable bytes were lost."""
         lost = self._report.lost_durable_bytes > 0
         self._file, self._tail = repair(self._files, self._tail, mark_is_ahead=lost)
+        if lost:
+            # Neither slot may speak of the lost bytes any more.
+            self._mark = MarkFile(self._files, None)
         self._mark.write(self._tail.segment, self._tail.end, self._tail.chain)
 
     # -- reading -----------------------------------------------------------------------------------------------------

@@ -24,12 +24,16 @@ from marble.logstore.segment import (
 
 
 def prepare_directory(files: Files) -> None:
-    """Make the log's directory, and make durable what an earlier life may have left only in the cache."""
+    """Make the log's directory, and clear away what a crash in the middle of a repair has left in it.
+
+    A process may have been killed before it had synced the parent, hence the sync. Names in the directory itself need
+    none here: evidence that a frame is durable includes its segment's name, and without evidence `repair` syncs the
+    name.
+    """
     files.make_directory(DIRECTORY)
     for name in files.list(DIRECTORY):
         if name.endswith(TEMPORARY_SUFFIX):
             files.remove(f"{DIRECTORY}/{name}")
-    files.sync_directory(DIRECTORY)
     files.sync_directory("")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ from marble.env import SystemRandom
 from marble.errors import CorruptionError
 from marble.logstore import segment as segment_module
 from marble.logstore.log import Log, LogOptions
-from marble.testing.disk import SimulatedFiles
+from marble.testing.disk import DiskCrash, SimulatedFiles
 from marble.types import HardState
 
 Contents = dict[int, Any]
@@ -105,6 +106,55 @@ def test_cut_at_any_byte_of_what_was_synced_is_reported_as_lost(close: bool, ste
         assert log.report.lost_durable_bytes == log.report.cut_bytes == 0
         assert len(found[1][1]) == kept + 1
         log.close()
+
+
+def test_mark_of_lost_bytes_does_not_come_back() -> None:
+    for seed in range(20):
+        files, _ = written(3)
+        cut = SimulatedFiles(SystemRandom(seed))
+        for name in files.list("log"):
+            cut.put(f"log/{name}", files.read(f"log/{name}"))
+        cut.cut(SEGMENT(1), frame_ends(files, SEGMENT(1), 1)[-2] + seed)
+        log = Log.open(cut, SMALL)
+        log.append(1, None, entries(3, [9]))
+        log.sync()
+        cut.crash()
+        log, found = opened(cut)
+        assert log.report.lost_durable_bytes == 0
+        assert [row["term"] for row in found[1][1]] == [1, 2, 9]
+        log.append(1, None, entries(4, [9]))
+        log.sync()
+        # One slot of the mark goes bad; the other one must not speak of what was given up.
+        for bit in (8 * 20, 8 * 84):
+            cut.flip_bit(SYNCED, bit)
+            assert len(reopened(cut)[1][1]) == 4
+            cut.flip_bit(SYNCED, bit)
+
+
+@pytest.mark.parametrize("syncs", [3, 4])  # so that the mark has been in either slot
+def test_power_lost_at_every_operation_while_a_loss_is_accepted(syncs: int) -> None:
+    files, states = written(syncs)
+    end, lost = frame_ends(files, SEGMENT(1), 1)[-2:]
+    for seed in range(20):
+        for operation in range(1, 10):
+            cut = SimulatedFiles(SystemRandom(seed))
+            for name in files.list("log"):
+                cut.put(f"log/{name}", files.read(f"log/{name}"))
+            cut.cut(SEGMENT(1), end + 100)
+            log = Log.open(cut, SMALL)
+            log.append(1, None, entries(syncs, [9]))
+            cut.lose_power_at = cut.operations + operation
+            with contextlib.suppress(DiskCrash):
+                log.sync()
+            slots = cut.read(SYNCED) if cut.exists(SYNCED) else b""
+            marks = {mark.offset for at in (0, 64) if (mark := segment_module.Mark.unpack(slots[at : at + 64]))}
+            assert not {end, lost} <= marks, "the mark of what was lost stands beside a new one"
+            cut.crash()
+            log, found = opened(cut)
+            if len(found[1][1]) < syncs:
+                assert found == states[syncs - 1]
+            elif log.report.lost_durable_bytes:
+                raise AssertionError("a loss is reported that a later write had made good")
 
 
 def test_loss_of_the_last_segment_s_header_is_reported_and_mended() -> None:
@@ -405,9 +455,10 @@ def test_mark_survives_a_torn_write_of_itself() -> None:
     after = files.read(SYNCED)
     assert new == before != after
     for size in range(129):
-        files.put(SYNCED, after[:size] + before[size:])
-        mark = segment_module.read_mark(files)
-        assert mark is not None
-        assert mark.count in (old.count, old.count + 1)
+        for torn in (after[:size] + before[size:], before[:size] + after[size:]):
+            files.put(SYNCED, torn)
+            mark = segment_module.read_mark(files)
+            assert mark is not None
+            assert mark.count in (old.count, old.count + 1)
     files.put(SYNCED, b"")
     assert segment_module.read_mark(files) is None
