@@ -229,5 +229,5 @@ class Scan:
         )
 
     def _damage(self, number: int, offset: int, what: str) -> CorruptionError:
-        advice = "restore this node from a peer or a copy; do not cut the log"
+        advice = "this node must not go on with this log; keep its files as they are"
         return CorruptionError(f"{what}: {advice}", self._files.describe(segment_path(number)), offset)
