@@ -1,8 +1,9 @@
-"""What callers have been promised: the futures of proposals and reads, from the moment the core takes them until they are decided.
+"""What callers have been promised: the futures of proposals and reads, from when the core takes them until decided.
 
-Rule 1: every future that comes in here goes out decided, exactly once: with its answer, with an error that says what is known, or, when
-the engine ends, with that. A proposal is known to have failed only when another entry is committed at its index (Log Matching, §5.3);
-until then its outcome is open, whoever leads.
+Rule 1: every future that comes in here goes out decided, exactly once: with its answer, with an error that says what is
+known, or, when the engine ends, with that. A proposal is known to have failed only when an entry of a later term is
+committed at its index or before it: then no entry of its term can follow (Log Matching, §5.3; terms never fall along a
+log). Until then its outcome is open, whoever leads.
 
 Not thread-safe: the engine thread owns it.
 """
@@ -78,6 +79,7 @@ class Promises:
         self._writes: dict[int, list[_Write]] = {}
         self._reads: dict[int, _Read] = {}
         self._next_request = 1
+        self._applied_term = 0
 
     def add_writes(self, first: int, term: int, futures: Iterable[Future[Committed]], now: float) -> None:
         """The core took these proposals at `first` and the indexes after it, in `term`."""
@@ -90,21 +92,31 @@ class Promises:
         self._begin(_Read(future, now + self._read_timeout_s))
 
     def applied(self, first: int, terms: Sequence[int], results: Sequence[Result]) -> None:
-        """These entries were applied here: whoever waits at their indexes gets an answer."""
+        """These entries were applied here: whoever waits at their indexes, or in an older term, gets an answer."""
         if not self._writes:
             return
         for index, (term, result) in enumerate(zip(terms, results, strict=True), first):
             for write in self._writes.pop(index, ()):
                 if write.term != term:
-                    write.future.set_exception(
-                        UnavailableError(
-                            "another leader took over before the write was replicated: nothing was written"
-                        )
-                    )
+                    write.future.set_exception(_overtaken())
                 elif result.error_code is None:
                     write.future.set_result(Committed(index, term, result.value))
                 else:
                     write.future.set_exception(_error_of(result))
+        if terms[-1] > self._applied_term:
+            self._applied_term = terms[-1]
+            self._end_older(terms[-1])
+
+    def _end_older(self, term: int) -> None:
+        """An entry of `term` was committed: writes of older terms that still wait stand behind it, and cannot be."""
+        for index, writes in list(self._writes.items()):
+            if kept := [write for write in writes if write.term >= term]:
+                self._writes[index] = kept
+            else:
+                del self._writes[index]
+            for write in writes:
+                if write.term < term:
+                    write.future.set_exception(_overtaken())
 
     def answered(self, reads: Iterable[ReadState], applied_index: int) -> None:
         """The core answered `reads`, and everything up to `applied_index` is applied here."""
@@ -158,6 +170,10 @@ class Promises:
         read.ticks = 0
         self._reads[request] = read
         self._ask(request)
+
+
+def _overtaken() -> UnavailableError:
+    return UnavailableError("another leader took over before the write was replicated: nothing was written; retry")
 
 
 def _error_of(result: Result) -> MarbleError:

@@ -75,9 +75,18 @@ class Cluster:
                 if attempt == 4:
                     raise
                 self.directory = directory / f"attempt{attempt + 2}"
-        # Otherwise every test would first wait for the election timeout.
-        self.servers[1].trigger_election()
+        eventually(self._elect, "the first leader")
         self.leader()
+
+    def _elect(self) -> bool:
+        """Whether there is a leader; otherwise call for one, as every test would first wait for the election timeout."""
+        pause = threading.Event()
+        for _ in range(10):  # The links to the others may not stand yet.
+            if any(server.get_leader_endpoint() is not None for server in self.servers.values()):
+                return True
+            pause.wait(0.005)
+        self.servers[1].trigger_election()
+        return False
 
     def start_node(self, node: int) -> RaftServer:
         commands = self.commands[node] = []

@@ -330,6 +330,32 @@ def test_a_stream_at_a_follower_outlives_the_leader(make_cluster: MakeCluster) -
         assert len(found) == len(set(found))
 
 
+def test_a_stream_at_a_leader_that_loses_its_post_goes_on_at_the_next(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster()
+    cluster.create_table("t")
+    leader = cluster.leader()
+    stream = _Stream(cluster, leader)
+    for _ in range(20):
+        stream.send()
+    eventually(lambda: len(stream.acks) == 20, "acks of the leader")
+    # From now on nobody hears the leader, though it goes on to take batches.
+    flights = cluster.servers[leader]._flight
+    assert flights is not None
+    flights.set_peers({})
+    for _ in range(20):
+        stream.send()
+    assert cluster.servers[leader].get_role() is Role.LEADER
+    eventually(lambda: cluster.servers[leader].get_role() is not Role.LEADER, "the leader to step down")
+    flights.set_peers(cluster.config.endpoints)
+    stream.close()
+    assert [ack.error_code for ack in stream.acks] == [None] * 40
+    indexes = [ack.index for ack in stream.acks]
+    assert indexes == sorted(set(indexes))
+    cluster.leader()
+    for node in cluster.servers:
+        assert cluster.get(node, b"t").column("id").to_pylist() == list(range(40))
+
+
 def test_a_call_that_changes_something_waits_for_the_next_leader(make_cluster: MakeCluster) -> None:
     cluster = make_cluster()
     leader, follower = cluster.leader(), cluster.follower()
