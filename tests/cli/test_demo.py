@@ -35,8 +35,15 @@ def write_orders(tmp_path: Path) -> Path:
     return path
 
 
+ON_A_TERMINAL = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "from marble.cli import main; sys.exit(main())"
+)
+"""A shell starts what it runs in the background with SIGINT ignored; a test must not depend on where it runs."""
+
+
 def demo(*arguments: str) -> list[str]:
-    return [sys.executable, "-P", "-m", "marble.cli", "demo", *arguments]
+    return [sys.executable, "-P", "-c", ON_A_TERMINAL, "demo", *arguments]
 
 
 def is_alive(pid: int) -> bool:
