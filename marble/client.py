@@ -25,7 +25,7 @@ from marble.errors import MarbleError, NotLeaderError, OutcomeUnknownError, Prot
 from marble.filters import columns_read, filter_batches
 from marble.schema import TableInfo
 from marble.transport.faults import from_flight_error
-from marble.transport.put import PutStream
+from marble.transport.put import STREAM_ERRORS, PutStream
 from marble.transport.wire import (
     DELETE,
     GET,
@@ -39,6 +39,7 @@ from marble.transport.wire import (
     encode_schema,
     encode_ticket,
 )
+from marble.transport.wire import connect as connect_to
 
 T = TypeVar("T")
 
@@ -262,14 +263,14 @@ class RemoteBackend:
             self._check_open()
             client = self._clients.get(endpoint)
             if client is None:
-                client = self._clients[endpoint] = fl.connect(f"grpc://{endpoint}")
+                client = self._clients[endpoint] = connect_to(endpoint)
             return client
 
     def _action(self, endpoint: str, name: str, body: bytes, timeout_s: float) -> bytes:
         """One action at one node; what Flight raises comes out as a MarbleError."""
         try:
             answers = list(self._client(endpoint).do_action(fl.Action(name, body), call_options(timeout_s)))
-        except pa.ArrowException as error:
+        except STREAM_ERRORS as error:
             raise from_flight_error(error) from None
         if len(answers) != 1:
             raise ProtocolError(f"{endpoint} answered {name} {len(answers)} times")
@@ -285,8 +286,8 @@ class RemoteBackend:
                 self._check_open()
                 try:
                     return attempt(endpoint, max(RETRY_WAIT_MIN_S, deadline - time.monotonic()))
-                except (MarbleError, pa.ArrowException) as failure:
-                    error = from_flight_error(failure) if isinstance(failure, pa.ArrowException) else failure
+                except (MarbleError, *STREAM_ERRORS) as failure:
+                    error = from_flight_error(failure)
                 if isinstance(error, NotLeaderError):
                     self._leader = error.leader
                 elif not isinstance(error, UnavailableError | OutcomeUnknownError):
@@ -305,7 +306,7 @@ class RemoteBackend:
                     fl.Action(name, body), call_options(max(RETRY_WAIT_MIN_S, deadline - time.monotonic()))
                 )
                 return bytes(answer.body.to_pybytes())
-            except pa.ArrowException as failure:
+            except STREAM_ERRORS as failure:
                 error = from_flight_error(failure, changes=True)
                 if not isinstance(error, UnavailableError | NotLeaderError):
                     raise error from None
@@ -327,7 +328,7 @@ def _batches(reader: fl.FlightStreamReader) -> Iterator[pa.RecordBatch]:
             yield reader.read_chunk().data
         except StopIteration:
             return
-        except pa.ArrowException as error:
+        except STREAM_ERRORS as error:
             raise from_flight_error(error) from None
 
 

@@ -48,7 +48,7 @@ class Log(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DurableState:
-    """What a core starts from: a `marble.raft.storage.Storage` made of what the log recovered."""
+    """What a core starts from: a `marble.raft.config.Storage` made of what the log recovered."""
 
     hard_state: HardState
     voters: Sequence[int]
@@ -160,20 +160,21 @@ class Driver:
         """
         parts: list[pa.RecordBatch] = []
         end = span.end
-        for batch in reversed(self._staged):
-            if end == span.first:
-                break
-            entries = entry_batch.span(batch)
-            low, high = max(entries.first, span.first), min(entries.end, end)
-            if low >= high or high != end:
-                continue
-            mine = self.raft.log.span(low, high)
-            if entries.slice(low, high).terms() != mine.terms():
-                low = self._first_match(entries.slice(low, high).terms(), mine.terms(), low)
-            if low < high:
-                parts.append(batch.slice(low - entries.first, high - low))
-                end = low
-        check(end == span.first, f"entries {span.first} to {end - 1} of the core's log were never staged")
+        staged = [(batch, entry_batch.span(batch)) for batch in self._staged]
+        while end > span.first:
+            before = end
+            # Newest first, which is nearly always the order of the log from its end: one pass, seldom more.
+            for batch, entries in reversed(staged):
+                low, high = max(entries.first, span.first), min(entries.end, end)
+                if low >= high or high != end:
+                    continue
+                ours, theirs = self.raft.log.span(low, high).terms(), entries.slice(low, high).terms()
+                if ours != theirs:
+                    low = self._first_match(theirs, ours, low)
+                if low < high:
+                    parts.append(batch.slice(low - entries.first, high - low))
+                    end = low
+            check(end < before, f"entry {end - 1} of the core's log was never staged")
         parts.reverse()
         return parts[0] if len(parts) == 1 else entry_batch.concat(parts)
 

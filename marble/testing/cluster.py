@@ -50,6 +50,8 @@ class Faults:
     mend: float = 0.02
     write: float = 0.15
     tick: float = 0.4
+    gather: float = 0.4
+    """What comes in waits, with what comes next, for one turn."""
 
 
 class Recording:
@@ -150,7 +152,7 @@ class SimulatedCluster:
 
     def heal(self) -> None:
         """End all faults and demand that the cluster recovers: a leader, and one state on all nodes."""
-        self.faults = Faults(loss=0, duplication=0, delay_steps_max=1, crash=0, partition=0)
+        self.faults = Faults(loss=0, duplication=0, delay_steps_max=1, crash=0, partition=0, gather=0)
         self._cut.clear()
         for node in self.nodes.values():
             node.files.lose_power_at = None
@@ -257,6 +259,8 @@ class SimulatedCluster:
             return
         try:
             action(driver)
+            if self.random.random() < self.faults.gather:
+                return
             turn([driver], log)
         except DiskCrash:
             self.crash(node)

@@ -85,6 +85,8 @@ def from_flight_error(error: BaseException, *, changes: bool = False) -> MarbleE
         return lost(f"no answer: {error}")
     if isinstance(error, fl.FlightUnauthenticatedError | fl.FlightUnauthorizedError):
         return UsageError(f"refused: {error}")
+    if isinstance(error, OSError):
+        return lost(f"the stream broke: {error}")
     if isinstance(error, fl.FlightError):
         return lost(f"the server failed: {error}")
     if isinstance(error, pa.ArrowException):

@@ -35,6 +35,9 @@ from marble.errors import (
 from marble.transport.faults import from_flight_error
 from marble.transport.wire import Ack, decode_ack
 
+STREAM_ERRORS: Final = (pa.ArrowException, OSError)
+"""What Flight raises when a stream breaks: some breaks come as Arrow's IOError, which is Python's OSError."""
+
 IN_FLIGHT_BATCHES_MAX: Final = 1024
 """Writes of one stream that wait for their answer; a further `write` waits for room."""
 
@@ -155,7 +158,7 @@ class PutStream:
             if writer is not None:
                 try:
                     writer.done_writing()
-                except pa.ArrowException:
+                except STREAM_ERRORS:
                     pass  # The stream broke at the same moment: its thread finds out and ends all the same.
         if thread is None:
             return
@@ -188,7 +191,7 @@ class PutStream:
     def _send(self, writer: fl.FlightStreamWriter, item: _Item) -> None:
         try:
             writer.write_batch(item.batch)
-        except pa.ArrowException:
+        except STREAM_ERRORS:
             # Part of it may have left. The thread that reads sees the stream end and says so to all that wait.
             with self._state:
                 reader = self._reader
@@ -212,7 +215,7 @@ class PutStream:
                 failed = True
                 self._fail_backlog(error)
                 continue
-            except pa.ArrowException as error:
+            except STREAM_ERRORS as error:
                 failed = True
                 if time.monotonic() >= deadline:
                     self._fail_backlog(UnavailableError(f"no node took the write in time: {from_flight_error(error)}"))
@@ -221,7 +224,7 @@ class PutStream:
             failed = bool(refused) or why is not None
             self._settle(refused, why)
             # After the end of the stream this only collects its status, which is known.
-            with contextlib.suppress(pa.ArrowException):
+            with contextlib.suppress(*STREAM_ERRORS):
                 writer.close()
 
     def _open(self, client: fl.FlightClient) -> fl.FlightStreamWriter:
@@ -253,7 +256,7 @@ class PutStream:
                 ack = decode_ack(reader.read_chunk().app_metadata)
             except StopIteration:
                 return refused, None
-            except (pa.ArrowException, MarbleError) as error:
+            except (*STREAM_ERRORS, MarbleError) as error:
                 return refused, error
             with self._state:
                 if not self._sent:
@@ -296,7 +299,7 @@ class PutStream:
             if item not in again:
                 self._done(item)
                 item.refuse()
-        reason = from_flight_error(why) if isinstance(why, pa.ArrowException) else why
+        reason = from_flight_error(why) if isinstance(why, STREAM_ERRORS) else why
         for item in unknown:
             self._done(item)
             item.future.set_exception(
