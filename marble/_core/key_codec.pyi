@@ -1,3 +1,5 @@
+"""Memcomparable bytes of primary keys. Layout, ownership and invariants: head of ``key_codec.pyx``."""
+
 import pyarrow as pa
 
 class KeyColumn:

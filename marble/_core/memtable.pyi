@@ -1,3 +1,5 @@
+"""A table's rows in memory, ordered by key. Layout, ownership and invariants: head of ``memtable.pyx``."""
+
 from collections.abc import Sequence
 
 import pyarrow as pa
