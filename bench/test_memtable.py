@@ -1,6 +1,6 @@
 """Memtable: insert, get and scan, each beside a floor measured in the same run.
 
-Run: ``pytest bench/test_memtable.py --benchmark-enable --benchmark-columns=median,ops``. Each result's ``extra_info`` says how
+Run: ``pytest bench/test_memtable.py --benchmark-enable --benchmark-columns=median,ops``. Each ``extra_info`` says how
 many rows a second it is, what the floor took, and the ratio of the two (1.0 would be the floor itself).
 """
 

@@ -61,14 +61,6 @@ struct RowPlan {
   bool in_spans() const noexcept { return spans.size() * 4 <= rows.size(); }
 };
 
-// How to reach a source's column: `values` and `offset` already count in the array's own offset.
-struct ColumnView {
-  const uint8_t* validity;  // Null where no row is null.
-  const uint8_t* values;    // Fixed width: values; bool: bits; binary: offsets.
-  const uint8_t* data;      // Binary only.
-  int64_t offset;           // Of row 0 in `validity`, and in `values` of a bool.
-};
-
 // Bits of a fixed-width value, 0 for other types.
 inline int64_t FixedBits(const arrow::DataType& type) noexcept {
   const auto* fixed = dynamic_cast<const arrow::FixedWidthType*>(&type);
@@ -111,29 +103,54 @@ inline int64_t AboutBytes(const arrow::ArrayData& array) {
   }
 }
 
+// Bytes from one row to the next in buffer 1: values, or the offsets of strings. 0 for bits and for types without such a buffer.
+inline int64_t Stride(const arrow::DataType& type) noexcept {
+  switch (type.id()) {
+    case arrow::Type::STRING:
+    case arrow::Type::BINARY:
+      return 4;
+    case arrow::Type::LARGE_STRING:
+    case arrow::Type::LARGE_BINARY:
+      return 8;
+    default:
+      return FixedBits(type) / 8;
+  }
+}
+
+// What a row of nothing looks like, for types without a buffer of values (fixed_size_binary[0], null).
+alignas(64) inline constexpr uint8_t kNothing[64] = {};
+
+inline ColumnView ViewColumn(const arrow::ArrayData& array) noexcept {
+  const auto buffer = [&array](size_t i) -> const uint8_t* {
+    return i < array.buffers.size() && array.buffers[i] != nullptr ? array.buffers[i]->data() : nullptr;
+  };
+  ColumnView view{nullptr, buffer(1), buffer(2), array.offset};
+  if (array.null_count.load(std::memory_order_relaxed) != 0) view.validity = buffer(0);
+  view.values = view.values == nullptr ? kNothing : view.values + array.offset * Stride(*array.type);
+  return view;
+}
+
+// Takes the columns of a batch, or of rewritten rows, into a source.
+inline void AddColumn(Source* source, std::shared_ptr<arrow::ArrayData> column) {
+  source->bytes += AboutBytes(*column);
+  source->views.push_back(ViewColumn(*column));
+  source->columns.push_back(std::move(column));
+}
+
 // The columns of `plan.sources`, and a row of zeros in place of a missing source.
 class ColumnViews {
  public:
-  // `stride`: bytes from one row to the next in buffer 1, or 0 where that holds bits.
-  ColumnViews(const RowPlan& plan, int column, int64_t stride) : zeros_(static_cast<size_t>(std::max<int64_t>(stride, 16)), 0) {
+  ColumnViews(const RowPlan& plan, size_t column, int64_t stride) {
     views_.reserve(plan.sources.size());
     for (const Source* source : plan.sources) {
-      if (source == nullptr) {
-        views_.push_back({zeros_.data(), zeros_.data(), zeros_.data(), 0});
-        nulls_ = true;
+      if (source != nullptr) {
+        views_.push_back(source->views[column]);
+        nulls_ = nulls_ || views_.back().validity != nullptr;
         continue;
       }
-      const arrow::ArrayData& array = *source->columns[static_cast<size_t>(column)];
-      ColumnView view{nullptr, nullptr, nullptr, array.offset};
-      if (array.buffers[0] != nullptr && array.null_count.load(std::memory_order_relaxed) != 0) {
-        view.validity = array.buffers[0]->data();
-        nulls_ = true;
-      }
-      // Only fixed_size_binary[0] has no values buffer, and nothing to read in it either.
-      view.values = array.buffers[1] == nullptr ? zeros_.data() : array.buffers[1]->data();
-      if (array.buffers.size() > 2 && array.buffers[2] != nullptr) view.data = array.buffers[2]->data();
-      if (array.buffers[1] != nullptr) view.values += array.offset * stride;
-      views_.push_back(view);
+      zeros_.assign(static_cast<size_t>(std::max<int64_t>(stride, 16)), 0);
+      views_.push_back({zeros_.data(), zeros_.data(), zeros_.data(), 0});
+      nulls_ = true;
     }
   }
   const ColumnView& operator[](size_t source) const noexcept { return views_[source]; }
@@ -202,6 +219,29 @@ inline arrow::Result<std::shared_ptr<arrow::Buffer>> GatherFixed(const RowPlan& 
   return buffer;
 }
 
+// memcpy for sizes that are mostly small: two loads that overlap cost less than a call.
+inline void CopyBytes(uint8_t* to, const uint8_t* from, size_t size) noexcept {
+  if (size > 16) {
+    std::memcpy(to, from, size);
+  } else if (size >= 8) {
+    uint64_t head;
+    uint64_t tail;
+    std::memcpy(&head, from, 8);
+    std::memcpy(&tail, from + size - 8, 8);
+    std::memcpy(to, &head, 8);
+    std::memcpy(to + size - 8, &tail, 8);
+  } else if (size >= 4) {
+    uint32_t head;
+    uint32_t tail;
+    std::memcpy(&head, from, 4);
+    std::memcpy(&tail, from + size - 4, 4);
+    std::memcpy(to, &head, 4);
+    std::memcpy(to + size - 4, &tail, 4);
+  } else {
+    for (size_t i = 0; i < size; ++i) to[i] = from[i];
+  }
+}
+
 template <typename Offset>
 arrow::Status GatherBytes(const RowPlan& plan, const ColumnViews& views, arrow::ArrayData* out) {
   const size_t rows = plan.rows.size();
@@ -222,7 +262,7 @@ arrow::Status GatherBytes(const RowPlan& plan, const ColumnViews& views, arrow::
   for (const Span& span : plan.spans) {
     const auto* from = reinterpret_cast<const Offset*>(views[span.source].values) + span.row;
     const size_t size = static_cast<size_t>(from[span.length] - from[0]);
-    if (size > 0) std::memcpy(to, views[span.source].data + from[0], size);
+    CopyBytes(to, views[span.source].data + from[0], size);
     to += size;
   }
   out->buffers = {nullptr, std::move(offsets), std::move(data)};
@@ -294,7 +334,7 @@ inline arrow::Result<std::shared_ptr<arrow::ArrayData>> GatherColumn(const RowPl
   const bool large = id == arrow::Type::LARGE_STRING || id == arrow::Type::LARGE_BINARY;
   const bool fixed = bits > 0 || id == arrow::Type::FIXED_SIZE_BINARY;
   if (!fixed && !narrow && !large) return GatherAny(plan, column, type);
-  const ColumnViews views(plan, column, narrow ? 4 : large ? 8 : bits / 8);
+  const ColumnViews views(plan, static_cast<size_t>(column), Stride(*type));
   auto out = arrow::ArrayData::Make(type, rows, {nullptr, nullptr}, 0);
   if (narrow) {
     ARROW_RETURN_NOT_OK(GatherBytes<int32_t>(plan, views, out.get()));

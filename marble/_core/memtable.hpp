@@ -85,8 +85,7 @@ inline arrow::Status RewriteRows(const Layout& layout, const RowPlan& plan, cons
   source->rows = static_cast<int64_t>(plan.rows.size());
   for (int i = 0; i < layout.schema->num_fields(); ++i) {
     ARROW_ASSIGN_OR_RAISE(auto column, GatherColumn(plan, i, layout.schema->field(i)->type(), false));
-    source->bytes += AboutBytes(*column);
-    source->columns.push_back(std::move(column));
+    AddColumn(source.get(), std::move(column));
   }
   if (!layout.whole) source->keys = GatherKeys(plan, layout.codec->width());
   const auto slot = static_cast<uint32_t>(run->slots.size());
@@ -165,10 +164,9 @@ class MemtableCore {
       auto source = std::make_shared<Source>();
       source->rows = batch.num_rows();
       std::vector<std::shared_ptr<arrow::ArrayData>> key_columns;
-      for (int i = 0; i < batch.num_columns(); ++i) {
-        source->columns.push_back(batch.column_data(i));
-        source->bytes += AboutBytes(*source->columns.back());
-      }
+      source->columns.reserve(static_cast<size_t>(batch.num_columns()));
+      source->views.reserve(static_cast<size_t>(batch.num_columns()));
+      for (int i = 0; i < batch.num_columns(); ++i) AddColumn(source.get(), batch.column_data(i));
       for (const int column : layout_->key) key_columns.push_back(source->columns[static_cast<size_t>(column)]);
       ARROW_ASSIGN_OR_RAISE(auto keys, layout_->codec->EncodeColumns(key_columns, batch.num_rows()));
       const size_t count = Sort(*keys);

@@ -27,11 +27,20 @@
 
 namespace marble {
 
+// How to reach a column of fixed width, bits or bytes: pointers that already count in the array's own offset.
+struct ColumnView {
+  const uint8_t* validity;  // Null where no row is null.
+  const uint8_t* values;    // Fixed width: values; bool: bits; binary: offsets.
+  const uint8_t* data;      // Binary only.
+  int64_t offset;           // Of row 0 in `validity`, and in `values` of a bool.
+};
+
 // Rows of one batch (columns in the table's order), or the keys of one delete (no columns).
 struct Source {
   int64_t rows = 0;
   int64_t bytes = 0;  // About as many as its rows have, for cutting scans into batches.
   std::vector<std::shared_ptr<arrow::ArrayData>> columns;
+  std::vector<ColumnView> views;  // One per column, side by side: reading a row misses the cache for its own sake only.
   std::shared_ptr<const KeyColumn> keys;  // Null when keys are whole.
 };
 
@@ -112,7 +121,7 @@ inline size_t LowerBoundWord(const uint64_t* words, size_t first, size_t end, ui
   if (size == 0) return first;
   while (size > 1) {
     const size_t half = size / 2;
-    base += base[half - 1] < word ? half : 0;
+    base += half & (size_t{0} - (base[half - 1] < word ? size_t{1} : size_t{0}));
     size -= half;
   }
   return static_cast<size_t>(base - words) + (*base < word ? 1 : 0);
@@ -153,28 +162,29 @@ inline void FindKeys(const Run& run, const KeyView* keys, size_t count, bool who
   const uint64_t* words = run.words.get();
   for (size_t first = 0; first < count; first += kSearchLanes) {
     const size_t lanes = std::min(kSearchLanes, count - first);
-    const uint64_t* bases[kSearchLanes];
-    for (size_t lane = 0; lane < lanes; ++lane) bases[lane] = words;
+    uint64_t wanted[kSearchLanes];
+    size_t at[kSearchLanes] = {};
+    for (size_t lane = 0; lane < kSearchLanes; ++lane) wanted[lane] = keys[first + (lane < lanes ? lane : 0)].word;
     for (size_t size = run.size; size > 1;) {
       const size_t half = size / 2;
       size -= half;
-      for (size_t lane = 0; lane < lanes; ++lane) {
-        bases[lane] += bases[lane][half - 1] < keys[first + lane].word ? half : 0;
-        __builtin_prefetch(bases[lane] + size / 2);
+      // The step is masked, not chosen: a compiler that branches here mispredicts every other time.
+      for (size_t lane = 0; lane < kSearchLanes; ++lane) {
+        const size_t below = words[at[lane] + half - 1] < wanted[lane] ? 1 : 0;
+        at[lane] += half & (size_t{0} - below);
       }
+      for (size_t lane = 0; lane < kSearchLanes; ++lane) __builtin_prefetch(words + at[lane] + size / 2);
     }
     for (size_t lane = 0; lane < lanes; ++lane) {
       const KeyView& key = keys[first + lane];
-      size_t at = static_cast<size_t>(bases[lane] - words);
-      if (run.size > 0 && words[at] < key.word) ++at;
-      const bool candidate = at < run.size && words[at] == key.word;
-      if (candidate && !whole) {
-        at = LowerBoundTail(run, at, key);
-        if (at < run.size && Compare(run.Key(at, false), key, false) != 0) at = run.size;
-      } else if (!candidate) {
-        at = run.size;
+      size_t position = at[lane] + (words[at[lane]] < key.word ? 1 : 0);
+      if (position == run.size || words[position] != key.word) {
+        position = run.size;
+      } else if (!whole) {
+        position = LowerBoundTail(run, position, key);
+        if (position < run.size && Compare(run.Key(position, false), key, false) != 0) position = run.size;
       }
-      positions[first + lane] = at;
+      positions[first + lane] = position;
     }
   }
 }
@@ -219,6 +229,8 @@ void MergePieces(const Piece& newer, const Piece& older, const Source* const* so
   uint64_t spare[1];
   uint64_t* const dropped = out->dropped == nullptr ? spare : out->dropped;
   const size_t drop_step = out->dropped == nullptr ? 0 : 1;
+  uint64_t* const out_words = out->words;
+  uint64_t* const out_refs = out->refs;
   size_t k = out->size;
   size_t d = 0;
   while (i < newer.size && j < older.size) {
@@ -226,25 +238,27 @@ void MergePieces(const Piece& newer, const Piece& older, const Source* const* so
     const uint64_t b = older.words[j];
     const uint64_t a_ref = newer.refs[i] + newer.base;
     const uint64_t b_ref = older.refs[j] + older.base;
-    bool newer_first = a <= b;
-    bool same = a == b;
+    uint64_t newer_first = a <= b ? 1 : 0;
+    uint64_t same = a == b ? 1 : 0;
     if constexpr (!kWhole) {
-      if (same) {
+      if (same != 0) {
         const KeyColumn& a_keys = *sources[SlotOf(a_ref)]->keys;
         const KeyColumn& b_keys = *sources[SlotOf(b_ref)]->keys;
         const int order = CompareKeys(a_keys.data(RowOf(a_ref)), a_keys.size(RowOf(a_ref)), b_keys.data(RowOf(b_ref)),
                                       b_keys.size(RowOf(b_ref)), 8);
-        newer_first = order <= 0;
-        same = order == 0;
+        newer_first = order <= 0 ? 1 : 0;
+        same = order == 0 ? 1 : 0;
       }
     }
-    out->words[k] = newer_first ? a : b;
-    out->refs[k] = newer_first ? a_ref : b_ref;
+    // Masks and sums, no choice: which side comes next cannot be predicted.
+    const uint64_t newer_mask = uint64_t{0} - newer_first;
+    out_words[k] = b ^ ((a ^ b) & newer_mask);
+    out_refs[k] = b_ref ^ ((a_ref ^ b_ref) & newer_mask);
     dropped[d] = b_ref;
     ++k;
-    d += same ? drop_step : 0;
-    i += newer_first ? 1 : 0;
-    j += newer_first && !same ? 0 : 1;
+    d += same & drop_step;
+    i += newer_first;
+    j += 1 - newer_first + same;
   }
   out->size = k;
   out->dropped_size = d;
