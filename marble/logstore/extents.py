@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -25,8 +26,7 @@ class Pending:
     batch: pa.RecordBatch
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Entries ``[first, end)`` lie in the frame at ``offset`` of ``segment``, ``length`` bytes long, from row ``row``
     on."""
 
@@ -116,15 +116,15 @@ class Extents:
         self._lengths.append(place.length)
         self._rows.append(place.row)
 
-    def find(self, index: int, end: int) -> Place | tuple[int, int, pa.RecordBatch]:
+    def find(self, index: int, end: int) -> Place | pa.RecordBatch:
         """Where entry `index` is, with the entries behind it in the same place and before `end`.
 
-        Either a place on disk, or ``(index, end, rows)`` with exactly these rows. `index` is in the log.
+        Either a place on disk, or the rows themselves. `index` is in the log.
         """
         if self.pending and index >= self.pending[0].first:
             pending = self.pending[bisect_right(self.pending, index, key=lambda extent: extent.first) - 1]
             end = min(end, pending.end)
-            return index, end, pending.batch.slice(index - pending.first, end - index)
+            return pending.batch.slice(index - pending.first, end - index)
         at = bisect_right(self._firsts, index) - 1
         if at + 1 < len(self._firsts):
             end = min(end, self._firsts[at + 1])

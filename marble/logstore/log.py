@@ -26,6 +26,7 @@ from marble._core.term_index import EntrySpan, TermIndex
 from marble.env import AppendFile, Files
 from marble.errors import CorruptionError, InvariantError, ProtocolError, UsageError, check
 from marble.logstore.extents import Extents, Pending, Place
+from marble.logstore.plan import Item, Plan, plan_frames
 from marble.logstore.repair import create_segment, prepare_directory, repair
 from marble.logstore.scan import RecoveryReport, Scan, ScannedFrame, Tail
 from marble.logstore.segment import FRAME_BYTES_LIMIT, WINDOW_BYTES, MarkFile, Window, segment_path
@@ -78,23 +79,6 @@ class GroupState:
     last_index: int
     last_term: int
     term_index: TermIndex
-
-
-@dataclass(slots=True)
-class _Item:
-    """Entries on their way to disk: what a `Pending` was when the sync began, since truncation may shrink it
-    meanwhile."""
-
-    extents: Extents
-    pending: Pending
-    first: int
-    rows: int
-    batch: pa.RecordBatch
-    nbytes: int
-
-
-_Plan = tuple[list[tuple[int, int, int, int]], list[tuple[_Item, int, int]]]
-"""One frame to be: its hard states as (group, term, vote, commit), and its entries as (item, row, end)."""
 
 
 class Log:
@@ -233,13 +217,9 @@ class Log:
                     return
                 states, self._states = self._states, {}
                 queue, self._queue = self._queue, []
-                items = [
-                    _Item(extents, pending, pending.first, pending.end - pending.first, pending.batch, nbytes)
-                    for extents, pending, nbytes in queue
-                    if pending.end > pending.first
-                ]
+                items = [Item(*waiting) for waiting in queue if waiting[1].end > waiting[1].first]
             try:
-                self._write(self._plan(states, items))
+                self._write(plan_frames(states, items, self._options.frame_bytes_max))
             except BaseException as error:
                 # Also when a signal's handler broke in: how far the writing came is not known.
                 self._failure = f"{type(error).__name__}: {error}"
@@ -278,58 +258,28 @@ class Log:
         if self._closed:
             raise UsageError("the log is closed")
 
-    def _plan(self, states: dict[int, HardState], items: list[_Item]) -> list[_Plan]:
-        """Distribute rows over frames: usually one."""
-        rows = [(group, state.term, state.vote, state.commit) for group, state in states.items()]
-        row_bytes = frame.ROW_BYTES_MAX
-        limit = self._options.frame_bytes_max - frame.OVERHEAD_BYTES_MAX
-        plans: list[_Plan] = [(rows, [])]
-        left = limit - row_bytes * len(rows)
-        for item in items:
-            row = 0
-            while row < item.rows:
-                end, nbytes = item.rows, item.nbytes
-                if row or nbytes + row_bytes * item.rows > left:
-                    # Half of the space for payloads and half for rows: never too much, and one entry goes in any case.
-                    end = min(item.rows, row + max(1, limit // 2 // row_bytes))
-                    end, nbytes = frame.clip(item.batch, row, end, limit // 2)
-                if nbytes + row_bytes * (end - row) > left:
-                    plans.append(([], []))
-                    left = limit
-                plans[-1][1].append((item, row, end))
-                left -= nbytes + row_bytes * (end - row)
-                row = end
-        return plans if plans[0][0] or plans[0][1] else plans[1:]
-
-    def _write(self, plans: list[_Plan]) -> None:
+    def _write(self, plans: list[Plan]) -> None:
         if self._file is None:
             self._continue()
-        tail = self._tail
-        estimate = sum(
-            frame.OVERHEAD_BYTES_MAX
-            + frame.ROW_BYTES_MAX * (len(states) + sum(end - row for _, row, end in ranges))
-            + sum(item.nbytes for item, _, _ in ranges)
-            for states, ranges in plans
-        )
-        if tail.end > frame.METADATA_BYTES_MAX and tail.end + estimate > self._options.segment_bytes_max:
+        end, estimate = self._tail.end, sum(plan.nbytes for plan in plans)
+        if end > frame.METADATA_BYTES_MAX and end + estimate > self._options.segment_bytes_max:
             self._roll()
-            tail = self._tail
-        file = self._file
+        file, tail = self._file, self._tail
         assert file is not None
         segment, synced, end, chain = tail.segment, tail.end, tail.end, tail.chain
-        written: list[tuple[_Plan, int, pa.RecordBatch, int]] = []
+        written: list[tuple[Plan, int, pa.RecordBatch, int]] = []
         for plan in plans:
-            ranges = [(item.batch, row, stop) for item, row, stop in plan[1]]
-            data, batch, chain = frame.encode(plan[0], ranges, segment, end, synced, chain)
+            ranges = [(item.batch, row, stop) for item, row, stop in plan.ranges]
+            data, batch, chain = frame.encode(plan.states, ranges, segment, end, synced, chain)
             file.write(memoryview(data))
             written.append((plan, end, batch, data.size))
             end += data.size
         file.sync()
         with self._lock:
             self._tail = Tail(segment, end, end, chain, end)
-            for (states, ranges_of), offset, batch, length in written:
-                at = len(states)
-                for item, row, stop in ranges_of:
+            for plan, offset, batch, length in written:
+                at = len(plan.states)
+                for item, row, stop in plan.ranges:
                     place = Place(item.first + row, item.first + stop, segment, offset, length, at)
                     item.extents.settle(item.pending, place)
                     at += stop - row
@@ -380,8 +330,9 @@ class Log:
             with self._lock:
                 self._check_usable()
                 found = self._find(group, index, end)
-                if isinstance(found, tuple):
-                    rows: pa.RecordBatch | None = found[2]
+                rows: pa.RecordBatch | None = None
+                if not isinstance(found, Place):
+                    rows = found
                 else:
                     cached = self._recall(found.segment, found.offset)
                     rows = None if cached is None else cached.slice(found.row, found.end - index)
@@ -411,7 +362,7 @@ class Log:
             first += batch.num_rows
             yield batch
 
-    def _find(self, group: int, index: int, end: int) -> Place | tuple[int, int, pa.RecordBatch]:
+    def _find(self, group: int, index: int, end: int) -> Place | pa.RecordBatch:
         extents = self._extents.get(group)
         if extents is None or not extents.first_index <= index < end <= extents.last_index + 1:
             have = "nothing" if extents is None else f"{extents.first_index} to {extents.last_index}"

@@ -1,0 +1,72 @@
+"""Which rows of what waits for a sync go into which frame.
+
+Rule 1: the order of what waits is kept, and hard states come first: a crash keeps a prefix of it.
+Rule 2: it is one frame as long as it fits: a crash keeps all or nothing of one frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from marble._core import frame
+from marble.logstore.extents import Extents, Pending
+from marble.types import HardState
+
+
+class Item:
+    """Entries on their way to disk: what a `Pending` was when the sync began, since truncation may shrink it meanwhile.
+
+    ``nbytes`` is at least the size of their payloads.
+    """
+
+    __slots__ = ("batch", "extents", "first", "nbytes", "pending", "rows")
+
+    def __init__(self, extents: Extents, pending: Pending, nbytes: int) -> None:
+        self.extents = extents
+        self.pending = pending
+        self.first = pending.first
+        self.rows = pending.end - pending.first
+        self.batch: pa.RecordBatch = pending.batch
+        self.nbytes = nbytes
+
+
+class Plan:
+    """One frame to be: hard states as (group, term, vote, commit), entries as (item, row, end); at most ``nbytes`` long."""
+
+    __slots__ = ("nbytes", "ranges", "states")
+
+    def __init__(self) -> None:
+        self.states: list[tuple[int, int, int, int]] = []
+        self.ranges: list[tuple[Item, int, int]] = []
+        self.nbytes = frame.OVERHEAD_BYTES_MAX
+
+
+def plan_frames(states: dict[int, HardState], items: Sequence[Item], frame_bytes_max: int) -> list[Plan]:
+    """Distribute the rows of a sync over frames of at most `frame_bytes_max` bytes. There is at least one row.
+
+    Every single entry fits a frame, as `marble.logstore.log.Log.append` has made sure.
+    """
+    row_bytes = frame.ROW_BYTES_MAX
+    space = frame_bytes_max - frame.OVERHEAD_BYTES_MAX
+    current = Plan()
+    current.states = [(group, state.term, state.vote, state.commit) for group, state in states.items()]
+    current.nbytes += row_bytes * len(states)
+    plans = [current]
+    for item in items:
+        row = 0
+        while row < item.rows:
+            end, nbytes = item.rows, item.nbytes
+            if row or nbytes + row_bytes * item.rows > space:
+                # Half of the space for payloads and half for rows is never too much, and one entry goes in any case.
+                end = min(item.rows, row + max(1, space // 2 // row_bytes))
+                end, nbytes = frame.clip(item.batch, row, end, space // 2)
+            nbytes += row_bytes * (end - row)
+            if current.nbytes + nbytes > frame_bytes_max:
+                current = Plan()
+                plans.append(current)
+            current.ranges.append((item, row, end))
+            current.nbytes += nbytes
+            row = end
+    return plans if plans[0].states or plans[0].ranges else plans[1:]
