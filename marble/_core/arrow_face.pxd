@@ -1,7 +1,7 @@
 """Between pyarrow's objects and Arrow C++: what the Cython modules beside this file share.
 
-Through Arrow's own C++ face of pyarrow, not ``cimport pyarrow.lib``, which drags unused tables into each module. A module that uses
-these must call `import_pyarrow` once when it is imported.
+Through Arrow's own C++ face of pyarrow, not ``cimport pyarrow.lib``, which drags unused tables into each module. A
+module that uses these must call `import_pyarrow` once when it is imported.
 
 Errors: the kernels use Invalid for a wrong call, OutOfMemory as is; anything else means that marble is wrong.
 """

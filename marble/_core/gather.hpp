@@ -1,11 +1,13 @@
 // Gathering rows that lie in many batches into one, a column at a time.
 //
-// Layout: a plan lists, row by row, the source and the row in it; sources may be null, and then the row is missing (null).
-// Ownership: a plan borrows its sources for the length of a call. Results own fresh buffers, except where all rows are one stretch
-// that is most of one source: then they are slices that share its buffers.
+// Layout: a plan lists, row by row, the source and the row in it; sources may be null, and then the row is missing
+// (null).
+// Ownership: a plan borrows its sources for the length of a call. Results own fresh buffers, except where all rows are
+// one stretch that is most of one source: then they are slices that share its buffers.
 // Thread safety: pure functions; sources are only read.
 // Invariants:
-//   1. Rows named by a plan exist, and sources passed full validation: their offsets are followed without a further look.
+//   1. Rows named by a plan exist, and sources passed full validation: their offsets are followed without a further
+//      look.
 //   2. An array that would overflow 32-bit offsets is refused with CapacityError, never made.
 #pragma once
 
@@ -103,7 +105,8 @@ inline int64_t AboutBytes(const arrow::ArrayData& array) {
   }
 }
 
-// Bytes from one row to the next in buffer 1: values, or the offsets of strings. 0 for bits and for types without such a buffer.
+// Bytes from one row to the next in buffer 1: values, or the offsets of strings. 0 for bits and for types without such
+// a buffer.
 inline int64_t Stride(const arrow::DataType& type) noexcept {
   switch (type.id()) {
     case arrow::Type::STRING:
@@ -254,7 +257,9 @@ arrow::Status GatherBytes(const RowPlan& plan, const ColumnViews& views, arrow::
     const auto* from = reinterpret_cast<const Offset*>(views[ref.source].values) + ref.row;
     ends[i] = static_cast<Offset>(total);
     total += static_cast<int64_t>(from[1]) - static_cast<int64_t>(from[0]);
-    if (total > std::numeric_limits<Offset>::max()) return arrow::Status::CapacityError("more bytes than offsets reach");
+    if (total > std::numeric_limits<Offset>::max()) {
+      return arrow::Status::CapacityError("more bytes than offsets reach");
+    }
   }
   ends[rows] = static_cast<Offset>(total);
   ARROW_ASSIGN_OR_RAISE(std::shared_ptr<arrow::Buffer> data, arrow::AllocateBuffer(total));
@@ -341,12 +346,14 @@ inline arrow::Result<std::shared_ptr<arrow::ArrayData>> GatherColumn(const RowPl
   } else if (large) {
     ARROW_RETURN_NOT_OK(GatherBytes<int64_t>(plan, views, out.get()));
   } else if (bits == 1) {
-    ARROW_ASSIGN_OR_RAISE(out->buffers[1], GatherBits(plan, views, [](const ColumnView& view) { return view.values; }));
+    const auto values = [](const ColumnView& view) { return view.values; };
+    ARROW_ASSIGN_OR_RAISE(out->buffers[1], GatherBits(plan, views, values));
   } else {
     ARROW_ASSIGN_OR_RAISE(out->buffers[1], GatherFixed(plan, views, static_cast<size_t>(bits / 8)));
   }
   if (views.nulls()) {
-    ARROW_ASSIGN_OR_RAISE(out->buffers[0], GatherBits(plan, views, [](const ColumnView& view) { return view.validity; }));
+    const auto validity = [](const ColumnView& view) { return view.validity; };
+    ARROW_ASSIGN_OR_RAISE(out->buffers[0], GatherBits(plan, views, validity));
     out->null_count = rows - arrow::internal::CountSetBits(out->buffers[0]->data(), 0, rows);
     if (out->null_count == 0) out->buffers[0] = nullptr;
   }

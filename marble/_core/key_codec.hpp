@@ -11,8 +11,9 @@
 // Ownership: `Encode` copies; a KeyColumn owns its bytes and never changes afterwards.
 // Thread safety: all functions are pure; a KeyColumn may be read from any thread.
 // Invariants:
-//   1. Every encoding has a fixed width or ends itself, so no key of a schema is a proper prefix of another of that schema.
-//      Hence two keys of which one has at most 8 bytes are equal if their first 8 bytes, padded with zeros, are equal.
+//   1. Every encoding has a fixed width or ends itself, so no key of a schema is a proper prefix of another of that
+//      schema. Hence two keys of which one has at most 8 bytes are equal if their first 8 bytes, padded with zeros, are
+//      equal.
 //   2. Equal keys have equal bytes, smaller keys have smaller bytes (as unsigned bytes, shorter first).
 //   3. Nothing of a column is believed: offsets are compared with the buffer before anything is read through them.
 #pragma once
@@ -129,7 +130,9 @@ class KeyCodec {
     if (rows > std::numeric_limits<int32_t>::max()) {
       return arrow::Status::Invalid("a batch may have ", std::numeric_limits<int32_t>::max(), " rows, got ", rows);
     }
-    for (size_t i = 0; i < columns.size(); ++i) ARROW_RETURN_NOT_OK(CheckColumn(*columns[i], static_cast<int>(i), rows));
+    for (size_t i = 0; i < columns.size(); ++i) {
+      ARROW_RETURN_NOT_OK(CheckColumn(*columns[i], static_cast<int>(i), rows));
+    }
     auto keys = std::make_shared<KeyColumn>();
     keys->rows = rows;
     if (!variable_) {
@@ -336,7 +339,8 @@ class KeyCodec {
       Float value = values[row];
       if (value != value) {
         const auto& name = schema_->field(static_cast<int>(&part - parts_.data()))->name();
-        return arrow::Status::Invalid("key column '", name, "' is NaN in row ", row, ": NaN equals nothing, not itself");
+        return arrow::Status::Invalid("key column '", name, "' is NaN in row ", row,
+                                      ": NaN equals nothing, not even itself");
       }
       if (value == 0) value = 0;  // -0.0 equals 0.0 and must be the same key.
       Word word = std::bit_cast<Word>(value);

@@ -1,8 +1,8 @@
 # distutils: language = c++
 """Primary keys as bytes that sort as the keys do: the face of ``key_codec.hpp``, where the layout is written down.
 
-Ownership: an encoded column owns a copy of its bytes; the batch may go. Thread safety: codec and columns are immutable, any
-thread may use them; rows are walked with the GIL released.
+Ownership: an encoded column owns a copy of its bytes; the batch may go.
+Thread safety: codec and columns are immutable, any thread may use them; rows are walked with the GIL released.
 Invariants: a `KeyColumn` and a `KeyCodec` always hold a C++ object, since neither can be made or left without one.
 """
 from cpython.bytes cimport PyBytes_FromStringAndSize

@@ -1,7 +1,7 @@
 // Sorting the rows of one batch by encoded key.
 //
-// Layout: an item is the first eight bytes of a key (big-endian, padded with zeros) and its row; longer keys are looked up in
-// the KeyColumn only where the first eight bytes tie.
+// Layout: an item is the first eight bytes of a key (big-endian, padded with zeros) and its row; longer keys are looked
+// up in the KeyColumn only where the first eight bytes tie.
 // Ownership: borrows everything for the length of a call. Thread safety: pure functions over the caller's arrays.
 // Invariants:
 //   1. The sort is stable: rows with equal keys stay in row order, so "the last row wins" is "keep the last of equals".

@@ -1,14 +1,19 @@
 // The rows of one table in memory: an ordered index over batches that are kept, not copied.
 //
-// Layout: each write becomes a sorted run; runs of similar size are merged at once, so that a table of n rows in batches of b has about
-// log2(n / b) runs at most and each row is merged about that often. The list of runs is published whole (`State`).
-// Ownership: states, runs and sources are shared by shared_ptr; readers keep what they read from, whatever the memtable does.
-// Thread safety: `Take` may be called at any time from any thread; it holds a lock for the copy of one pointer. `Upsert` and
-// `Delete` take turns. No function here needs the GIL; releasing a batch may take it, and no lock that a reader takes is held then.
+// Layout: each write becomes a sorted run; runs of similar size are merged at once, so that a table of n rows in
+// batches of b has about log2(n / b) runs at most and each row is merged about that often. The list of runs is
+// published whole (`State`).
+// Ownership: states, runs and sources are shared by shared_ptr; readers keep what they read from, whatever the memtable
+// does.
+// Thread safety: `Take` may be called at any time from any thread; it holds a lock for the copy of one pointer.
+// `Upsert` and `Delete` take turns. No function here needs the GIL; releasing a batch may take it, and no lock that a
+// reader takes is held then.
 // Invariants:
 //   1. A failed write publishes nothing.
-//   2. In the list of runs each is at least twice as large as the next newer one, unless that was made by dropping refs.
-//   3. A batch without live rows is let go; one with few is copied and let go, at a cost that its dead rows have paid for.
+//   2. In the list of runs each is at least twice as large as the next newer one, unless that was made by dropping
+//      refs.
+//   3. A batch without live rows is let go; one with few is copied and let go, at a cost that its dead rows have paid
+//      for.
 #pragma once
 
 #include "memtable_scan.hpp"
@@ -22,13 +27,13 @@
 
 namespace marble {
 
-constexpr int64_t kSmallRows = 256;            // A batch of fewer rows costs more as an object than as bytes.
-constexpr size_t kSmallCount = 32;             // Small batches that are put into one together.
-constexpr int64_t kSmallBytes = 1 << 20;       // But a batch of so many bytes is not small.
-constexpr size_t kSparseCount = 8;             // Batches with more dead rows than live ones that are rewritten together,
-constexpr int64_t kSparseRows = 4096;          // or so many dead rows in any number of them.
-constexpr size_t kRewriteRows = 64 << 10;      // A rewritten batch has at most so many rows,
-constexpr int64_t kRewriteBytes = 64 << 20;    // and about so many bytes.
+constexpr int64_t kSmallRows = 256;          // A batch of fewer rows costs more as an object than as bytes.
+constexpr size_t kSmallCount = 32;           // Small batches that are put into one together.
+constexpr int64_t kSmallBytes = 1 << 20;     // But a batch of so many bytes is not small.
+constexpr size_t kSparseCount = 8;           // Batches of more dead than live rows that are rewritten together,
+constexpr int64_t kSparseRows = 4096;        // or so many dead rows in any number of them.
+constexpr size_t kRewriteRows = 64 << 10;    // A rewritten batch has at most so many rows,
+constexpr int64_t kRewriteBytes = 64 << 20;  // and about so many bytes.
 
 // Copies the key bytes of planned rows.
 inline std::shared_ptr<const KeyColumn> GatherKeys(const RowPlan& plan, int64_t width) {
@@ -80,7 +85,8 @@ inline std::vector<bool> ChooseRewritten(const Run& run) {
 }
 
 // Copies the rows that `plan` lists, which are the refs of `run` at `positions`, into a source of their own.
-inline arrow::Status RewriteRows(const Layout& layout, const RowPlan& plan, const std::vector<size_t>& positions, Run* run) {
+inline arrow::Status RewriteRows(const Layout& layout, const RowPlan& plan, const std::vector<size_t>& positions,
+                                 Run* run) {
   auto source = std::make_shared<Source>();
   source->rows = static_cast<int64_t>(plan.rows.size());
   for (int i = 0; i < layout.schema->num_fields(); ++i) {
@@ -98,7 +104,8 @@ inline arrow::Status RewriteRows(const Layout& layout, const RowPlan& plan, cons
   return arrow::Status::OK();
 }
 
-// Frees memory that a merged run keeps for little. It may stop half-way (no memory, too long a row): the run is whole all the same.
+// Frees memory that a merged run keeps for little. It may stop half-way (no memory, too long a row): the run is whole
+// all the same.
 inline arrow::Status RewriteSparse(const Layout& layout, Run* run) {
   const std::vector<bool> chosen = ChooseRewritten(*run);
   if (chosen.empty()) return arrow::Status::OK();

@@ -1,15 +1,18 @@
 # distutils: language = c++
-"""The rows of one table in memory: the face of ``memtable.hpp`` and the headers it includes, where layout and rules are written down.
+"""The rows of one table in memory: the face of ``memtable.hpp`` and what it includes, where layout and rules stand.
 
-Ownership: a Memtable, a Snapshot and a Scan each share C++ objects that keep alive whatever they read, so each may outlive the others.
-Thread safety: every call releases the GIL for its work. Snapshots are immutable; writes, and steps of one scan, take turns.
+Ownership: a Memtable, a Snapshot and a Scan each share C++ objects that keep alive whatever they read, so each may
+outlive the others.
+Thread safety: every call releases the GIL for its work. Snapshots are immutable; writes, and steps of one scan, take
+turns.
 Invariants: each object holds its C++ object from ``__cinit__`` or from the only function that makes it, and for good.
 """
 from libc.stdint cimport int64_t, uint64_t
 from libcpp.memory cimport shared_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
-from marble._core.arrow_face cimport batch_of, import_pyarrow, raise_status, schema_of, wrap_array, wrap_batch, wrap_schema
+from marble._core.arrow_face cimport batch_of, import_pyarrow, raise_status, schema_of
+from marble._core.arrow_face cimport wrap_array, wrap_batch, wrap_schema
 from pyarrow.includes.common cimport CStatus
 from pyarrow.includes.libarrow cimport CArray, CRecordBatch, CSchema
 

@@ -1,16 +1,16 @@
 // Runs: immutable sorted indexes over batches that stay where they are.
 //
-// Layout: a run is two parallel arrays, ascending by key: `words` (first eight bytes of the encoded key, big-endian, padded with
-// zeros) and `refs` (bit 63: tombstone; bits 32-62: slot; bits 0-31: row in that slot's source). Slots name the sources: a
-// batch's columns and, for keys longer than eight bytes, their encoded bytes.
+// Layout: a run is two parallel arrays, ascending by key: `words` (first eight bytes of the encoded key, big-endian,
+// padded with zeros) and `refs` (bit 63: tombstone; bits 32-62: slot; bits 0-31: row in that slot's source). Slots name
+// the sources: a batch's columns and, for keys longer than eight bytes, their encoded bytes.
 // Ownership: runs own their arrays and share sources; a source shares the batch's buffers. All by shared_ptr<const>.
 // Thread safety: a run and a source never change once others can see them, except `Run::delta`, an atomic memo.
 // Invariants:
 //   1. Keys of a run ascend strictly: each key at most once.
 //   2. Keys of at most eight fixed bytes ("whole" keys) are their word; their sources have no key bytes.
 //   3. `Slot::live` is the number of refs of the run into that slot; where it is 0 the source has been let go.
-//   4. Every ref, a tombstone's too, names a slot of its run. Slots and rows are fewer than 2^31, so that the base of a merge
-//      may be added to a ref without touching other bits.
+//   4. Every ref, a tombstone's too, names a slot of its run. Slots and rows are fewer than 2^31, so that the base of a
+//      merge may be added to a ref without touching other bits.
 #pragma once
 
 #include "key_codec.hpp"
@@ -98,8 +98,8 @@ struct Run {
   size_t size = 0;
   size_t tombstones = 0;
   std::vector<Slot> slots;
-  // Rows that the table gained (or, below zero, lost) by the writes in this run, given all older runs; kUnknown until counted.
-  // It depends on what was written before and in this run only, so merging older runs does not change it.
+  // Rows that the table gained (or, below zero, lost) by the writes in this run, given all older runs; kUnknown until
+  // counted. It depends on what was written before and in this run only, so merging older runs does not change it.
   mutable std::atomic<int64_t> delta{kUnknown};
 
   KeyView Key(size_t i, bool whole) const noexcept {
@@ -127,7 +127,8 @@ inline size_t LowerBoundWord(const uint64_t* words, size_t first, size_t end, ui
   return static_cast<size_t>(base - words) + (*base < word ? 1 : 0);
 }
 
-// First position in [first, run.size) whose key is not below `key`; `at` is the first there whose word is not below the key's.
+// First position in [first, run.size) whose key is not below `key`; `at` is the first there whose word is not below the
+// key's.
 inline size_t LowerBoundTail(const Run& run, size_t at, const KeyView& key) noexcept {
   size_t end = at;
   // Ties are mostly few: step wider and wider, then halve.
@@ -189,7 +190,8 @@ inline void FindKeys(const Run& run, const KeyView* keys, size_t count, bool who
   }
 }
 
-// A stretch of sorted refs on its way through a merge. `base` is added to every ref: its first slot in the merged slots, << 32.
+// A stretch of sorted refs on its way through a merge. `base` is added to every ref: its first slot in the merged
+// slots, << 32.
 struct Piece {
   const uint64_t* words;
   const uint64_t* refs;
@@ -316,7 +318,8 @@ inline void ReleaseRefs(Run* run, const uint64_t* refs, size_t count) noexcept {
   }
 }
 
-// Merges two neighbouring runs. In the oldest run of all (`bottom`) tombstones have nothing left to hide and are dropped.
+// Merges two neighbouring runs. In the oldest run of all (`bottom`) tombstones have nothing left to hide and are
+// dropped.
 inline std::shared_ptr<Run> MergeRuns(const Run& newer, const Run& older, bool bottom, bool whole) {
   auto run = std::make_shared<Run>();
   if (newer.slots.size() + older.slots.size() > kSlotMax) throw std::bad_alloc();

@@ -1,7 +1,7 @@
 // Walking a state in key order, batch by batch.
 //
-// Layout: the runs are merged a block at a time: from each run a stretch that ends below one common key, so that a block needs only
-// as much memory as it has rows, and no two blocks share a key.
+// Layout: the runs are merged a block at a time: from each run a stretch that ends below one common key, so that a
+// block needs only as much memory as it has rows, and no two blocks share a key.
 // Ownership: a cursor shares the state, and so outlives memtable and snapshot.
 // Thread safety: `Next` takes a lock; callers in several threads take turns. Nothing else changes after construction.
 // Invariants:
@@ -83,8 +83,8 @@ class ScanCursor {
     size_t left = 0;
     for (size_t r = 0; r < count; ++r) left += state_->runs[r]->size - positions_[r];
     if (left == 0) return false;
-    // The block ends below the smallest of the keys that stand a fair share further on in their runs: no run gives more than its
-    // share, and the run with the smallest gives all of it, so every block moves on.
+    // The block ends below the smallest of the keys that stand a fair share further on in their runs: no run gives more
+    // than its share, and the run with the smallest gives all of it, so every block moves on.
     const Run* bound_run = nullptr;
     KeyView bound{};
     std::vector<size_t> ends(count);
@@ -123,7 +123,8 @@ class ScanCursor {
     for (size_t r = 0; r < ends.size(); ++r) {
       const Run& run = *state_->runs[r];
       const Piece newer{words.get(), refs.get(), size, 0};
-      const Piece older{run.words.get() + positions_[r], run.refs.get() + positions_[r], ends[r] - positions_[r], bases_[r]};
+      const size_t first = positions_[r];
+      const Piece older{run.words.get() + first, run.refs.get() + first, ends[r] - first, bases_[r]};
       if (older.size == 0) continue;
       MergeOutput out{next_words.get(), next_refs.get(), nullptr};
       MergePieces(state_->layout->whole, newer, older, sources_.data(), &out);
@@ -152,7 +153,10 @@ class ScanCursor {
   arrow::Status Gather(size_t rows, std::shared_ptr<arrow::RecordBatch>* out) {
     RowPlan plan;
     std::vector<uint32_t> touched;
+    // No allocation may fail between the first mark in numbers_ and the last one wiped off.
     plan.rows.reserve(rows);
+    plan.sources.reserve(std::min(rows, sources_.size()));
+    touched.reserve(std::min(rows, sources_.size()));
     for (size_t i = 0; i < rows; ++i) {
       const uint64_t ref = pending_[pending_at_ + i];
       uint32_t& number = numbers_[SlotOf(ref)];
