@@ -1,11 +1,11 @@
 // Sorting the rows of one batch by encoded key.
 //
-// Layout: an item is the first eight bytes of a key (big-endian, padded with zeros) and its row; longer keys are looked
-// up in the KeyColumn only where the first eight bytes tie.
+// Layout: an item is eight bytes of a key, from the first byte in which keys may differ (big-endian, padded with
+// zeros), and its row; longer keys are looked up in the KeyColumn only where these tie.
 // Ownership: borrows everything for the length of a call. Thread safety: pure functions over the caller's arrays.
 // Invariants:
 //   1. The sort is stable: rows with equal keys stay in row order, so "the last row wins" is "keep the last of equals".
-//   2. Recursion is bounded (`kSortDepthMax`), however long the keys are.
+//   2. Recursion is bounded (`kSortLevels`), however long the keys are.
 #pragma once
 
 #include "key_codec.hpp"
@@ -23,8 +23,8 @@ struct SortItem {
   uint32_t row;
 };
 
-constexpr size_t kInsertionSortMax = 40;   // Below this many, counting digits costs more than moving items.
-constexpr uint64_t kSortDepthMax = 8 * 8;  // Beyond these bytes of equal keys, plain comparison does.
+constexpr size_t kInsertionSortMax = 40;  // Below this many, counting digits costs more than moving items.
+constexpr int kSortLevels = 8;            // Beyond so many equal words, plain comparison does.
 
 // A negative, zero or positive number as key a's bytes from `depth` on sort before, with or after those of key b.
 inline int CompareKeys(const uint8_t* a, uint64_t a_size, const uint8_t* b, uint64_t b_size, uint64_t depth) noexcept {
@@ -70,7 +70,8 @@ inline void SortWords(SortItem* items, SortItem* scratch, size_t size) noexcept 
 }
 
 // Sorts items whose keys are equal in their first `depth` bytes and whose words are the eight bytes from there on.
-inline void SortKeys(const KeyColumn& keys, SortItem* items, SortItem* scratch, size_t size, uint64_t depth) {
+inline void SortKeys(const KeyColumn& keys, SortItem* items, SortItem* scratch, size_t size, uint64_t depth,
+                     int levels = kSortLevels) {
   SortWords(items, scratch, size);
   for (size_t first = 0; first < size;) {
     size_t end = first + 1;
@@ -79,7 +80,7 @@ inline void SortKeys(const KeyColumn& keys, SortItem* items, SortItem* scratch, 
     if (end - first > 1 && keys.size(items[first].row) > depth + 8) {
       SortItem* group = items + first;
       const size_t count = end - first;
-      if (count <= kInsertionSortMax || depth + 8 >= kSortDepthMax) {
+      if (count <= kInsertionSortMax || levels == 0) {
         std::sort(group, group + count, [&keys, depth](const SortItem& a, const SortItem& b) {
           const int order =
               CompareKeys(keys.data(a.row), keys.size(a.row), keys.data(b.row), keys.size(b.row), depth + 8);
@@ -88,7 +89,7 @@ inline void SortKeys(const KeyColumn& keys, SortItem* items, SortItem* scratch, 
       } else {
         const uint64_t word = group[0].word;
         for (size_t i = 0; i < count; ++i) group[i].word = keys.Word(group[i].row, depth + 8);
-        SortKeys(keys, group, scratch, count, depth + 8);
+        SortKeys(keys, group, scratch, count, depth + 8, levels - 1);
         for (size_t i = 0; i < count; ++i) group[i].word = word;
       }
     }
@@ -96,24 +97,25 @@ inline void SortKeys(const KeyColumn& keys, SortItem* items, SortItem* scratch, 
   }
 }
 
-// Fills `items` with one item per distinct key, ascending, naming the last row that has it; returns how many.
-inline size_t SortDistinct(const KeyColumn& keys, SortItem* items, SortItem* scratch) {
+// Fills `items` with one item per distinct key, ascending, naming the last row that has it; returns how many. The keys
+// are equal in their first `skip` bytes, and the words are the eight bytes from there on.
+inline size_t SortDistinct(const KeyColumn& keys, SortItem* items, SortItem* scratch, uint64_t skip) {
   const size_t size = static_cast<size_t>(keys.rows);
   for (size_t row = 0; row < size; ++row) {
-    items[row] = {keys.Word(static_cast<int64_t>(row), 0), static_cast<uint32_t>(row)};
+    items[row] = {keys.Word(static_cast<int64_t>(row), skip), static_cast<uint32_t>(row)};
   }
   const bool whole = keys.width > 0 && keys.width <= 8;
   if (whole) {
     SortWords(items, scratch, size);
   } else {
-    SortKeys(keys, items, scratch, size, 0);
+    SortKeys(keys, items, scratch, size, skip);
   }
   size_t count = 0;
   for (size_t i = 0; i < size; ++i) {
     const bool same_as_next =
         i + 1 < size && items[i].word == items[i + 1].word &&
         (whole || CompareKeys(keys.data(items[i].row), keys.size(items[i].row), keys.data(items[i + 1].row),
-                              keys.size(items[i + 1].row), 8) == 0);
+                              keys.size(items[i + 1].row), skip + 8) == 0);
     if (!same_as_next) items[count++] = items[i];
   }
   return count;

@@ -32,6 +32,9 @@ constexpr size_t kSmallCount = 32;           // Small batches that are put into 
 constexpr int64_t kSmallBytes = 1 << 20;     // But a batch of so many bytes is not small.
 constexpr size_t kSparseCount = 8;           // Batches of more dead than live rows that are rewritten together,
 constexpr int64_t kSparseRows = 4096;        // or so many dead rows in any number of them.
+constexpr uint64_t kSkipMax = 1024;          // Most bytes that keys have in common and are compared without.
+constexpr size_t kReshapeRows = 64 << 10;    // In a table of so many rows a change of those bytes is dear,
+constexpr int kReshapesMax = 16;             // and after so many they are skipped no more.
 constexpr size_t kRewriteRows = 64 << 10;    // A rewritten batch has at most so many rows,
 constexpr int64_t kRewriteBytes = 64 << 20;  // and about so many bytes.
 
@@ -149,6 +152,7 @@ class MemtableCore {
       ARROW_RETURN_NOT_OK(Layout::Make(std::move(schema), key, &table->layout_));
       auto state = std::make_shared<State>();
       state->layout = table->layout_;
+      state->shape.whole = table->layout_->whole;
       table->state_ = std::move(state);
       *out = std::move(table);
       return arrow::Status::OK();
@@ -176,11 +180,13 @@ class MemtableCore {
       for (int i = 0; i < batch.num_columns(); ++i) AddColumn(source.get(), batch.column_data(i));
       for (const int column : layout_->key) key_columns.push_back(source->columns[static_cast<size_t>(column)]);
       ARROW_ASSIGN_OR_RAISE(auto keys, layout_->codec->EncodeColumns(key_columns, batch.num_rows()));
-      const size_t count = Sort(*keys);
+      State base = *state;
+      Reshape(*keys, &base);
+      const size_t count = Sort(*keys, base.shape.skip);
       if (!layout_->whole) source->keys = std::move(keys);
       std::shared_ptr<Run> run;
       if (count > 0) run = MakeRun(std::move(source), items_.get(), count, false);
-      return Publish(*state, std::move(run), index);
+      return Publish(base, std::move(run), index);
     });
   }
 
@@ -191,17 +197,15 @@ class MemtableCore {
       ARROW_RETURN_NOT_OK(CheckIndex(*state, index));
       std::shared_ptr<const KeyColumn> keys;
       ARROW_RETURN_NOT_OK(layout_->codec->Encode(batch, &keys));
-      const size_t distinct = Sort(*keys);
+      const size_t distinct = Sort(*keys, 0);
       std::vector<KeyView> views;
       views.reserve(distinct);
-      for (size_t i = 0; i < distinct; ++i) {
-        views.push_back({items_[i].word, keys->data(items_[i].row), keys->size(items_[i].row)});
-      }
+      for (size_t i = 0; i < distinct; ++i) views.push_back(state->ViewKey(*keys, items_[i].row));
       // Only rows that are there need a tombstone.
       const std::vector<Hit> hits = state->Find(views, 0);
       size_t count = 0;
       for (size_t i = 0; i < distinct; ++i) {
-        if (hits[i].live()) items_[count++] = items_[i];
+        if (hits[i].live()) items_[count++] = {views[i].word, items_[i].row};
       }
       std::shared_ptr<Run> run;
       if (count > 0) {
@@ -223,28 +227,58 @@ class MemtableCore {
     return arrow::Status::UnknownError("index ", index, " was to be applied after ", state.index);
   }
 
+  // Makes `state` one that `keys` fit into as well: all its keys must begin with the bytes that are skipped. Most
+  // tables see this with their first batches only. One whose keys keep differing earlier and earlier stops skipping,
+  // once that has cost enough.
+  static void Reshape(const KeyColumn& keys, State* state) {
+    if (state->shape.whole || keys.rows == 0) return;
+    if (state->runs.empty()) {
+      const auto* first = reinterpret_cast<const char*>(keys.data(0));
+      state->shape.skip = std::min(keys.size(0), kSkipMax);
+      state->start = std::make_shared<const std::string>(first, state->shape.skip);
+      state->reshapes = 0;
+    }
+    uint64_t skip = state->shape.skip;
+    for (int64_t row = 0; row < keys.rows && skip > 0; ++row) {
+      skip = std::min(skip, keys.size(row));
+      const auto* key = reinterpret_cast<const char*>(keys.data(row));
+      if (std::memcmp(state->start->data(), key, skip) == 0) continue;
+      uint64_t same = 0;
+      while ((*state->start)[same] == key[same]) ++same;
+      skip = same;
+    }
+    if (skip < state->shape.skip && !state->runs.empty()) {
+      if (state->runs.back()->size >= kReshapeRows && ++state->reshapes > kReshapesMax) skip = 0;
+      for (auto& run : state->runs) run = RewordRun(*run, skip);
+    }
+    state->shape.skip = skip;
+  }
+
   // Leaves the distinct keys in items_, ascending; returns how many.
-  size_t Sort(const KeyColumn& keys) {
+  size_t Sort(const KeyColumn& keys, uint64_t skip) {
     const size_t rows = static_cast<size_t>(keys.rows);
     if (rows > room_) {
       items_ = std::make_unique_for_overwrite<SortItem[]>(rows);
       scratch_ = std::make_unique_for_overwrite<SortItem[]>(rows);
       room_ = rows;
     }
-    return SortDistinct(keys, items_.get(), scratch_.get());
+    return SortDistinct(keys, items_.get(), scratch_.get(), skip);
   }
 
   // Puts `run` (or nothing) before the runs of `old`, merges what is due, and makes it the state.
   arrow::Status Publish(const State& old, std::shared_ptr<Run> run, uint64_t index) {
     auto state = std::make_shared<State>();
     state->layout = layout_;
+    state->shape = old.shape;
+    state->start = old.start;
+    state->reshapes = old.reshapes;
     state->index = index;
     size_t merged = 0;
     if (run != nullptr) {
       if (old.runs.empty()) run->delta.store(static_cast<int64_t>(run->size), std::memory_order_relaxed);
       while (merged < old.runs.size() && run->size * 2 > old.runs[merged]->size) {
         const bool bottom = merged + 1 == old.runs.size();
-        run = MergeRuns(*run, *old.runs[merged], bottom, layout_->whole);
+        run = MergeRuns(*run, *old.runs[merged], bottom, old.shape);
         ++merged;
         ARROW_RETURN_NOT_OK(RewriteSparse(*layout_, run.get()));
       }

@@ -1,8 +1,9 @@
 // Runs: immutable sorted indexes over batches that stay where they are.
 //
-// Layout: a run is two parallel arrays, ascending by key: `words` (first eight bytes of the encoded key, big-endian,
-// padded with zeros) and `refs` (bit 63: tombstone; bits 32-62: slot; bits 0-31: row in that slot's source). Slots name
-// the sources: a batch's columns and, for keys longer than eight bytes, their encoded bytes.
+// Layout: a run is two parallel arrays, ascending by key: `words` (eight bytes of the encoded key, big-endian, padded
+// with zeros, after the `skip` bytes that all keys of the state begin with) and `refs` (bit 63: tombstone; bits 32-62:
+// slot; bits 0-31: row in that slot's source). Slots name the sources: a batch's columns and, for keys longer than
+// eight bytes, their encoded bytes.
 // Ownership: runs own their arrays and share sources; a source shares the batch's buffers. All by shared_ptr<const>.
 // Thread safety: a run and a source never change once others can see them, except `Run::delta`, an atomic memo.
 // Invariants:
@@ -49,6 +50,12 @@ constexpr uint32_t kSlotMax = std::numeric_limits<int32_t>::max();
 inline uint32_t SlotOf(uint64_t ref) noexcept { return static_cast<uint32_t>((ref & ~kTombstone) >> 32); }
 inline uint32_t RowOf(uint64_t ref) noexcept { return static_cast<uint32_t>(ref); }
 inline uint64_t MakeRef(uint32_t slot, uint32_t row) noexcept { return uint64_t{slot} << 32 | row; }
+
+// What is true of all keys of a state: they are their word, or they begin with the same `skip` bytes.
+struct KeyShape {
+  bool whole = false;
+  uint64_t skip = 0;  // 0 when whole.
+};
 
 // A key as it is compared: its word and, unless keys are whole, all its bytes.
 struct KeyView {
@@ -102,16 +109,16 @@ struct Run {
   // counted. It depends on what was written before and in this run only, so merging older runs does not change it.
   mutable std::atomic<int64_t> delta{kUnknown};
 
-  KeyView Key(size_t i, bool whole) const noexcept {
-    if (whole) return {words[i], nullptr, 0};
+  KeyView Key(size_t i, const KeyShape& shape) const noexcept {
+    if (shape.whole) return {words[i], nullptr, 0};
     const KeyColumn& keys = *slots[SlotOf(refs[i])].source->keys;
     return {words[i], keys.data(RowOf(refs[i])), keys.size(RowOf(refs[i]))};
   }
 };
 
-inline int Compare(const KeyView& a, const KeyView& b, bool whole) noexcept {
+inline int Compare(const KeyView& a, const KeyView& b, const KeyShape& shape) noexcept {
   if (a.word != b.word) return a.word < b.word ? -1 : 1;
-  return whole ? 0 : CompareKeys(a.data, a.size, b.data, b.size, 8);
+  return shape.whole ? 0 : CompareKeys(a.data, a.size, b.data, b.size, shape.skip + 8);
 }
 
 // First position in [first, end) of `words` that is not below `word`. Without branches, so that searches may overlap.
@@ -129,11 +136,11 @@ inline size_t LowerBoundWord(const uint64_t* words, size_t first, size_t end, ui
 
 // First position in [first, run.size) whose key is not below `key`; `at` is the first there whose word is not below the
 // key's.
-inline size_t LowerBoundTail(const Run& run, size_t at, const KeyView& key) noexcept {
+inline size_t LowerBoundTail(const Run& run, size_t at, const KeyView& key, const KeyShape& shape) noexcept {
   size_t end = at;
   // Ties are mostly few: step wider and wider, then halve.
   for (size_t step = 1; end < run.size && run.words[end] == key.word; step *= 2) {
-    if (Compare(run.Key(end, false), key, false) >= 0) break;
+    if (Compare(run.Key(end, shape), key, shape) >= 0) break;
     at = end + 1;
     end = std::min(run.size, end + step);
   }
@@ -141,7 +148,7 @@ inline size_t LowerBoundTail(const Run& run, size_t at, const KeyView& key) noex
   while (at < end) {
     const size_t middle = at + (end - at) / 2;
     const bool below = run.words[middle] < key.word ||
-                       (run.words[middle] == key.word && Compare(run.Key(middle, false), key, false) < 0);
+                       (run.words[middle] == key.word && Compare(run.Key(middle, shape), key, shape) < 0);
     if (below) {
       at = middle + 1;
     } else {
@@ -151,15 +158,16 @@ inline size_t LowerBoundTail(const Run& run, size_t at, const KeyView& key) noex
   return at;
 }
 
-inline size_t LowerBound(const Run& run, size_t first, const KeyView& key, bool whole) noexcept {
+inline size_t LowerBound(const Run& run, size_t first, const KeyView& key, const KeyShape& shape) noexcept {
   const size_t at = LowerBoundWord(run.words.get(), first, run.size, key.word);
-  return whole ? at : LowerBoundTail(run, at, key);
+  return shape.whole ? at : LowerBoundTail(run, at, key, shape);
 }
 
 constexpr size_t kSearchLanes = 16;  // Searches that wait for memory at the same time.
 
 // For each of `count` keys: `positions[i]` becomes the position of the key in `run`, or run.size where it is not in it.
-inline void FindKeys(const Run& run, const KeyView* keys, size_t count, bool whole, size_t* positions) noexcept {
+inline void FindKeys(const Run& run, const KeyView* keys, size_t count, const KeyShape& shape,
+                     size_t* positions) noexcept {
   const uint64_t* words = run.words.get();
   for (size_t first = 0; first < count; first += kSearchLanes) {
     const size_t lanes = std::min(kSearchLanes, count - first);
@@ -181,9 +189,9 @@ inline void FindKeys(const Run& run, const KeyView* keys, size_t count, bool who
       size_t position = at[lane] + (words[at[lane]] < key.word ? 1 : 0);
       if (position == run.size || words[position] != key.word) {
         position = run.size;
-      } else if (!whole) {
-        position = LowerBoundTail(run, position, key);
-        if (position < run.size && Compare(run.Key(position, false), key, false) != 0) position = run.size;
+      } else if (!shape.whole) {
+        position = LowerBoundTail(run, position, key, shape);
+        if (position < run.size && Compare(run.Key(position, shape), key, shape) != 0) position = run.size;
       }
       positions[first + lane] = position;
     }
@@ -217,7 +225,8 @@ inline void AppendPiece(const Piece& piece, size_t first, size_t end, MergeOutpu
 // Merges two pieces; where both have a key, the newer's ref stays and the older's goes to `dropped`.
 // `sources` has, for each merged slot, its source; it is only looked into where keys are not whole.
 template <bool kWhole>
-void MergePieces(const Piece& newer, const Piece& older, const Source* const* sources, MergeOutput* out) noexcept {
+void MergePieces(const Piece& newer, const Piece& older, const Source* const* sources, uint64_t skip,
+                 MergeOutput* out) noexcept {
   if (newer.size == 0 || older.size == 0) {
     AppendPiece(newer, 0, newer.size, out);
     AppendPiece(older, 0, older.size, out);
@@ -247,7 +256,7 @@ void MergePieces(const Piece& newer, const Piece& older, const Source* const* so
         const KeyColumn& a_keys = *sources[SlotOf(a_ref)]->keys;
         const KeyColumn& b_keys = *sources[SlotOf(b_ref)]->keys;
         const int order = CompareKeys(a_keys.data(RowOf(a_ref)), a_keys.size(RowOf(a_ref)), b_keys.data(RowOf(b_ref)),
-                                      b_keys.size(RowOf(b_ref)), 8);
+                                      b_keys.size(RowOf(b_ref)), skip + 8);
         newer_first = order <= 0 ? 1 : 0;
         same = order == 0 ? 1 : 0;
       }
@@ -268,10 +277,10 @@ void MergePieces(const Piece& newer, const Piece& older, const Source* const* so
   AppendPiece(older, j, older.size, out);
 }
 
-inline void MergePieces(bool whole, const Piece& newer, const Piece& older, const Source* const* sources,
+inline void MergePieces(const KeyShape& shape, const Piece& newer, const Piece& older, const Source* const* sources,
                         MergeOutput* out) noexcept {
-  if (whole) return MergePieces<true>(newer, older, sources, out);
-  return MergePieces<false>(newer, older, sources, out);
+  if (shape.whole) return MergePieces<true>(newer, older, sources, shape.skip, out);
+  return MergePieces<false>(newer, older, sources, shape.skip, out);
 }
 
 // A run of one batch's rows, or of one delete's keys: `items` as SortDistinct left them.
@@ -288,6 +297,22 @@ inline std::shared_ptr<Run> MakeRun(std::shared_ptr<const Source> source, const 
   }
   run->slots.push_back({std::move(source), static_cast<uint32_t>(count)});
   return run;
+}
+
+// The same run for keys of which fewer bytes are skipped.
+inline std::shared_ptr<Run> RewordRun(const Run& run, uint64_t skip) {
+  auto reworded = std::make_shared<Run>();
+  reworded->words = Words(run.size);
+  reworded->refs = Words(run.size);
+  for (size_t i = 0; i < run.size; ++i) {
+    reworded->refs[i] = run.refs[i];
+    reworded->words[i] = run.slots[SlotOf(run.refs[i])].source->keys->Word(RowOf(run.refs[i]), skip);
+  }
+  reworded->size = run.size;
+  reworded->tombstones = run.tombstones;
+  reworded->slots = run.slots;
+  reworded->delta.store(run.delta.load(std::memory_order_relaxed), std::memory_order_relaxed);
+  return reworded;
 }
 
 // Drops slots without refs from the table of slots and renumbers the refs, once they are a quarter of it.
@@ -320,14 +345,14 @@ inline void ReleaseRefs(Run* run, const uint64_t* refs, size_t count) noexcept {
 
 // Merges two neighbouring runs. In the oldest run of all (`bottom`) tombstones have nothing left to hide and are
 // dropped.
-inline std::shared_ptr<Run> MergeRuns(const Run& newer, const Run& older, bool bottom, bool whole) {
+inline std::shared_ptr<Run> MergeRuns(const Run& newer, const Run& older, bool bottom, const KeyShape& shape) {
   auto run = std::make_shared<Run>();
   if (newer.slots.size() + older.slots.size() > kSlotMax) throw std::bad_alloc();
   run->slots.reserve(newer.slots.size() + older.slots.size());
   run->slots.insert(run->slots.end(), older.slots.begin(), older.slots.end());
   run->slots.insert(run->slots.end(), newer.slots.begin(), newer.slots.end());
   std::vector<const Source*> sources;
-  if (!whole) {
+  if (!shape.whole) {
     sources.reserve(run->slots.size());
     for (const Slot& slot : run->slots) sources.push_back(slot.source.get());
   }
@@ -338,7 +363,7 @@ inline std::shared_ptr<Run> MergeRuns(const Run& newer, const Run& older, bool b
   const Piece newer_piece{newer.words.get(), newer.refs.get(), newer.size, uint64_t{older.slots.size()} << 32};
   const Piece older_piece{older.words.get(), older.refs.get(), older.size, 0};
   MergeOutput out{run->words.get(), run->refs.get(), dropped.get()};
-  MergePieces(whole, newer_piece, older_piece, sources.data(), &out);
+  MergePieces(shape, newer_piece, older_piece, sources.data(), &out);
   run->size = out.size;
   ReleaseRefs(run.get(), dropped.get(), out.dropped_size);
   if (bottom && run->tombstones > 0) {

@@ -79,7 +79,7 @@ class ScanCursor {
   // Merges one more block into pending_; returns whether there was any.
   bool FillBlock() {
     const size_t count = state_->runs.size();
-    const bool whole = state_->layout->whole;
+    const KeyShape& shape = state_->shape;
     size_t left = 0;
     for (size_t r = 0; r < count; ++r) left += state_->runs[r]->size - positions_[r];
     if (left == 0) return false;
@@ -94,15 +94,15 @@ class ScanCursor {
       const size_t share = static_cast<size_t>(part * kScanBlockRows) + 1;
       ends[r] = std::min(run.size, positions_[r] + share);
       if (ends[r] == run.size) continue;
-      const KeyView key = run.Key(ends[r], whole);
-      if (bound_run == nullptr || Compare(key, bound, whole) < 0) {
+      const KeyView key = run.Key(ends[r], shape);
+      if (bound_run == nullptr || Compare(key, bound, shape) < 0) {
         bound_run = &run;
         bound = key;
       }
     }
     if (bound_run != nullptr) {
       for (size_t r = 0; r < count; ++r) {
-        ends[r] = std::min(ends[r], LowerBound(*state_->runs[r], positions_[r], bound, whole));
+        ends[r] = std::min(ends[r], LowerBound(*state_->runs[r], positions_[r], bound, shape));
       }
     }
     MergeBlock(ends);
@@ -127,7 +127,7 @@ class ScanCursor {
       const Piece older{run.words.get() + first, run.refs.get() + first, ends[r] - first, bases_[r]};
       if (older.size == 0) continue;
       MergeOutput out{next_words.get(), next_refs.get(), nullptr};
-      MergePieces(state_->layout->whole, newer, older, sources_.data(), &out);
+      MergePieces(state_->shape, newer, older, sources_.data(), &out);
       size = out.size;
       std::swap(words, next_words);
       std::swap(refs, next_refs);

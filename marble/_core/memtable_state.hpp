@@ -6,6 +6,7 @@
 // Invariants:
 //   1. No run is empty, and the last (oldest) one has no tombstone.
 //   2. Rows that refs name exist in their sources; sources hold rows that passed full validation.
+//   3. All keys of all runs begin with the same `shape.skip` bytes, and all words start behind these.
 #pragma once
 
 #include "gather.hpp"
@@ -109,13 +110,19 @@ struct Hit {
 struct State {
   std::shared_ptr<const Layout> layout;
   std::vector<std::shared_ptr<const Run>> runs;
+  KeyShape shape;
+  std::shared_ptr<const std::string> start;  // The `shape.skip` bytes that all keys begin with, and maybe more.
+  int reshapes = 0;                          // How often `shape.skip` has fallen while it was dear; see Reshape.
   uint64_t index = 0;
 
   // Finds the newest ref of each key in runs[first_run...].
   std::vector<Hit> Find(const std::vector<KeyView>& keys, size_t first_run) const {
     std::vector<Hit> hits(keys.size());
-    std::vector<uint32_t> open(keys.size());
-    for (size_t i = 0; i < keys.size(); ++i) open[i] = static_cast<uint32_t>(i);
+    std::vector<uint32_t> open;
+    open.reserve(keys.size());
+    for (size_t i = 0; i < keys.size(); ++i) {
+      if (shape.whole || keys[i].data != nullptr) open.push_back(static_cast<uint32_t>(i));
+    }
     std::vector<uint32_t> asked;
     std::vector<KeyView> asked_keys;
     std::vector<size_t> positions(keys.size());
@@ -130,7 +137,7 @@ struct State {
         asked.push_back(i);
         asked_keys.push_back(keys[i]);
       }
-      FindKeys(run, asked_keys.data(), asked.size(), layout->whole, positions.data());
+      FindKeys(run, asked_keys.data(), asked.size(), shape, positions.data());
       bool found = false;
       for (size_t i = 0; i < asked.size(); ++i) {
         if (positions[i] == run.size) continue;
@@ -151,7 +158,7 @@ struct State {
     for (size_t first = 0; first < run.size; first += kChunk) {
       const size_t end = std::min(run.size, first + kChunk);
       keys.clear();
-      for (size_t i = first; i < end; ++i) keys.push_back(run.Key(i, layout->whole));
+      for (size_t i = first; i < end; ++i) keys.push_back(run.Key(i, shape));
       const std::vector<Hit> hits = Find(keys, r + 1);
       for (size_t i = first; i < end; ++i) {
         const bool is = (run.refs[i] & kTombstone) == 0;
@@ -203,12 +210,19 @@ struct State {
     });
   }
 
+  // A key as the runs know it. One that does not begin as all the table's keys do is in no run: its view has no data.
+  KeyView ViewKey(const KeyColumn& keys, int64_t row) const noexcept {
+    const uint64_t size = keys.size(row);
+    if (shape.skip > 0 && (size < shape.skip || std::memcmp(keys.data(row), start->data(), shape.skip) != 0)) {
+      return {0, nullptr, 0};
+    }
+    return {keys.Word(row, shape.skip), keys.data(row), size};
+  }
+
   std::vector<KeyView> ViewKeys(const KeyColumn& keys) const {
     std::vector<KeyView> views;
     views.reserve(static_cast<size_t>(keys.rows));
-    for (int64_t row = 0; row < keys.rows; ++row) {
-      views.push_back({keys.Word(row, 0), keys.data(row), keys.size(row)});
-    }
+    for (int64_t row = 0; row < keys.rows; ++row) views.push_back(ViewKey(keys, row));
     return views;
   }
 

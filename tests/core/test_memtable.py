@@ -94,6 +94,48 @@ def test_any_history_reads_as_the_dict_does(name: str, seed: int) -> None:
         check_snapshot(snapshot, expected, batch_of(150).select(key))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_keys_that_have_less_and_less_in_common(seed: int) -> None:
+    """Runs skip what all keys begin with: it shrinks with the writes, and starts anew when the table was empty."""
+    schema = pa.schema([("s", pa.string()), ("v", pa.int64())])
+    chance = random.Random(seed)
+    table, twin = Memtable(schema, ["s"]), Twin(schema, ["s"])
+    whole = "".join(chance.choice("ab\0") for _ in range(60))
+    index = 0
+    for _ in range(3):
+        for kept in sorted((chance.randrange(len(whole) + 1) for _ in range(12)), reverse=True):
+            index += 1
+            keys = [whole[:kept] + chance.choice(["", "a", "b", "ab" * 9, "\0"]) for _ in range(chance.randrange(1, 5))]
+            batch = pa.RecordBatch.from_pydict({"s": keys, "v": [index] * len(keys)}, schema)
+            table.upsert(batch, index)
+            twin.upsert(batch, index)
+            asked = pa.record_batch({"s": [*keys, "", whole, whole[:kept], whole[: kept // 2], "z", whole + "z"]})
+            check_snapshot(table.snapshot(), twin, asked)
+            if chance.random() < 0.3:
+                index += 1
+                assert table.delete(asked, index) == twin.delete(asked, index)
+                check_snapshot(table.snapshot(), twin, asked)
+        index += 1
+        everything = pa.record_batch({"s": [row["s"] for row in twin.scan()]}, pa.schema([("s", pa.string())]))
+        assert table.delete(everything, index) == twin.delete(everything, index)
+        assert table.snapshot().run_count == 0
+
+
+def test_a_large_table_stops_skipping_when_its_keys_keep_moving_apart() -> None:
+    schema = pa.schema([("s", pa.string())])
+    table = Memtable(schema, ["s"])
+    start = "x" * 30
+    expected = [f"{start}{i:06d}" for i in range(70_000)]
+    table.upsert(pa.record_batch({"s": expected}), 1)
+    for index in range(2, 30):
+        extra = "x" * (31 - index) + "a"
+        expected.append(extra)
+        table.upsert(pa.record_batch({"s": [extra]}), index)
+    assert [row["s"] for row in rows_of(table.snapshot())] == sorted(expected)
+    _, found = table.snapshot().get_many(pa.record_batch({"s": [expected[5], expected[-1], "y", "", "x"]}))
+    assert found.to_pylist() == [True, True, False, False, False]
+
+
 def test_an_empty_table_has_no_rows() -> None:
     table = Memtable(INT_SCHEMA, ["k"])
     snapshot = table.snapshot()
