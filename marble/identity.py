@@ -13,6 +13,7 @@ from marble.env import Files
 from marble.errors import CorruptionError, UsageError
 
 IDENTITY_FILE: Final = "identity.json"
+LOCK_FILE: Final = "LOCK"
 LOG_DIRECTORY: Final = "log"
 FORMAT_VERSION: Final = 1
 """Of the data directory. A node refuses a directory of another version."""

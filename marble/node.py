@@ -31,7 +31,7 @@ from marble.errors import (
     UnavailableError,
     UsageError,
 )
-from marble.identity import bind
+from marble.identity import LOCK_FILE, bind
 from marble.logstore.log import Log, LogOptions
 from marble.machine import StateMachine
 from marble.metrics import Metrics
@@ -46,9 +46,6 @@ logger = logging.getLogger("marble.node")
 
 GROUP: Final = 0
 """The one group of a node, until there are many."""
-
-LOCK_FILE: Final = "LOCK"
-
 T = TypeVar("T")
 
 
@@ -407,18 +404,13 @@ class Node:
             if limit is not None and self._log.nbytes > limit:
                 raise UnavailableError(f"the log has {self._log.nbytes} bytes, more than max_log_size ({limit})")
             first = self._driver.propose([proposal for proposal, _ in batch])
-        except NotLeaderError:
-            self._refuse(batch, NotLeaderError("this node does not lead", self.leader_endpoint))
-            return
-        except UnavailableError as error:
-            self._refuse(batch, error)
+        except (NotLeaderError, UnavailableError) as error:
+            for _, future in batch:
+                # The core knows ids only; a caller needs to know where to go.
+                not_leader = isinstance(error, NotLeaderError)
+                future.set_exception(NotLeaderError(str(error), self.leader_endpoint) if not_leader else error)
             return
         self._promises.add_writes(first.index, first.term, [future for _, future in batch], self._clock.monotonic())
-
-    @staticmethod
-    def _refuse(batch: list[tuple[Proposal, Future[Committed]]], error: MarbleError) -> None:
-        for _, future in batch:
-            future.set_exception(error)
 
     def _publish(self) -> None:
         """Tell those who wait what the last turn decided."""

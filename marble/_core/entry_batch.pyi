@@ -1,6 +1,7 @@
 """Log entries as rows of a record batch. Layout, ownership and invariants: head of ``entry_batch.pyx``."""
 
 from collections.abc import Iterable
+from typing import Self, final
 
 import pyarrow as pa
 
@@ -9,6 +10,7 @@ from marble.types import EntryKind
 
 ENTRY_SCHEMA: pa.Schema
 
+@final
 class Proposal:
     """An entry as its proposer makes it: all but its place in the log. Immutable.
 
@@ -29,14 +31,14 @@ class Proposal:
         The kind cannot be proposed, or the payload does not fit it.
     """
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         kind: EntryKind | int,
         table: int = 0,
         payload: pa.Buffer | None = None,
         session: int = 0,
         sequence: int = 0,
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def kind(self) -> EntryKind: ...
     @property

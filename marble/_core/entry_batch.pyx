@@ -14,6 +14,7 @@ Invariants:
 2. The bytes of an entry, for every limit on bytes, are the bytes of its payload: ``Proposal.nbytes``, ``span(batch).sizes()``.
 3. Functions that read offsets of a batch trust them: a batch from outside has passed ``validate(full=True)`` before.
 """
+cimport cython
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.memory cimport shared_ptr
@@ -24,7 +25,7 @@ from libcpp.vector cimport vector
 from marble._core.term_index import EntrySpan
 from marble.errors import CorruptionError, InvariantError, ProtocolError, UsageError
 from marble.schema import ENTRY_SCHEMA as _ENTRY_SCHEMA
-from marble.types import INDEX_MAX, EntryKind
+from marble.types import INDEX_MAX as _INDEX_MAX, EntryKind
 
 
 cdef extern from "arrow/api.h" namespace "arrow" nogil:
@@ -119,6 +120,7 @@ cdef shared_ptr[CBuffer] buffer_of(object buffer) except *:
     return value
 
 
+@cython.final
 cdef class Proposal:
     """An entry as its proposer makes it: all but its place in the log. Immutable.
 
@@ -227,7 +229,7 @@ def build(uint32_t group, uint64_t first_index, uint64_t term, proposals):
     for item in held:
         proposal = <Proposal?>item
         values.push_back(&proposal.value)
-    if not 1 <= first_index <= INDEX_MAX - len(held) or not 1 <= term <= INDEX_MAX:
+    if not 1 <= first_index <= _INDEX_MAX - len(held) or not 1 <= term <= _INDEX_MAX:
         raise InvariantError(f"{len(held)} entries at index {first_index}, term {term}")
     with nogil:
         result = move(BuildEntries(entry_schema, group, first_index, term, values))

@@ -1,6 +1,6 @@
 """Frames of the log. Layout, ownership, thread safety and invariants: head of ``frame.pyx``."""
 
-from typing import Final
+from typing import Final, final
 
 import pyarrow as pa
 from typing_extensions import Buffer
@@ -24,6 +24,7 @@ OVERHEAD_BYTES_MAX: Final[int]
 ROW_BYTES_MAX: Final[int]
 """Bytes of a row besides its payload, at most."""
 
+@final
 class Seal:
     """What a sound frame says of itself. Made by `check` only."""
 

@@ -21,6 +21,7 @@ Invariants:
 3. Every frame is a multiple of 64 bytes, and so is the offset of every payload buffer in it.
 4. A batch that `check_entries` accepted can be encoded; nothing else is handed to `encode`.
 """
+cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.object cimport PyObject
@@ -108,6 +109,7 @@ OVERHEAD_BYTES_MAX = 768 + 10 * 64
 ROW_BYTES_MAX = 49
 
 
+@cython.final
 cdef class Seal:
     """What a sound frame says of itself."""
 

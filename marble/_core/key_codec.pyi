@@ -1,7 +1,10 @@
 """Memcomparable bytes of primary keys. Layout, ownership and invariants: head of ``key_codec.pyx``."""
 
+from typing import Self, final
+
 import pyarrow as pa
 
+@final
 class KeyColumn:
     """Encoded keys of a batch, one per row; immutable. Made by `KeyCodec.encode` only."""
 
@@ -15,6 +18,7 @@ class KeyColumn:
     def to_pylist(self) -> list[bytes]:
         """Return each key as bytes, in row order."""
 
+@final
 class KeyCodec:
     """Turns the key columns of a table into bytes that sort (memcmp) as the keys do.
 
@@ -30,7 +34,7 @@ class KeyCodec:
         No column, or a type that cannot be a key.
     """
 
-    def __init__(self, schema: pa.Schema) -> None: ...
+    def __new__(cls, schema: pa.Schema) -> Self: ...
     @property
     def schema(self) -> pa.Schema:
         """The key columns."""

@@ -5,6 +5,7 @@ Ownership: an encoded column owns a copy of its bytes; the batch may go.
 Thread safety: codec and columns are immutable, any thread may use them; rows are walked with the GIL released.
 Invariants: a `KeyColumn` and a `KeyCodec` always hold a C++ object, since neither can be made or left without one.
 """
+cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libcpp.memory cimport shared_ptr
@@ -34,6 +35,7 @@ cdef extern from "key_codec.hpp" namespace "marble" nogil:
     CStatus make_codec "marble::KeyCodec::Make"(shared_ptr[CSchema] schema, shared_ptr[CKeyCodec]* out) noexcept
 
 
+@cython.final
 cdef class KeyColumn:
     cdef shared_ptr[CKeyColumn] column
 
@@ -61,6 +63,7 @@ cdef class KeyColumn:
         return keys
 
 
+@cython.final
 cdef class KeyCodec:
     cdef shared_ptr[CKeyCodec] codec
 

@@ -1,9 +1,11 @@
 """A table's rows in memory, ordered by key. Layout, ownership and invariants: head of ``memtable.pyx``."""
 
 from collections.abc import Sequence
+from typing import Self, final
 
 import pyarrow as pa
 
+@final
 class Memtable:
     """The rows of one table in memory, ordered by primary key.
 
@@ -23,7 +25,7 @@ class Memtable:
         A key column is unknown, repeated or of a type that `KeyCodec` refuses; a column's type cannot be stored.
     """
 
-    def __init__(self, schema: pa.Schema, key: Sequence[str]) -> None: ...
+    def __new__(cls, schema: pa.Schema, key: Sequence[str]) -> Self: ...
     @property
     def schema(self) -> pa.Schema:
         """The table's schema, as given."""
@@ -76,6 +78,7 @@ class Memtable:
     def snapshot(self) -> Snapshot:
         """Return the state after the last finished write; it never changes."""
 
+@final
 class Snapshot:
     """What a memtable held at one index.
 
@@ -132,6 +135,7 @@ class Snapshot:
             An unknown or repeated column, or `batch_rows_max` below 1.
         """
 
+@final
 class Scan:
     """Iterator over the rows of a snapshot in key order. Calls from several threads take turns; each row comes once."""
 

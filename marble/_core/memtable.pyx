@@ -7,6 +7,7 @@ Thread safety: every call releases the GIL for its work. Snapshots are immutable
 turns.
 Invariants: each object holds its C++ object from ``__cinit__`` or from the only function that makes it, and for good.
 """
+cimport cython
 from libc.stdint cimport int64_t, uint64_t
 from libcpp.memory cimport shared_ptr
 from libcpp.string cimport string
@@ -59,6 +60,7 @@ cdef extern from "memtable.hpp" namespace "marble" nogil:
         shared_ptr[CSchema] schema, const vector[string]& key, shared_ptr[CMemtable]* out) noexcept
 
 
+@cython.final
 cdef class Memtable:
     cdef shared_ptr[CMemtable] table
 
@@ -115,6 +117,7 @@ cdef class Memtable:
         return snapshot
 
 
+@cython.final
 cdef class Snapshot:
     cdef shared_ptr[CState] state
 
@@ -183,6 +186,7 @@ cdef class Snapshot:
         return scan
 
 
+@cython.final
 cdef class Scan:
     cdef shared_ptr[CScanCursor] cursor
 

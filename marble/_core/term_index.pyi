@@ -1,9 +1,11 @@
 """Terms and sizes of log entries. Layout, ownership and invariants: head of ``term_index.pyx``."""
 
 from collections.abc import Sequence
+from typing import final
 
 from typing_extensions import Buffer
 
+@final
 class EntrySpan:
     """A run of log entries ``[first, end)`` without payloads: terms and sizes in bytes. Immutable; may be empty."""
 
@@ -58,9 +60,10 @@ class EntrySpan:
     def terms(self) -> list[int]: ...
     def sizes(self) -> list[int]: ...
     def __len__(self) -> int: ...
-    def __eq__(self, other: object) -> bool: ...
+    def __eq__(self, value: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
+@final
 class TermIndex:
     """Terms and sizes of the log ``[first_index, last_index]``, and the term of the entry before it. For one thread.
 

@@ -66,6 +66,7 @@ cdef size_t count_up_to(const vector[uint64_t]& values, size_t low, size_t high,
 
 @cython.final
 @cython.auto_pickle(False)
+@cython.final
 cdef class EntrySpan:
     """A run of log entries ``[first, end)`` without their payloads: terms and sizes. Immutable; may be empty."""
 
@@ -249,6 +250,7 @@ cdef uint64_t common_prefix(
 
 @cython.final
 @cython.auto_pickle(False)
+@cython.final
 cdef class TermIndex:
     """Terms and sizes of the log ``[first_index, last_index]``, and the term of the entry before it."""
 
