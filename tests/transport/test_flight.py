@@ -136,7 +136,6 @@ class Stream:
         try:
             self.writer, self.reader = self.client.do_exchange(fl.FlightDescriptor.for_command(RAFT_COMMAND))
         except pa.ArrowException as error:
-            # The refusal came before the call had begun.
             self.writer, self.failure = None, error
             return
         self._try(lambda: self.writer.begin(schema))
@@ -163,9 +162,8 @@ class Stream:
             with pytest.raises(pa.ArrowException) as caught:
                 self.reader.read_chunk()
             failure = caught.value
-        if self.writer is not None:
-            with contextlib.suppress(pa.ArrowException):
-                self.writer.close()
+        with contextlib.suppress(pa.ArrowException, AttributeError):
+            self.writer.close()
         self.client.close()
         return str(from_flight_error(failure))
 
