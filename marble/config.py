@@ -11,6 +11,7 @@ what it may hold and, for a key that does not exist, the nearest one that does.
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 import tomllib
 import types
@@ -24,6 +25,8 @@ from marble.types import NODE_ID_MAX
 
 NODES_MAX: Final = 31
 """Every write waits for a majority, every heartbeat goes to all: many voters only make a cluster slower."""
+
+_log = logging.getLogger("marble.config")
 
 DEFAULT_PORT: Final = 5001
 
@@ -160,7 +163,8 @@ class RaftClusterConfig:
     heartbeat_interval_ms
         How often a leader shows that it lives; 10 to 60000.
     snapshot_distance
-        Known from MarbleDB. Snapshots are not built yet, so only the default is accepted.
+        Known from MarbleDB. Snapshots are not built yet: another value than the default is accepted, has no effect, and
+        logs a warning that says so.
     max_log_size
         Bytes of log at which a node refuses further writes with `UnavailableError`, as the log is kept whole until
         snapshots are built. None: no limit.
@@ -260,9 +264,11 @@ class RaftClusterConfig:
             raise UsageError("enable_ssl = true: encrypted connections are not built yet; run inside a trusted network")
         _check_int("snapshot_distance", self.snapshot_distance, 1, 2**62)
         if self.snapshot_distance != 10_000:
-            raise UsageError(
-                "snapshot_distance: snapshots are not built yet, the log is kept whole; leave this key out "
-                "(max_log_size limits the log)"
+            # Configs of MarbleDB name it: they work here, and their owner is told what they do not get.
+            _log.warning(
+                "snapshot_distance = %d has no effect: snapshots are not built yet and the log is kept whole "
+                "(max_log_size limits it)",
+                self.snapshot_distance,
             )
 
     @classmethod

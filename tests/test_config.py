@@ -120,7 +120,6 @@ def test_a_message_may_hold_a_full_append_or_one_large_entry() -> None:
         ({"enable_pre_vote": 1}, "enable_pre_vote must be true or false, not int"),
         ({"enable_ssl": True}, "enable_ssl .* not built yet"),
         ({"enable_ssl": "no"}, "enable_ssl must be true or false"),
-        ({"snapshot_distance": 20_000}, "snapshot_distance: snapshots are not built yet"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(changes: dict[str, object], words: str) -> None:
@@ -297,3 +296,11 @@ def test_a_node_config_from_python_is_checked_too() -> None:
         NodeConfig(0, Path("d"), cluster)
     with pytest.raises(UsageError, match="data_dir"):
         NodeConfig(1, None, cluster)  # type: ignore[arg-type]
+
+
+def test_another_snapshot_distance_is_accepted_and_said_to_have_no_effect(caplog: pytest.LogCaptureFixture) -> None:
+    assert RaftClusterConfig("c", ["h:1"], snapshot_distance=5_000).snapshot_distance == 5_000
+    assert "snapshot_distance = 5000 has no effect" in caplog.text
+    caplog.clear()
+    RaftClusterConfig("c", ["h:1"])
+    assert not caplog.text
