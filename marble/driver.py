@@ -26,8 +26,9 @@ from marble.errors import check
 from marble.machine import Result, StateMachine
 from marble.raft.core import Raft
 from marble.raft.messages import Message, MessageKind, ReadState, Ready, RoleChanged, Span
+from marble.raft.progress import ProgressState
 from marble.transport.codec import Envelope
-from marble.types import INDEX_MAX, EntryKind, HardState, Position
+from marble.types import INDEX_MAX, EntryKind, HardState, Position, Role
 
 APPLY_BYTES_MAX: Final = 16 * 1024 * 1024
 """How much of the log one call of apply gets at most: bounds the memory of a replay."""
@@ -102,6 +103,8 @@ class Driver:
         self._log = log
         self._send = send
         self._staged: list[pa.RecordBatch] = []
+        self._late: dict[int, Message] = {}
+        """Peer -> the last message to it that tells nothing but a commit index, held back (see `_may_wait`)."""
         self._ready: Ready | None = None
 
     def propose(self, proposals: Sequence[Proposal]) -> Position:
@@ -119,6 +122,12 @@ class Driver:
         if envelope.batch is not None:
             self._staged.append(envelope.batch)
         self.raft.step(envelope.message)
+
+    def tick(self) -> None:
+        """One tick of the clock."""
+        late, self._late = self._late, {}
+        self._post([message for message in late.values() if self._is_current(message)], hold=False)
+        self.raft.tick()
 
     def begin(self) -> bool:
         """Take the core's Ready, hand its entries to the log and send what may go at once. True if a sync must follow."""
@@ -186,11 +195,32 @@ class Driver:
             matched += 1
         return low + len(ours) - matched
 
-    def _post(self, messages: Iterable[Message]) -> None:
+    def _may_wait(self, message: Message) -> bool:
+        """Whether `message` only tells a peer in step with us how far the log is committed.
+
+        Under load the next entries say it too, so it waits for them, or for the next message of another kind, for a tick at
+        most. It halves the messages of one write at a time. To the core this is a slow network.
+        """
+        if message.kind is not MessageKind.APPEND_ENTRIES or message.entries:
+            return False
+        progress = self.raft.progress.get(message.to)
+        return progress is not None and progress.state is ProgressState.REPLICATE
+
+    def _is_current(self, message: Message) -> bool:
+        return message.term == self.raft.term and self.raft.role is Role.LEADER
+
+    def _post(self, messages: Iterable[Message], *, hold: bool = True) -> None:
         """Attach batches and hand each peer its messages, peers in ascending order."""
         by_peer: dict[int, list[Envelope]] = {}
         read: dict[tuple[int, int], pa.RecordBatch] = {}
         for message in messages:
+            if hold and self._may_wait(message):
+                self._late[message.to] = message
+                continue
+            held = self._late.pop(message.to, None)
+            if held is not None and message.kind is not MessageKind.APPEND_ENTRIES and self._is_current(held):
+                # What follows may make the peer read: it must have heard what is committed before.
+                by_peer.setdefault(message.to, []).append(Envelope(self.group, held, None))
             batch = None
             if message.kind is MessageKind.APPEND_ENTRIES and message.entries:
                 key = (message.entries.first, message.entries.end)

@@ -378,7 +378,7 @@ class Node:
             if now >= next_tick:
                 # A process that was paused does not make up for lost ticks: its peers' answers still wait in the inbox.
                 next_tick = max(next_tick + tick_s, now)
-                self._driver.raft.tick()
+                self._driver.tick()
                 self._promises.expire(now)
             turn([self._driver], self._log)
             self._publish()
