@@ -171,9 +171,9 @@ def _bind(endpoint: str) -> None:
 def test_a_server_stops_in_time_with_streams_open(make_cluster: MakeCluster) -> None:
     cluster = make_cluster()
     cluster.create_table("t")
-    # Far more than the network's buffers hold, so that the scan stands still while nobody reads it.
+    # More messages than gRPC takes in advance, so that the scan stands still while nobody reads it.
     wide = pa.record_batch({"id": pa.array(range(64), pa.int64()), "name": ["x" * 65536] * 64}, schema=SCHEMA)
-    for i in range(8):
+    for i in range(20):
         cluster.put(1, ["t"], [wide.set_column(0, "id", pa.array(range(64 * i, 64 * i + 64), pa.int64()))])
     leader, follower = cluster.leader(), cluster.follower()
     open_streams = []
