@@ -163,7 +163,9 @@ class TablesService:
             with self._stream():
                 self._look_up(name, consistency, reader, writer)
         else:
-            self._take_writes(context, (name, verb), reader, lambda ack: writer.write_metadata(pa.py_buffer(ack)))
+            self._take_writes(
+                context, (name, verb), reader, lambda acks: writer.write_metadata(pa.py_buffer(acks)), wire.ACKS_MAX
+            )
 
     @_answering
     def do_get(self, context: Any, ticket: flight.Ticket) -> flight.GeneratorStream:
@@ -174,7 +176,9 @@ class TablesService:
         reader = view.scan(asked.columns)
         return flight.GeneratorStream(reader.schema, self._rows(reader))
 
-    def _take_writes(self, context: Any, path: tuple[str, str], reader: Any, answer: Callable[[bytes], None]) -> None:
+    def _take_writes(
+        self, context: Any, path: tuple[str, str], reader: Any, answer: Callable[[bytes], None], acks_max: int = 1
+    ) -> None:
         name, verb = path
         write = self._backend.write_entry if verb == wire.UPSERT else self._backend.delete_entry
 
@@ -189,7 +193,7 @@ class TablesService:
             open_relay=(lambda: self._relays.open_stream(path, reader.schema)) if _may_forward(context) else None,
             timeout_s=self._timeout_s + ANSWER_MARGIN_S,
         )
-        with self._stream(), Intake(name, ways, answer) as intake, self._listed(intake):
+        with self._stream(), Intake(name, ways, answer, acks_max) as intake, self._listed(intake):
             for batch in _batches(reader):
                 if batch is None:
                     intake.refuse(UsageError(f"table {name!r}: there is a message without rows in the stream"))

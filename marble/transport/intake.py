@@ -10,6 +10,7 @@ outcomes and writes acks. It ends with the ``with`` block that the handler puts 
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -22,7 +23,7 @@ from typing import Final, Protocol
 import pyarrow as pa
 
 from marble.errors import InvariantError, MarbleError, NotLeaderError, OutcomeUnknownError, UnavailableError
-from marble.transport.wire import Ack, encode_ack
+from marble.transport.wire import Ack, encode_acks
 
 UNDER_WAY_BATCHES_MAX: Final = 1024
 """Batches of one stream that wait for their outcome; the next one is not read before one of them has it."""
@@ -104,12 +105,16 @@ class Intake:
     ways
         Where batches go.
     answer
-        Writes one ack; may block as long as the client does not read, and raises when the client is gone.
+        Writes a message of acks; may block as long as the client does not read, and raises when the client is gone.
+    acks_max
+        Acks in one message: 1 where the protocol wants one for each batch.
     """
 
-    def __init__(self, name: str, ways: Ways, answer: Callable[[bytes], None]) -> None:
+    def __init__(self, name: str, ways: Ways, answer: Callable[[bytes], None], acks_max: int = 1) -> None:
         self._ways = ways
         self._answer = answer
+        self._acks_max = acks_max
+        self._awaited: Future[Ack] | None = None
         self._route = threading.Lock()
         self._state = threading.Condition()
         self._window: deque[_Item] = deque()
@@ -210,9 +215,11 @@ class Intake:
             self._state.notify_all()
         item.future.add_done_callback(self._wake)
 
-    def _wake(self, _: Future[Ack]) -> None:
+    def _wake(self, future: Future[Ack]) -> None:
         with self._state:
-            self._state.notify_all()
+            # Others are seen when their turn comes; to wake the thread for each would cost more than its work.
+            if future is self._awaited:
+                self._state.notify_all()
 
     # -- the intake's own thread ---------------------------------------------------------------------------------------
 
@@ -223,10 +230,12 @@ class Intake:
                 if self._may_mend(item):
                     self._mend()
                     self._await(item)
-                self._answer(encode_ack(self._ack(item)))
+                items = [item, *self._succeeded()]
+                self._answer(encode_acks([self._ack(each) for each in items]))
                 with self._state:
-                    self._window.popleft()
-                    self._bytes -= item.size
+                    for each in items:
+                        self._window.popleft()
+                        self._bytes -= each.size
                     self._state.notify_all()
         except (pa.ArrowException, OSError):
             # The client is gone. What is under way takes its course; nobody is left to tell.
@@ -240,6 +249,12 @@ class Intake:
             self._state.wait_for(lambda: self._window or self._finishing or self._broken or self._stopping)
             return self._window[0] if self._window and not self._broken else None
 
+    def _succeeded(self) -> list[_Item]:
+        """What directly follows the next batch to answer and was written too, as far as one message may answer it."""
+        with self._state:
+            following = itertools.islice(self._window, 1, self._acks_max)
+            return list(itertools.takewhile(lambda item: item.future.done() and item.error() is None, following))
+
     def _await(self, item: _Item) -> None:
         """Wait until `item` has an outcome, or there is no use in waiting."""
 
@@ -247,7 +262,9 @@ class Intake:
             return item.future.done() or self._stopping or self._broken
 
         with self._state:
+            self._awaited = item.future
             self._state.wait_for(over, max(0.0, item.deadline - time.monotonic()))
+            self._awaited = None
 
     def _ack(self, item: _Item) -> Ack:
         if not item.future.done():

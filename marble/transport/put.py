@@ -33,7 +33,7 @@ from marble.errors import (
     check,
 )
 from marble.transport.faults import from_flight_error
-from marble.transport.wire import Ack, decode_ack
+from marble.transport.wire import Ack, decode_acks
 
 STREAM_ERRORS: Final = (pa.ArrowException, OSError)
 """What Flight raises when a stream breaks: some breaks come as Arrow's IOError, which is Python's OSError."""
@@ -43,6 +43,10 @@ IN_FLIGHT_BATCHES_MAX: Final = 1024
 
 IN_FLIGHT_BYTES_MAX: Final = 64 * 1024 * 1024
 """The same in bytes of Arrow buffers; a single larger batch is let through alone."""
+
+REFUSED_PAUSE_MIN_S: Final = 0.01
+REFUSED_PAUSE_MAX_S: Final = 0.5
+"""Before what was refused is sent again, doubling while it is refused."""
 
 
 @dataclass(slots=True, eq=False)
@@ -202,8 +206,12 @@ class PutStream:
 
     def _run(self) -> None:
         failed = False
+        pause_s = 0.0
         while True:
             with self._state:
+                if pause_s:
+                    # Refused again: the leader is full, or there is none. `close` cuts the pause short.
+                    self._state.wait_for(lambda: self._closing, pause_s)
                 self._state.wait_for(lambda: self._backlog or self._closing)
                 if not self._backlog:
                     return
@@ -222,6 +230,7 @@ class PutStream:
                 continue
             refused, why = self._read_acks()
             failed = bool(refused) or why is not None
+            pause_s = min(max(2 * pause_s, REFUSED_PAUSE_MIN_S), REFUSED_PAUSE_MAX_S) if refused else 0.0
             self._settle(refused, why)
             # After the end of the stream this only collects its status, which is known.
             with contextlib.suppress(*STREAM_ERRORS):
@@ -253,37 +262,42 @@ class PutStream:
         refused: list[_Item] = []
         while True:
             try:
-                ack = decode_ack(reader.read_chunk().app_metadata)
+                acks = decode_acks(reader.read_chunk().app_metadata)
             except StopIteration:
                 return refused, None
             except (*STREAM_ERRORS, MarbleError) as error:
                 return refused, error
-            with self._state:
-                if not self._sent:
-                    return refused, ProtocolError("the server acknowledged more than was written")
-                item = self._sent.popleft()
-            answer = ack.error()
-            if isinstance(answer, NotLeaderError | UnavailableError):
-                item.refusal = answer
-                refused.append(item)
+            for ack in acks:
                 with self._state:
-                    # Nothing more goes out here; it waits in the backlog behind what is to be sent again.
-                    self._writer = None
-            else:
-                # It may have taken effect: sending an earlier one again would overtake it.
-                for earlier in refused:
-                    self._done(earlier)
-                    earlier.refuse()
-                refused.clear()
-                self._done(item)
-                if answer is None:
-                    item.future.set_result(ack)
-                else:
-                    item.future.set_exception(answer)
+                    if not self._sent:
+                        return refused, ProtocolError("the server acknowledged more than was written")
+                    item = self._sent.popleft()
+                self._take_ack(item, ack, refused)
             with self._state:
                 if self._writer is None and not self._sent:
                     reader.cancel()
                     return refused, None
+
+    def _take_ack(self, item: _Item, ack: Ack, refused: list[_Item]) -> None:
+        """Answer `item`, or keep it in `refused` to be sent again."""
+        answer = ack.error()
+        if isinstance(answer, NotLeaderError | UnavailableError):
+            item.refusal = answer
+            refused.append(item)
+            with self._state:
+                # Nothing more goes out here; it waits in the backlog behind what is to be sent again.
+                self._writer = None
+            return
+        # It may have taken effect: sending an earlier one again would overtake it.
+        for earlier in refused:
+            self._done(earlier)
+            earlier.refuse()
+        refused.clear()
+        self._done(item)
+        if answer is None:
+            item.future.set_result(ack)
+        else:
+            item.future.set_exception(answer)
 
     def _settle(self, refused: list[_Item], why: BaseException | None) -> None:
         """The stream has ended: decide about everything that it still owed."""

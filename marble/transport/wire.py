@@ -5,7 +5,8 @@ whatever is wrong is one error that says what was expected; nothing is evaluated
 
 All of it is UTF-8 JSON, so that a Flight client in any language can speak it:
 
-- an ack (``app_metadata``, one for each batch written, in order): ``{"index": i, "term": t, "value": rows}``, or
+- an ack (``app_metadata``, one for each batch written, in order; a DoExchange may answer several
+  batches by a list of them): ``{"index": i, "term": t, "value": rows}``, or
   ``{"error": code, "message": text, "leader": "host:port" or null}`` with a code of `marble.errors.ERROR_CODES`;
 - a ticket (``DoGet``): ``{"table": name, "columns": [name, ...] or null, "consistency": "linearizable" or "local"}``,
   or the bare name of a table;
@@ -29,6 +30,8 @@ from marble.schema import COLUMN_NAME_BYTES_MAX, COLUMNS_MAX, TableInfo, check_t
 from marble.types import INDEX_MAX
 
 ACK_BYTES_MAX: Final = 64 * 1024
+ACKS_MAX: Final = 256
+"""Acks in one message."""
 TICKET_BYTES_MAX: Final = 1024 * 1024
 """Names of `COLUMNS_MAX` columns, escaped, fit."""
 TABLE_BYTES_MAX: Final = 8 * 1024 * 1024
@@ -137,7 +140,11 @@ def decode_object(
     UsageError
         Naming the key that is missing or unknown.
     """
-    value = decode_json(data, what, bytes_max)
+    return check_object(decode_json(data, what, bytes_max), what, required, optional)
+
+
+def check_object(value: object, what: str, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Any]:
+    """Return `value` if it is an object with all `required` keys and beside them only `optional` ones, else UsageError."""
     required, optional = tuple(required), tuple(optional)
     if not isinstance(value, dict):
         raise UsageError(f"{what} must be a JSON object with {_listed(required + optional)}, not a {_kind(value)}")
@@ -173,9 +180,18 @@ def check_consistency(value: object) -> str:
 
 def encode_ack(ack: Ack) -> bytes:
     """The ``app_metadata`` that answers one batch."""
+    return encode_json(_ack_to_json(ack))
+
+
+def encode_acks(acks: Sequence[Ack]) -> bytes:
+    """The ``app_metadata`` that answers 1 to `ACKS_MAX` batches in a row."""
+    return encode_ack(acks[0]) if len(acks) == 1 else encode_json([_ack_to_json(ack) for ack in acks])
+
+
+def _ack_to_json(ack: Ack) -> dict[str, Any]:
     if ack.error_code is None:
-        return encode_json({"index": ack.index, "term": ack.term, "value": ack.value})
-    return encode_json({"error": ack.error_code, "message": ack.message[:MESSAGE_CHARACTERS_MAX], "leader": ack.leader})
+        return {"index": ack.index, "term": ack.term, "value": ack.value}
+    return {"error": ack.error_code, "message": ack.message[:MESSAGE_CHARACTERS_MAX], "leader": ack.leader}
 
 
 def decode_ack(data: bytes | pa.Buffer) -> Ack:
@@ -184,17 +200,38 @@ def decode_ack(data: bytes | pa.Buffer) -> Ack:
     Raises
     ------
     ProtocolError
-        If it is not an ack.
+        If it is not one ack.
     """
+    (ack,) = decode_acks(data, 1)
+    return ack
+
+
+def decode_acks(data: bytes | pa.Buffer, count_max: int = ACKS_MAX) -> list[Ack]:
+    """The inverse of `encode_acks`.
+
+    Raises
+    ------
+    ProtocolError
+        If it is not an ack, or a list of 1 to `count_max`.
+    """
+    value = _from_server(data, "an ack", ACK_BYTES_MAX)
+    if not isinstance(value, list):
+        return [_ack_from_json(value)]
+    if not 1 <= len(value) <= count_max:
+        raise ProtocolError(f"{len(value)} acks in a message that may have 1 to {count_max}")
+    return [_ack_from_json(each) for each in value]
+
+
+def _ack_from_json(value: object) -> Ack:
     names = ("index", "term", "value", "error", "message", "leader")
     try:
-        value = decode_object(data, "an ack", ACK_BYTES_MAX, (), names)
-        if "error" not in value:
-            index, term, rows = (_check_whole(value.get(name), f"{name} of an ack") for name in names[:3])
+        fields = check_object(value, "an ack", (), names)
+        if "error" not in fields:
+            index, term, rows = (_check_whole(fields.get(name), f"{name} of an ack") for name in names[:3])
             return Ack(index, term, rows)
     except UsageError as error:
         raise ProtocolError(str(error)) from None
-    code, message, leader = value["error"], value.get("message", ""), value.get("leader")
+    code, message, leader = fields["error"], fields.get("message", ""), fields.get("leader")
     if not (isinstance(code, str) and isinstance(message, str) and isinstance(leader, str | None)):
         raise ProtocolError("an ack's error, message and leader must be strings")
     # A code that this version does not know is still an error.
