@@ -28,6 +28,7 @@ from marble.errors import (
     InvariantError,
     MarbleError,
     NotLeaderError,
+    ProtocolError,
     UnavailableError,
     UsageError,
 )
@@ -391,7 +392,12 @@ class Node:
             if envelope.group != GROUP or envelope.message.to != self.options.node_id:
                 self.metrics.counter("messages_misdirected").add(1)
                 continue
-            self._driver.receive(envelope)
+            try:
+                self._driver.receive(envelope)
+            except ProtocolError as error:
+                # A peer's fault, and it changed nothing here.
+                self.metrics.counter("messages_refused").add(1)
+                logger.warning("node %d drops a message: %s", self.options.node_id, error)
 
     def _propose_batch(self) -> None:
         if not self._batching:
@@ -422,13 +428,8 @@ class Node:
             self._note(event)
 
     def _note(self, event: RoleChanged) -> None:
-        logger.info(
-            "node %d is %s in term %d, leader %s",
-            self.options.node_id,
-            event.role.value,
-            event.term,
-            event.leader or "unknown",
-        )
+        leader = event.leader or "unknown"
+        logger.info("node %d is %s in term %d, leader %s", self.options.node_id, event.role.value, event.term, leader)
         with self._view:
             self._role, self._leader = event.role, event.leader
             self._view.notify_all()
