@@ -6,6 +6,7 @@ something is repeated only if it was refused, or if doing it twice is doing it o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import threading
@@ -49,6 +50,15 @@ STATUS_BYTES_MAX: Final = 1024 * 1024
 PROBE_TIMEOUT_S: Final = 2.0
 """How long one node is asked who leads before the next one is."""
 
+ATTEMPT_TIMEOUT_S: Final = 8.0
+"""How long one node may take to answer a call before the next one is asked: above a node's own deadlines, which give the better error."""
+
+FOLLOW_MAX: Final = 3
+"""How often a node's word about who leads is followed before all are asked anew."""
+
+WATCH_WAIT_MAX_S: Final = 1.0
+"""How late the deadline of a stream may be noticed."""
+
 
 @dataclass(frozen=True, slots=True)
 class ClientOptions:
@@ -77,23 +87,27 @@ class _Backoff:
 class RemoteBackend:
     """What `marble.database.Database` does, done over Flight. Thread-safe.
 
-    - ``_clients`` has one Flight client per endpoint, made on first use and dropped when it fails.
+    - ``_clients`` has one Flight client per endpoint, made on first use.
     - ``_leader`` is a guess: every use may find it wrong.
+    - ``_given`` are the user's endpoints; what asks one replica about itself stays with them. ``_learnt`` are the others that nodes named.
+    - ``_scans`` has the streams that are being read, with the moment at which a silent one is given up.
 
     Parameters
     ----------
     endpoints
-        ``host:port`` of some or all nodes. Others are learnt from them.
+        ``host:port`` of some or all nodes. Others are learnt from them, for writes and linearizable reads.
     options
         Deadlines.
     """
 
     def __init__(self, endpoints: Sequence[str], options: ClientOptions) -> None:
-        self._endpoints = list(endpoints)
+        self._given = tuple(endpoints)
+        self._learnt: tuple[str, ...] = ()
         self._options = options
         self._lock = threading.Lock()
         self._clients: dict[str, fl.FlightClient] = {}
         self._puts: dict[tuple[int, str], PutStream] = {}
+        self._scans: dict[fl.FlightStreamReader, float] = {}
         self._leader: str | None = None
         self._closed = threading.Event()
         self._process = os.getpid()
@@ -114,9 +128,7 @@ class RemoteBackend:
             if stream is None:
                 stream = PutStream((table.name, verb), schema, self._locate, self._options.timeout_s)
                 self._puts[table.id, verb] = stream
-            if self._watch is None:
-                self._watch = threading.Thread(target=self._watch_puts, name="marble-client-watch", daemon=True)
-                self._watch.start()
+            self._start_watch()
         answer: Future[int] = Future()
         answer.set_running_or_notify_cancel()
 
@@ -130,28 +142,20 @@ class RemoteBackend:
         stream.write(batch).add_done_callback(done)
         return answer
 
-    def _watch_puts(self) -> None:
-        """Hold the streams to their deadlines."""
-        wait_s = self._options.timeout_s
-        while not self._closed.wait(wait_s):
-            with self._lock:
-                streams = list(self._puts.values())
-            now = time.monotonic()
-            due = min(stream.expire(now) for stream in streams)
-            wait_s = max(RETRY_WAIT_MIN_S, due - now)
-
     def _locate(self, deadline: float, failed: bool) -> fl.FlightClient:
         """The client of the leader. `failed`: the last guess did not work out."""
         if failed:
             self._leader = None
         backoff = _Backoff(deadline, self._closed)
         while True:
-            error: MarbleError = UnavailableError(f"no leader is known to {', '.join(self._endpoints)}")
-            for endpoint in self._candidates():
+            error: MarbleError = UnavailableError(f"no leader is known to {', '.join(self._candidates())}")
+            followed = 0
+            candidates = self._candidates()
+            while candidates:
+                endpoint = candidates.pop(0)
+                timeout_s = max(RETRY_WAIT_MIN_S, min(PROBE_TIMEOUT_S, deadline - time.monotonic()))
                 try:
-                    status = _object(
-                        self._action(endpoint, "status", b"", min(PROBE_TIMEOUT_S, self._options.timeout_s))
-                    )
+                    status = _object(self._action(endpoint, "status", b"", timeout_s))
                 except MarbleError as failure:
                     error = failure
                     continue
@@ -159,17 +163,16 @@ class RemoteBackend:
                 if status["role"] == "leader":
                     self._leader = endpoint
                     return self._client(endpoint)
-                if status["leader_endpoint"] and status["leader_endpoint"] != self._leader:
-                    self._leader = status["leader_endpoint"]
-                    break
-            else:
-                self._leader = None
-                backoff.wait(UnavailableError(f"no node took the write: {error}"))
+                named = status["leader_endpoint"]
+                if named and followed < FOLLOW_MAX:
+                    # Ask it next; nodes whose news is old may name one another for a while.
+                    followed += 1
+                    candidates = [named, *(each for each in candidates if each != named)]
+            self._leader = None
+            backoff.wait(UnavailableError(f"no node took the write: {error}"))
 
     def _learn(self, status: dict[str, Any]) -> None:
-        for endpoint in status["nodes"].values():
-            if endpoint not in self._endpoints:
-                self._endpoints.append(endpoint)
+        self._learnt = tuple(each for each in status["nodes"].values() if each not in self._given)
 
     # -- catalog and actions -------------------------------------------------------------------------------------------
 
@@ -186,7 +189,7 @@ class RemoteBackend:
         return decode_tables(self._call(lambda endpoint, left: self._action(endpoint, "tables", b"", left)))
 
     def status(self) -> dict[str, Any]:
-        return _object(self._call(lambda endpoint, left: self._action(endpoint, "status", b"", left)))
+        return _object(self._call(lambda endpoint, left: self._action(endpoint, "status", b"", left), self._given))
 
     # -- reads -------------------------------------------------------------------------------------------------------
 
@@ -205,7 +208,7 @@ class RemoteBackend:
                 raise ProtocolError(f"{endpoint} did not answer one row for each key")
             return batch
 
-        return self._call(read)
+        return self._call(read, self._replicas(consistency))
 
     def scan(
         self,
@@ -220,13 +223,31 @@ class RemoteBackend:
         ticket = fl.Ticket(encode_ticket(table.name, wanted, consistency))
 
         def begin(endpoint: str, left: float) -> fl.FlightStreamReader:
-            reader = self._client(endpoint).do_get(ticket, call_options(self._options.timeout_s))
-            reader.schema  # noqa: B018  (waits for the server's first answer: until then it can be repeated elsewhere)
+            # A call's deadline would end a long scan that is well; the watch ends one that stands still.
+            reader = self._client(endpoint).do_get(ticket)
+            with self._watched(reader, left):
+                reader.schema  # noqa: B018  (waits for the first answer: until then another node can be asked)
             return reader
 
-        reader = self._call(begin)
-        source = pa.RecordBatchReader.from_batches(reader.schema, _batches(reader))
+        reader = self._call(begin, self._replicas(consistency))
+        source = pa.RecordBatchReader.from_batches(reader.schema, self._batches(reader))
         return source if filter is None else filter_batches(source, columns, filter)
+
+    def _replicas(self, consistency: str) -> tuple[str, ...] | None:
+        """Whom to ask: about one replica's own state only those whom the user named."""
+        return None if consistency == "linearizable" else self._given
+
+    def _batches(self, reader: fl.FlightStreamReader) -> Iterator[pa.RecordBatch]:
+        """The batches of a Flight stream; a break comes out as a MarbleError."""
+        while True:
+            try:
+                with self._watched(reader, self._options.timeout_s):
+                    batch = reader.read_chunk().data
+            except StopIteration:
+                return
+            except STREAM_ERRORS as error:
+                raise from_flight_error(error) from None
+            yield batch
 
     # -- plumbing ----------------------------------------------------------------------------------------------------
 
@@ -253,10 +274,41 @@ class RemoteBackend:
             raise UsageError("the connection is closed")
 
     def _candidates(self) -> list[str]:
+        """All known nodes, the likely leader first."""
         leader = self._leader
-        return (
-            list(self._endpoints) if leader is None else [leader, *(each for each in self._endpoints if each != leader)]
-        )
+        others = [each for each in (*self._given, *self._learnt) if each != leader]
+        return others if leader is None else [leader, *others]
+
+    def _start_watch(self) -> None:
+        """Start the watch unless it runs. Called under the lock."""
+        if self._watch is None:
+            self._watch = threading.Thread(target=self._hold_to_deadlines, name="marble-client-watch", daemon=True)
+            self._watch.start()
+
+    @contextlib.contextmanager
+    def _watched(self, reader: fl.FlightStreamReader, timeout_s: float) -> Iterator[None]:
+        """Cancel `reader` if what happens in here takes longer than `timeout_s`."""
+        with self._lock:
+            self._check_open()
+            self._start_watch()
+            self._scans[reader] = time.monotonic() + timeout_s
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._scans[reader]
+
+    def _hold_to_deadlines(self) -> None:
+        wait_s = WATCH_WAIT_MAX_S
+        while not self._closed.wait(wait_s):
+            now = time.monotonic()
+            with self._lock:
+                puts = list(self._puts.values())
+                late = [reader for reader, deadline in self._scans.items() if deadline <= now]
+            for reader in late:
+                reader.cancel()
+            due = min((put.expire(now) for put in puts), default=now + WATCH_WAIT_MAX_S)
+            wait_s = min(max(RETRY_WAIT_MIN_S, due - now), WATCH_WAIT_MAX_S)
 
     def _client(self, endpoint: str) -> fl.FlightClient:
         with self._lock:
@@ -276,22 +328,28 @@ class RemoteBackend:
             raise ProtocolError(f"{endpoint} answered {name} {len(answers)} times")
         return bytes(answers[0].body.to_pybytes())
 
-    def _call(self, attempt: Callable[[str, float], T]) -> T:
-        """Run `attempt`, which may be repeated, at one node after the other until one answers or the time is up."""
+    def _call(self, attempt: Callable[[str, float], T], only: Sequence[str] | None = None) -> T:
+        """Run `attempt`, which may be repeated, at one node after the other until one answers or the time is up.
+
+        It gets an endpoint (of `only`, if given) and how many seconds it may take.
+        """
         deadline = time.monotonic() + self._options.timeout_s
         backoff = _Backoff(deadline, self._closed)
         while True:
-            error: MarbleError = UnavailableError(f"no node of {', '.join(self._endpoints)} answers")
-            for endpoint in self._candidates():
+            error: MarbleError = UnavailableError("no node answers")
+            for endpoint in self._candidates() if only is None else only:
                 self._check_open()
+                left = max(RETRY_WAIT_MIN_S, deadline - time.monotonic())
                 try:
-                    return attempt(endpoint, max(RETRY_WAIT_MIN_S, deadline - time.monotonic()))
+                    return attempt(endpoint, min(left, ATTEMPT_TIMEOUT_S))
                 except (MarbleError, *STREAM_ERRORS) as failure:
                     error = from_flight_error(failure)
                 if isinstance(error, NotLeaderError):
                     self._leader = error.leader
                 elif not isinstance(error, UnavailableError | OutcomeUnknownError):
                     raise error
+                elif endpoint == self._leader:
+                    self._leader = None
             backoff.wait(error)
 
     def _call_once(self, name: str, body: bytes) -> bytes:
@@ -319,17 +377,6 @@ def _object(answer: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ProtocolError("an answer is not a JSON object")
     return value
-
-
-def _batches(reader: fl.FlightStreamReader) -> Iterator[pa.RecordBatch]:
-    """The batches of a Flight stream; a break comes out as a MarbleError."""
-    while True:
-        try:
-            yield reader.read_chunk().data
-        except StopIteration:
-            return
-        except STREAM_ERRORS as error:
-            raise from_flight_error(error) from None
 
 
 def connect(url: str, *, timeout_s: float = 30.0) -> Database:

@@ -1,0 +1,135 @@
+"""The client against nodes that we hold in hand: silent, mistaken, or gone."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+
+import pyarrow as pa
+import pyarrow.flight as fl
+import pytest
+
+from marble import client as client_module
+from marble.client import ClientOptions, RemoteBackend
+from marble.errors import UnavailableError, UsageError
+from marble.schema import TableInfo
+
+SCHEMA = pa.schema([pa.field("k", pa.int64(), nullable=False)])
+TABLE = TableInfo(1, "t", SCHEMA, ("k",))
+DEADLINE_S = 20.0
+
+
+class Node(fl.FlightServerBase):
+    """Says of itself what the test wants, and counts how often it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__("grpc://127.0.0.1:0")
+        self.endpoint = f"127.0.0.1:{self.port}"
+        self.status: Callable[[], dict] = dict
+        self.asked = 0
+        self.release = threading.Event()
+        self.rows: list[pa.RecordBatch] = []
+        self.silent_after: int | None = None
+
+    def do_action(self, context, action):
+        self.asked += 1
+        yield json.dumps(self.status()).encode()
+
+    def do_get(self, context, ticket):
+        def batches() -> Iterator[pa.RecordBatch]:
+            for number, batch in enumerate(self.rows):
+                if number == self.silent_after:
+                    self.release.wait(DEADLINE_S)
+                yield batch
+
+        return fl.GeneratorStream(SCHEMA, batches())
+
+    def says(self, role: str, leader: str | None, nodes: list[str]) -> None:
+        named = {str(number): endpoint for number, endpoint in enumerate(nodes, 1)}
+        self.status = lambda: {"role": role, "leader_endpoint": leader, "nodes": named}
+
+
+@pytest.fixture
+def nodes() -> Iterator[list[Node]]:
+    made = [Node() for _ in range(3)]
+    yield made
+    for node in made:
+        node.release.set()
+        node.shutdown()
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., RemoteBackend]]:
+    made: list[RemoteBackend] = []
+
+    def backend(*endpoints: str, timeout_s: float = DEADLINE_S) -> RemoteBackend:
+        made.append(RemoteBackend(endpoints, ClientOptions(timeout_s)))
+        return made[-1]
+
+    yield backend
+    for each in made:
+        each.close()
+
+
+def test_it_follows_a_nodes_word_to_a_leader_that_it_was_not_given(
+    nodes: list[Node], make: Callable[..., RemoteBackend]
+) -> None:
+    follower, leader, _ = nodes
+    everyone = [node.endpoint for node in nodes]
+    follower.says("follower", leader.endpoint, everyone)
+    leader.says("leader", leader.endpoint, everyone)
+    backend = make(follower.endpoint)
+    backend._locate(client_module.time.monotonic() + DEADLINE_S, False)
+    assert (follower.asked, leader.asked) == (1, 1)
+
+
+def test_nodes_that_name_one_another_do_not_keep_it_busy(nodes: list[Node], make: Callable[..., RemoteBackend]) -> None:
+    first, second, _ = nodes
+    first.says("follower", second.endpoint, [first.endpoint, second.endpoint])
+    second.says("follower", first.endpoint, [first.endpoint, second.endpoint])
+    backend = make(first.endpoint, second.endpoint)
+    with pytest.raises(UnavailableError, match="no node took the write"):
+        backend._locate(client_module.time.monotonic() + 0.5, False)
+    # Each round asks a few times and then waits, longer and longer.
+    assert first.asked + second.asked < 60
+
+
+def test_what_asks_about_one_replica_stays_with_the_nodes_that_were_given(
+    nodes: list[Node], make: Callable[..., RemoteBackend]
+) -> None:
+    given, leader, _ = nodes
+    everyone = [node.endpoint for node in nodes]
+    given.says("follower", leader.endpoint, everyone)
+    leader.says("leader", leader.endpoint, everyone)
+    given.rows = [pa.record_batch({"k": [1]}, schema=SCHEMA)]
+    backend = make(given.endpoint)
+    backend._locate(client_module.time.monotonic() + DEADLINE_S, False)
+    assert backend.status()["role"] == "follower"
+    assert backend.scan(TABLE, None, None, "local").read_all().num_rows == 1
+    assert backend.scan(TABLE, None, None, "linearizable").read_all().num_rows == 0
+
+
+def test_a_node_that_is_gone_is_passed_over(nodes: list[Node], make: Callable[..., RemoteBackend]) -> None:
+    gone, alive, _ = nodes
+    alive.says("leader", alive.endpoint, [alive.endpoint])
+    gone.shutdown()
+    assert make(gone.endpoint, alive.endpoint).status()["role"] == "leader"
+
+
+def test_a_scan_that_stands_still_is_given_up(nodes: list[Node], make: Callable[..., RemoteBackend]) -> None:
+    node = nodes[0]
+    node.rows = [pa.record_batch({"k": [number]}, schema=SCHEMA) for number in range(3)]
+    node.silent_after = 2
+    reader = make(node.endpoint, timeout_s=0.5).scan(TABLE, None, None, "local")
+    assert [reader.read_next_batch()["k"][0].as_py() for _ in range(2)] == [0, 1]
+    with pytest.raises(UnavailableError):
+        reader.read_next_batch()
+
+
+def test_after_close_it_says_so(nodes: list[Node], make: Callable[..., RemoteBackend]) -> None:
+    backend = make(nodes[0].endpoint)
+    backend.close()
+    with pytest.raises(UsageError, match="closed"):
+        backend.status()
+    assert not [thread for thread in threading.enumerate() if thread.name == "marble-client-watch"]
