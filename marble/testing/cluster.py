@@ -26,6 +26,7 @@ from marble.lsm.machine import TableMachine
 from marble.machine import Result, StateMachine
 from marble.raft.config import RaftConfig
 from marble.raft.core import Raft
+from marble.raft.messages import ReadState
 from marble.testing.disk import DiskCrash, SimulatedFiles
 from marble.transport.codec import Envelope
 from marble.types import EntryKind, HardState, Role
@@ -49,6 +50,7 @@ class Faults:
     partition: float = 0.003
     mend: float = 0.02
     write: float = 0.15
+    read: float = 0.05
     tick: float = 0.4
     gather: float = 0.4
     """What comes in waits, with what comes next, for one turn."""
@@ -88,6 +90,9 @@ class SimulatedNode:
     pending: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Index -> (term, key) of writes that were proposed here and await their answer."""
 
+    reads: dict[int, int] = field(default_factory=dict)
+    """Request -> the highest index that was acknowledged anywhere when the read began."""
+
     @property
     def alive(self) -> bool:
         return self.driver is not None
@@ -111,6 +116,8 @@ class SimulatedCluster:
         self.faults = faults or Faults()
         self.steps = 0
         self.acknowledged: dict[int, int] = {}
+        self.reads_answered = 0
+        self._requests = 0
         self.attempted: set[int] = set()
         self.committed: dict[int, tuple[int, int]] = {}
         """Index -> (term, checksum) of everything that any node ever applied."""
@@ -138,6 +145,7 @@ class SimulatedCluster:
             (faults.partition, self._partition),
             (faults.mend, lambda _: self._cut.clear()),
             (faults.write, self.write),
+            (faults.read, self.read),
             (faults.tick, self.tick),
             (1.0, lambda _: self.deliver()),
         ):
@@ -214,6 +222,13 @@ class SimulatedCluster:
         self._act(node, propose)
         return taken
 
+    def read(self, node: SimulatedNode) -> None:
+        """Ask `node`, whatever its role, from which index on a read is linearizable."""
+        self._requests += 1
+        request = self._requests
+        node.reads[request] = max(self.acknowledged.values(), default=0)
+        self._act(node, lambda driver: driver.raft.read_index(request))
+
     def deliver(self) -> None:
         """Deliver one message, drawn from those whose time has come."""
         due = [place for place, (when, _, _) in enumerate(self._wire) if when <= self.steps] or list(
@@ -237,6 +252,7 @@ class SimulatedCluster:
         """Power off: unsynced writes are lost in part or whole."""
         node.driver = node.log = None
         node.pending.clear()
+        node.reads.clear()
         node.files.crash()
 
     def _start(self, node: SimulatedNode) -> None:
@@ -271,7 +287,10 @@ class SimulatedCluster:
         except DiskCrash:
             self.crash(node)
             return
-        for applied in driver.take_outcome().applied:
+        outcome = driver.take_outcome()
+        for answer in outcome.reads:
+            self._check_read(node.reads.pop(answer.request, 0), answer)
+        for applied in outcome.applied:
             for offset, (term, result) in enumerate(zip(applied.terms, applied.results, strict=True)):
                 self._note_applied(node, applied.first + offset, term, result)
 
@@ -322,6 +341,15 @@ class SimulatedCluster:
         for index, what in record.history.items():
             check(self.committed.setdefault(index, what) == what, f"node {node.id} applied another entry at {index}")
         record.history.clear()
+
+    def _check_read(self, acknowledged: int, answer: ReadState) -> None:
+        """A read sees every write that was acknowledged before it began (Raft §8, thesis §6.4)."""
+        if answer.index:
+            self.reads_answered += 1
+            check(
+                answer.index >= acknowledged,
+                f"a read at {answer.index} misses the write at {acknowledged} that was acknowledged before",
+            )
 
     @staticmethod
     def _check_positions(raft: Raft) -> None:
