@@ -165,7 +165,8 @@ class Driver:
         """The batch of exactly the entries that the core appended.
 
         A staged row is the right one if and only if its index and term are those in the core's log (Log Matching, §5.3):
-        what the core refused, or what a later message replaced, is left behind.
+        what the core refused, or what a later message replaced, is left behind. The batch that brought the last of the
+        entries agrees with the log before it, too, or the core would have cut that entry off again.
         """
         parts: list[pa.RecordBatch] = []
         end = span.end
@@ -177,23 +178,12 @@ class Driver:
                 low, high = max(entries.first, span.first), min(entries.end, end)
                 if low >= high or high != end:
                     continue
-                ours, theirs = self.raft.log.span(low, high).terms(), entries.slice(low, high).terms()
-                if ours != theirs:
-                    low = self._first_match(theirs, ours, low)
-                if low < high:
+                if self.raft.log.span(low, high).terms() == entries.slice(low, high).terms():
                     parts.append(batch.slice(low - entries.first, high - low))
                     end = low
             check(end < before, f"entry {end - 1} of the core's log was never staged")
         parts.reverse()
         return parts[0] if len(parts) == 1 else entry_batch.concat(parts)
-
-    @staticmethod
-    def _first_match(theirs: Sequence[int], ours: Sequence[int], low: int) -> int:
-        """First index of the longest common tail of two runs of terms that start at `low`."""
-        matched = 0
-        while matched < len(ours) and theirs[-1 - matched] == ours[-1 - matched]:
-            matched += 1
-        return low + len(ours) - matched
 
     def _may_wait(self, message: Message) -> bool:
         """Whether `message` only tells a peer in step with us how far the log is committed.

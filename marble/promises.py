@@ -99,10 +99,13 @@ class Promises:
             for write in self._writes.pop(index, ()):
                 if write.term != term:
                     write.future.set_exception(_overtaken())
-                elif result.error_code is None:
-                    write.future.set_result(Committed(index, term, result.value))
+                    continue
+                try:
+                    value = result.raise_for_error()
+                except MarbleError as error:
+                    write.future.set_exception(error)
                 else:
-                    write.future.set_exception(_error_of(result))
+                    write.future.set_result(Committed(index, term, value))
         if terms[-1] > self._applied_term:
             self._applied_term = terms[-1]
             self._end_older(terms[-1])
@@ -174,11 +177,3 @@ class Promises:
 
 def _overtaken() -> UnavailableError:
     return UnavailableError("another leader took over before the write was replicated: nothing was written; retry")
-
-
-def _error_of(result: Result) -> MarbleError:
-    try:
-        result.raise_for_error()
-    except MarbleError as error:
-        return error
-    raise AssertionError("a result with an error code raises")

@@ -290,8 +290,8 @@ class Log:
         """Go on in a new segment. All before it is durable: nothing has been written since the last sync."""
         old, tail = self._file, self._tail
         self._file, new_tail = create_segment(self._files, tail.segment + 1, tail.chain)
-        if old is not None:
-            old.close()
+        assert old is not None  # `_write` has opened it; the line is for the type checker.
+        old.close()
         with self._lock:
             self._sealed_bytes += tail.end
             self._tail = new_tail

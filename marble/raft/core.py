@@ -195,7 +195,7 @@ class Raft:
                     leader.step(state, message)
                 case Role.FOLLOWER:
                     follower.step(state, message)
-                case Role.CANDIDATE | Role.PRE_CANDIDATE:
+                case _:  # Both kinds of candidate.
                     candidate.step(state, message)
         self._note()
 

@@ -34,12 +34,8 @@ def step(state: State, message: Message) -> None:
             _on_heartbeat_response(state, message)
         case MessageKind.READ_INDEX:
             _read(state, PendingRead(message.sender, message.context))
-        case MessageKind.APPEND_ENTRIES | MessageKind.HEARTBEAT:
-            raise ProtocolError(
-                f"node {message.sender} claims to lead term {message.term}, which node {state.id} leads"
-            )
         case _:
-            pass  # An answer to something that this node did in another role.
+            pass  # An answer to something that this node did in another role. A second leader `Raft.step` has refused.
 
 
 def tick(state: State) -> None:
