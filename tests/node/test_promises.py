@@ -6,13 +6,15 @@ from concurrent.futures import Future
 
 import pytest
 
-from marble.errors import OutcomeUnknownError, UnavailableError
+from marble.errors import OutcomeUnknownError, UnavailableError, UsageError
 from marble.machine import Result
 from marble.promises import Committed, Promises, promise
+from marble.raft.messages import ReadState
 
 
-def _promises() -> Promises:
-    return Promises(10.0, 5.0, lambda request: None, 3)
+def _promises(asked: list[int] | None = None) -> Promises:
+    asked = [] if asked is None else asked
+    return Promises(10.0, 5.0, asked.append, 3)
 
 
 def _write(promises: Promises, first: int, term: int, count: int = 1, now: float = 0.0) -> list[Future[Committed]]:
@@ -65,3 +67,90 @@ def test_what_is_not_decided_in_time_is_of_unknown_outcome(now: float, done: boo
     assert future.done() is done
     if done:
         assert isinstance(future.exception(0), OutcomeUnknownError)
+
+
+def test_a_write_that_failed_on_every_replica_ends_in_that_error_and_its_neighbours_do_not() -> None:
+    promises = _promises()
+    before, wrong, after = _write(promises, 5, term=2, count=3)
+    promises.applied(5, [2, 2, 2], [Result(1), Result(error_code="usage", message="no such table"), Result(3)])
+    assert before.result(0) == Committed(5, 2, 1)
+    with pytest.raises(UsageError, match="no such table"):
+        wrong.result(0)
+    assert after.result(0) == Committed(7, 2, 3)
+
+
+def test_a_write_of_a_later_lead_outlives_the_deadline_of_the_one_before_it_at_the_same_index() -> None:
+    promises = _promises()
+    (older,) = _write(promises, 5, term=2, now=0.0)
+    (newer,) = _write(promises, 5, term=4, now=1.0)
+    promises.expire(10.0)
+    assert isinstance(older.exception(0), OutcomeUnknownError)
+    assert not newer.done()
+    promises.applied(5, [4], [Result(7)])
+    assert newer.result(0) == Committed(5, 4, 7)
+
+
+def test_a_read_is_answered_when_its_index_is_applied_and_not_before() -> None:
+    asked: list[int] = []
+    promises = _promises(asked)
+    first: Future[int] = promise()
+    second: Future[int] = promise()
+    promises.add_read(first, 0.0)
+    promises.add_read(second, 0.0)
+    promises.answered([ReadState(asked[0], 6), ReadState(asked[1], 7)], applied_index=6)
+    assert first.result(0) == 6
+    assert not second.done()
+    promises.answered([], applied_index=9)
+    assert second.result(0) == 9
+
+
+def test_a_read_that_the_core_does_not_answer_is_asked_again_and_the_old_number_no_longer_counts() -> None:
+    asked: list[int] = []
+    promises = _promises(asked)
+    future: Future[int] = promise()
+    promises.add_read(future, 0.0)
+    # The core dropped it: no index, so the question is repeated after its patience of three ticks.
+    promises.answered([ReadState(asked[0], 0)], applied_index=5)
+    for tick in range(1, 4):
+        promises.expire(tick / 10)
+        assert len(asked) == 1
+    promises.expire(0.4)
+    assert len(asked) == 2
+    promises.answered([ReadState(asked[0], 4)], applied_index=5)
+    assert not future.done()
+    promises.answered([ReadState(asked[1], 5)], applied_index=5)
+    assert future.result(0) == 5
+
+
+def test_a_read_with_an_index_waits_for_it_and_is_not_asked_again() -> None:
+    asked: list[int] = []
+    promises = _promises(asked)
+    future: Future[int] = promise()
+    promises.add_read(future, 0.0)
+    promises.answered([ReadState(asked[0], 8)], applied_index=5)
+    for tick in range(1, 10):
+        promises.expire(tick / 10)
+    assert len(asked) == 1
+    promises.answered([], applied_index=8)
+    assert future.result(0) == 8
+
+
+def test_a_read_that_nobody_confirms_in_time_may_be_retried() -> None:
+    promises = _promises()
+    future: Future[int] = promise()
+    promises.add_read(future, 0.0)
+    promises.expire(4.9)
+    assert not future.done()
+    promises.expire(5.0)
+    assert isinstance(future.exception(0), UnavailableError)
+
+
+def test_when_the_engine_ends_a_write_is_of_unknown_outcome_and_a_read_ends_as_the_engine_did() -> None:
+    promises = _promises()
+    (write,) = _write(promises, 5, term=2)
+    read: Future[int] = promise()
+    promises.add_read(read, 0.0)
+    gone = UnavailableError("the node has stopped")
+    promises.abandon(gone)
+    assert isinstance(write.exception(0), OutcomeUnknownError)
+    assert read.exception(0) is gone

@@ -91,6 +91,22 @@ def test_config_is_checked(options: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize(
+    "hard_state",
+    [
+        HardState(-1, 0, 0),
+        HardState(2**63, 0, 0),
+        HardState(1, -1, 0),
+        HardState(1, 2**32, 0),
+        HardState(1, 0, -1),
+        HardState(1, 0, 2**63),
+    ],
+)
+def test_hard_state_that_no_node_can_have_is_refused(hard_state: HardState) -> None:
+    with pytest.raises(UsageError, match="out of bounds"):
+        make(hard_state=hard_state)
+
+
+@pytest.mark.parametrize(
     ("log", "hard_state", "applied"),
     [
         ([1, 2], HardState(1, 0, 0), 0),
@@ -349,6 +365,17 @@ def test_force_skips_the_pre_vote() -> None:
     raft = make(pre_vote=True)
     raft.campaign(force=True)
     assert (raft.role, raft.term) == (Role.CANDIDATE, 1)
+
+
+def test_follower_put_on_the_brink_of_its_timeout_campaigns_at_the_next_tick() -> None:
+    raft = make(2)
+    raft.randomized_election_timeout = 15
+    raft.election_elapsed = 13
+    raft.tick()
+    assert (raft.role, raft.election_elapsed) == (Role.FOLLOWER, 14)
+    raft.tick()
+    assert (raft.role, raft.term, raft.vote) == (Role.CANDIDATE, 1, raft.id)
+    assert raft.hard_state == raft.ready().hard_state == HardState(1, 2, 0)
 
 
 def test_leader_of_a_log_that_starts_late_does_not_fail_on_a_peer_that_needs_more() -> None:
