@@ -15,6 +15,7 @@ from marble.lsm.machine import TableMachine
 from marble.raft.config import RaftConfig
 from marble.raft.core import Raft
 from marble.raft.messages import Message, MessageKind
+from marble.raft.progress import ProgressState
 from marble.testing.disk import DiskCrash, SimulatedFiles
 from marble.transport.codec import Envelope
 from marble.types import EntryKind, HardState, Role
@@ -26,6 +27,7 @@ class Bench:
     def __init__(self) -> None:
         self.files = SimulatedFiles(Random(1))
         self.sent: list[Message] = []
+        self.queues_full = False
         self.log = Log.open(self.files, LogOptions())
         config = RaftConfig(1, 10, 2, random=Random(1), pre_vote=False)
         raft = Raft(config, DurableState(HardState(), [1, 2, 3], TermIndex()))
@@ -33,7 +35,7 @@ class Bench:
 
     def send(self, to: int, envelopes: list[Envelope]) -> bool:
         self.sent.extend(envelope.message for envelope in envelopes)
-        return True
+        return not self.queues_full
 
     def turn(self) -> list[Message]:
         self.sent.clear()
@@ -104,3 +106,21 @@ def test_a_failed_sync_is_final() -> None:
     assert [message.kind for message in bench.sent] == []
     with pytest.raises(Exception, match="log"):
         bench.log.append(0, HardState(5, 1, 0), None)
+
+
+def test_a_leader_probes_a_peer_whose_queue_took_nothing() -> None:
+    bench = Bench()
+    bench.driver.raft.campaign()
+    bench.turn()
+    bench.take(MessageKind.REQUEST_VOTE_RESPONSE, 1)
+    bench.turn()
+    bench.take(MessageKind.APPEND_ENTRIES_RESPONSE, 1, log_index=1)
+    bench.turn()
+    peer = bench.driver.raft.progress[2]
+    assert peer.state is ProgressState.REPLICATE
+    bench.queues_full = True
+    bench.driver.propose([command(b"a")])
+    bench.turn()
+    # What was under way may be lost: no more is sent into the void, and the next answer says where to go on.
+    assert peer.state is ProgressState.PROBE
+    assert peer.next_index == 2
