@@ -381,10 +381,14 @@ class Log:
         if seal is None or seal.length != place.length:
             raise CorruptionError("the log was damaged after it had been opened", where, place.offset)
         data, at = window.view(place.offset, place.length)
-        batch = frame.decode(data, at, seal)
-        rows = batch.slice(place.row, place.end - place.first)
-        if rows.num_rows != place.end - place.first or frame.check_entries(rows, group)[0] != place.first:
-            raise CorruptionError("a frame does not hold the entries that it had held", where, place.offset)
+        try:
+            batch = frame.decode(data, at, seal)
+            rows = batch.slice(place.row, place.end - place.first)
+            check(frame.check_entries(rows, group)[0] == place.first, "entries of other indexes")
+            check(rows.num_rows == place.end - place.first, "fewer entries")
+        except (CorruptionError, InvariantError) as error:
+            what = f"a frame does not hold the entries that it had held ({error})"
+            raise CorruptionError(what, where, place.offset) from None
         with self._lock:
             self._remember(place.segment, place.offset, batch, place.length)
         return rows

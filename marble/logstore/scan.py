@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from marble._core import frame
 from marble.env import Files
-from marble.errors import CorruptionError
+from marble.errors import CorruptionError, InvariantError
 from marble.logstore.segment import FORMAT, Mark, Window, read_mark, segment_numbers, segment_path
 
 _SEARCH_WORK_FACTOR: Final = 16
@@ -133,7 +133,7 @@ class Scan:
             data, at = window.view(tail.end, seal.length)
             try:
                 batch = frame.decode(data, at, seal)
-            except CorruptionError as error:
+            except (CorruptionError, InvariantError) as error:
                 raise self._damage(number, tail.end, str(error)) from None
             offset = tail.end
             self._advance(seal)
