@@ -393,6 +393,17 @@ def test_leader_of_a_log_that_starts_late_does_not_fail_on_a_peer_that_needs_mor
     assert raft.role is Role.LEADER
 
 
+def test_follower_of_a_log_that_starts_late_names_no_term_before_its_start() -> None:
+    entries = TermIndex(11, 4)
+    entries.append(EntrySpan.of(11, [4, 4]))
+    storage = MemoryStorage(entries, HardState(4, 0, 10), range(1, 4), applied_index=10)
+    raft = Raft(RaftConfig(2, 10, 1, random=random.Random(1)), storage)
+    # All that is known here is of term 4: a log with term 3 at 12 can agree with this one only where it is forgotten.
+    raft.step(append(1, 2, 5, 12, 3))
+    (answer,) = raft.ready().messages_after_persist
+    assert (answer.reject, answer.log_index, answer.reject_hint, answer.log_term) == (True, 12, 9, 0)
+
+
 def test_the_core_is_pure() -> None:
     allowed = (
         "__future__",
