@@ -183,11 +183,6 @@ class Node:
         return self._role
 
     @property
-    def leader(self) -> int:
-        """Id of the leader as far as this node knows; `NO_NODE` if it does not."""
-        return self._leader
-
-    @property
     def leader_endpoint(self) -> str | None:
         """``host:port`` of the leader as far as this node knows."""
         return self.options.endpoints.get(self._leader)
@@ -292,7 +287,8 @@ class Node:
         """Stop the engine because of `error`, which is marble's own: nothing that follows could be trusted."""
 
         def stop() -> None:
-            raise error
+            if not self.stopped.is_set():  # Else the engine has ended already and is answering who still waits.
+                raise error
 
         self._inbox.put(stop)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from marble.env import SystemFiles
-from marble.errors import NotLeaderError, OutcomeUnknownError, UnavailableError, UsageError
+from marble.errors import InvariantError, NotLeaderError, OutcomeUnknownError, UnavailableError, UsageError
 from marble.lsm import payload
 from marble.lsm.machine import TableMachine
 from marble.node import Node, NodeOptions
@@ -125,18 +125,24 @@ def test_what_waits_at_a_stop_is_answered(tmp_path: Path) -> None:
     node.stop(DEADLINE_S)
 
 
+def hold(node: Node) -> Future[None]:
+    """Hold the engine until the future that comes back is given a result: what is posted can only gather."""
+    held: Future[None] = Future()
+    release: Future[None] = Future()
+
+    def wait(raft: object) -> None:
+        held.set_result(None)
+        release.result(DEADLINE_S)
+
+    node.call(wait)
+    held.result(DEADLINE_S)
+    return release
+
+
 def test_too_many_waiting_proposals_are_refused(tmp_path: Path) -> None:
     node = make(tmp_path, inbox_bytes_max=1)
     try:
-        # While the engine is held, proposals can only gather.
-        held, release = Future(), Future()
-
-        def hold(raft: object) -> None:
-            held.set_result(None)
-            release.result(DEADLINE_S)
-
-        node.call(hold)
-        held.result(DEADLINE_S)
+        release = hold(node)
         first = propose(node)
         with pytest.raises(UnavailableError, match="too many proposals"):
             propose(node)
@@ -176,3 +182,158 @@ def test_a_node_with_peers_does_not_run_on_a_log_that_lost_durable_bytes(tmp_pat
     for _ in range(2):
         with pytest.raises(CorruptionError, match="must not vote"):
             make(tmp_path, Silence())
+
+
+def test_a_node_alone_goes_on_with_what_its_log_has_left_and_says_what_it_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = make(tmp_path)
+    last = propose(node).result(DEADLINE_S).index
+    node.stop(DEADLINE_S)
+    (segment,) = (tmp_path / "log").glob("*.arrows")
+    segment.write_bytes(segment.read_bytes()[:-64])
+    node = make(tmp_path)
+    try:
+        assert "they are lost" in caplog.text
+        assert propose(node).result(DEADLINE_S).index > 0
+        assert node.status()["last_index"] <= last + 2
+    finally:
+        node.stop(DEADLINE_S)
+
+
+def test_an_entry_limit_that_no_frame_of_the_log_can_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the most that fits the log"):
+        make(tmp_path, entry_bytes_max=1 << 40)
+
+
+def test_a_node_starts_once(tmp_path: Path) -> None:
+    node = make(tmp_path)
+    try:
+        with pytest.raises(UsageError, match="starts once"):
+            node.start()
+        assert propose(node).result(DEADLINE_S).index > 0
+    finally:
+        node.stop(DEADLINE_S)
+
+
+def test_a_node_that_never_started_gives_its_directory_back(tmp_path: Path) -> None:
+    options = NodeOptions("c", 1, {1: "a:1"})
+    node = Node(options, SystemFiles(tmp_path), TableMachine())
+    with pytest.raises(UnavailableError, match="in use"):
+        make(tmp_path)
+    node.stop(DEADLINE_S)
+    make(tmp_path).stop(DEADLINE_S)
+
+
+def test_an_engine_that_hangs_keeps_the_directory_and_is_reported(tmp_path: Path) -> None:
+    node = make(tmp_path, read_timeout_s=0.01)
+    release = hold(node)
+    with pytest.raises(UnavailableError, match="does not answer"):
+        node.status()
+    with pytest.raises(UnavailableError, match="did not end within"):
+        node.stop(timeout_s=0)
+    # The hanging engine may still write.
+    with pytest.raises(UnavailableError, match="in use"):
+        make(tmp_path)
+    release.set_result(None)
+    node.stop(DEADLINE_S)
+    make(tmp_path).stop(DEADLINE_S)
+
+
+def test_messages_beyond_a_full_inbox_are_dropped_and_counted(tmp_path: Path) -> None:
+    node = make(tmp_path, Silence(), inbox_messages_max=1)
+    dropped = node.metrics.counter("messages_dropped_inbox_full")
+    heartbeats = [Envelope(0, Message(MessageKind.HEARTBEAT, leader, 1, 5)) for leader in (2, 3)]
+    try:
+        release = hold(node)
+        node.receive(heartbeats[:1])
+        node.receive(heartbeats[1:])
+        assert dropped.value == 1
+        release.set_result(None)
+        assert node.wait_for_leader(DEADLINE_S) == 2
+    finally:
+        node.stop(DEADLINE_S)
+    # A node that has stopped is not one with too much to do.
+    node.receive(heartbeats)
+    node.receive(heartbeats)
+    assert dropped.value == 1
+
+
+def test_a_leader_probes_a_peer_whose_link_is_lost(tmp_path: Path) -> None:
+    node = make(tmp_path, Silence(), check_quorum=False)
+    try:
+        term = elect(node)
+        node.receive([Envelope(0, Message(MessageKind.APPEND_ENTRIES_RESPONSE, 2, 1, term, log_index=1))])
+        assert node.status()["peers"]["2"]["state"] == "replicate"
+        node.unreachable(2)
+        assert node.status()["peers"]["2"]["state"] == "probe"
+    finally:
+        node.stop(DEADLINE_S)
+
+
+def test_a_campaign_asks_the_peers_before_it_raises_the_term(tmp_path: Path) -> None:
+    network = Silence()
+    node = make(tmp_path, network)
+    try:
+        node.campaign()
+        status = node.status()
+        assert (status["role"], status["term"]) == ("pre-candidate", 0)
+        assert {(message.kind, message.to) for message in network.sent} == {
+            (MessageKind.REQUEST_PRE_VOTE, 2),
+            (MessageKind.REQUEST_PRE_VOTE, 3),
+        }
+    finally:
+        node.stop(DEADLINE_S)
+
+
+def test_waiting_for_a_leader_ends_with_its_time_or_with_the_node(tmp_path: Path) -> None:
+    node = make(tmp_path, Silence())
+    try:
+        with pytest.raises(UnavailableError, match="no leader was known to node 1"):
+            node.wait_for_leader(0.0)
+    finally:
+        node.stop(DEADLINE_S)
+    with pytest.raises(UnavailableError, match="has stopped"):
+        node.wait_for_leader(DEADLINE_S)
+
+
+def test_a_call_that_is_refused_is_the_caller_s_and_does_no_harm(tmp_path: Path) -> None:
+    node = make(tmp_path)
+    try:
+        with pytest.raises(UsageError):
+            node.call(lambda raft: raft.propose([])).result(DEADLINE_S)
+        assert propose(node).result(DEADLINE_S).index > 0
+    finally:
+        node.stop(DEADLINE_S)
+
+
+def test_a_second_failure_does_not_keep_anyone_from_an_answer(tmp_path: Path) -> None:
+    node = make(tmp_path)
+    release = hold(node)
+    before = propose(node)
+    node.fail(RuntimeError("the sky fell"))
+    node.fail(RuntimeError("and then the ground"))
+    after, read = propose(node), node.read_index()
+    release.set_result(None)
+    for future in (before, after, read):
+        with pytest.raises(InvariantError, match="the sky fell"):
+            future.result(DEADLINE_S)
+    assert node.stopped.is_set()
+    node.stop(DEADLINE_S)
+
+
+def test_messages_that_prove_a_loss_stop_the_node_and_everyone_is_answered(tmp_path: Path) -> None:
+    node = make(tmp_path, Silence())
+    # A leader sends no commit index that this node has not acknowledged: its log must have had these entries.
+    proof = [Envelope(0, Message(MessageKind.HEARTBEAT, 2, 1, 5, commit=99))]
+    release = hold(node)
+    before = propose(node)
+    node.receive(proof)
+    node.receive(proof)
+    after, read = propose(node), node.read_index()
+    release.set_result(None)
+    for future in (before, after, read):
+        with pytest.raises(InvariantError, match="entry 99 is committed"):
+            future.result(DEADLINE_S)
+    assert node.stopped.is_set()
+    node.stop(DEADLINE_S)
