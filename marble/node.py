@@ -260,8 +260,11 @@ class Node:
         def run() -> None:
             try:
                 future.set_result(function(self._driver.raft))
-            except MarbleError as error:
+            except BaseException as error:
                 future.set_exception(error)
+                # What is neither the caller's fault nor a matter of time is ours: the engine must not go on.
+                if not (isinstance(error, UsageError | NotLeaderError | UnavailableError) or self.stopped.is_set()):
+                    raise
 
         self._post(run, future)
         return future

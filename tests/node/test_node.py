@@ -337,3 +337,21 @@ def test_messages_that_prove_a_loss_stop_the_node_and_everyone_is_answered(tmp_p
             future.result(DEADLINE_S)
     assert node.stopped.is_set()
     node.stop(DEADLINE_S)
+
+
+@pytest.mark.parametrize("error", [InvariantError("two leaders"), ZeroDivisionError("by zero")])
+def test_a_call_that_breaks_the_core_stops_the_node_and_tells_every_caller(tmp_path: Path, error: Exception) -> None:
+    def break_it(raft: object) -> None:
+        raise error
+
+    node = make(tmp_path)
+    release = hold(node)
+    first, second, write = node.call(break_it), node.call(break_it), propose(node)
+    release.set_result(None)
+    assert first.exception(DEADLINE_S) is error
+    assert second.exception(DEADLINE_S) is error
+    with pytest.raises(InvariantError, match=str(error)):
+        write.result(DEADLINE_S)
+    assert node.stopped.is_set()
+    assert node.failure is error
+    node.stop(DEADLINE_S)
