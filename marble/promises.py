@@ -127,9 +127,9 @@ class Promises:
             return
         for answer in reads:
             read = self._reads.get(answer.request)
-            if read is not None and answer.index:
+            if read is not None:
+                # Index 0: the core dropped it. `expire` asks again, perhaps of another leader.
                 read.index = answer.index
-            # Index 0: the core dropped it. `expire` asks again, perhaps of another leader.
         for request in [request for request, read in self._reads.items() if 0 < read.index <= applied_index]:
             self._reads.pop(request).future.set_result(applied_index)
 
