@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime, time, timedelta
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -273,6 +275,39 @@ class TestGet:
             table.get_many([1], consistency="eventual")  # type: ignore[arg-type]
         with pytest.raises(UsageError, match=message):
             table.scan(consistency="eventual")  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        ("type_", "key"),
+        [
+            (pa.int64(), 1.5),
+            (pa.int8(), Decimal("1.5")),
+            (pa.date32(), datetime(2020, 1, 1, 5)),
+            (pa.timestamp("s"), datetime(2020, 1, 1, microsecond=5)),
+            (pa.timestamp("ms", "UTC"), datetime(2020, 1, 1, microsecond=5, tzinfo=UTC)),
+            (pa.time32("s"), time(1, 1, 1, 5)),
+            (pa.duration("ms"), timedelta(microseconds=5)),
+        ],
+    )
+    def test_a_key_is_never_rounded_to_another(self, db: Database, type_: pa.DataType, key: object) -> None:
+        schema = pa.schema([("k", type_), ("v", pa.int8())])
+        table = db.create_table("t", schema, ["k"])
+        table.write(pa.RecordBatch.from_arrays([pa.array([key], type_), pa.array([1], pa.int8())], schema=schema))
+        for call in (table.get, lambda key: table.get_many([key]), lambda key: table.delete([key])):
+            with pytest.raises(UsageError, match="key column 'k' must be"):
+                call(key)
+        (stored,) = table.scan().to_table()["k"].to_pylist()
+        assert table.get(stored) == {"k": stored, "v": 1}
+
+    @pytest.mark.parametrize(
+        ("type_", "key"), [(pa.int64(), 2.0), (pa.uint64(), 2**64 - 1), (pa.date32(), datetime(2020, 1, 1))]
+    )
+    def test_a_key_of_another_type_that_means_the_same_is_taken(
+        self, db: Database, type_: pa.DataType, key: object
+    ) -> None:
+        schema = pa.schema([("k", type_)])
+        table = db.create_table("t", schema, ["k"])
+        table.write(pa.RecordBatch.from_arrays([pa.array([key], type_)], schema=schema))
+        assert table.get(key) is not None
 
 
 class TestDelete:

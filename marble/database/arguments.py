@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, time
 
 import pyarrow as pa
+import pyarrow.types as pt
 
 from marble.errors import UsageError
 from marble.schema import TableInfo, conform_keys, to_batches
@@ -41,12 +43,24 @@ def key_batch(table: TableInfo, keys: object) -> pa.RecordBatch:
     arrays = []
     for position, field in enumerate(table.key_schema):
         try:
-            arrays.append(pa.array([row[position] for row in rows], field.type))
+            arrays.append(_key_column([row[position] for row in rows], field.type))
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise UsageError(
                 f"table {table.name!r}: key column {field.name!r} must be {field.type}: {error}"
             ) from error
     return conform_keys(pa.RecordBatch.from_arrays(arrays, names=list(table.key)), table)
+
+
+def _key_column(values: Sequence[object], type_: pa.DataType) -> pa.Array:
+    """`values` as an array of `type_`. Raises `pyarrow.ArrowInvalid` for a value that `type_` cannot hold as it is."""
+    # PyArrow cuts 1.5 to 1 and a moment to its day without a word, and would so find, or delete, the row of another key.
+    if pt.is_date(type_):
+        for value in values:
+            if isinstance(value, datetime) and value.time() != time(0):
+                raise pa.ArrowInvalid(f"{value!r} is a moment and not a day")
+    elif (pt.is_integer(type_) or pt.is_temporal(type_)) and not all(type(value) is int for value in values):
+        pa.array(values).cast(type_)
+    return pa.array(values, type_)
 
 
 def _key_row(table: TableInfo, key: object) -> tuple[object, ...]:
