@@ -53,6 +53,9 @@ PROBE_TIMEOUT_S: Final = 2.0
 ATTEMPT_TIMEOUT_S: Final = 8.0
 """How long one node may take to answer a call before the next one is asked: above a node's own deadlines, which give the better error."""
 
+SCAN_TIMEOUT_S: Final = 3600.0
+"""How long a scan may take in all."""
+
 FOLLOW_MAX: Final = 3
 """How often a node's word about who leads is followed before all are asked anew."""
 
@@ -88,7 +91,7 @@ class RemoteBackend:
     """What `marble.database.Database` does, done over Flight. Thread-safe.
 
     - ``_clients`` has one Flight client per endpoint, made on first use.
-    - ``_leader`` is a guess: every use may find it wrong.
+    - ``_leader`` is a guess: every use may find it wrong. ``_silent`` are those that last did not answer: they are asked last.
     - ``_given`` are the user's endpoints; what asks one replica about itself stays with them. ``_learnt`` are the others that nodes named.
     - ``_scans`` has the streams that are being read, with the moment at which a silent one is given up.
 
@@ -109,6 +112,7 @@ class RemoteBackend:
         self._puts: dict[tuple[int, str], PutStream] = {}
         self._scans: dict[fl.FlightStreamReader, float] = {}
         self._leader: str | None = None
+        self._silent: set[str] = set()
         self._closed = threading.Event()
         self._process = os.getpid()
         self._watch: threading.Thread | None = None
@@ -223,8 +227,10 @@ class RemoteBackend:
         ticket = fl.Ticket(encode_ticket(table.name, wanted, consistency))
 
         def begin(endpoint: str, left: float) -> fl.FlightStreamReader:
-            # A call's deadline would end a long scan that is well; the watch ends one that stands still.
-            reader = self._client(endpoint).do_get(ticket)
+            # A call's deadline covers the whole of a scan, so it is generous, and the watch ends a scan that stands still. But
+            # DoGet itself waits for the first answer, uninterruptibly: ask first whether there is somebody to give it.
+            self._action(endpoint, "ping", b"", left)
+            reader = self._client(endpoint).do_get(ticket, call_options(SCAN_TIMEOUT_S))
             with self._watched(reader, left):
                 reader.schema  # noqa: B018  (waits for the first answer: until then another node can be asked)
             return reader
@@ -260,7 +266,9 @@ class RemoteBackend:
             put.close(self._options.timeout_s)
         self._closed.set()
         if watch is not None:
-            watch.join()
+            # A Ctrl-C may have come while it was being started; then there is nothing to wait for.
+            with contextlib.suppress(RuntimeError):
+                watch.join()
         with self._lock:
             clients, self._clients = self._clients, {}
         for client in clients.values():
@@ -277,7 +285,10 @@ class RemoteBackend:
         """All known nodes, the likely leader first."""
         leader = self._leader
         others = [each for each in (*self._given, *self._learnt) if each != leader]
-        return others if leader is None else [leader, *others]
+        return self._willing_first(others if leader is None else [leader, *others])
+
+    def _willing_first(self, endpoints: Sequence[str]) -> list[str]:
+        return sorted(endpoints, key=lambda each: each in self._silent)
 
     def _start_watch(self) -> None:
         """Start the watch unless it runs. Called under the lock."""
@@ -337,19 +348,24 @@ class RemoteBackend:
         backoff = _Backoff(deadline, self._closed)
         while True:
             error: MarbleError = UnavailableError("no node answers")
-            for endpoint in self._candidates() if only is None else only:
+            candidates = self._candidates() if only is None else self._willing_first(only)
+            for number, endpoint in enumerate(candidates):
                 self._check_open()
-                left = max(RETRY_WAIT_MIN_S, deadline - time.monotonic())
+                # Its share of the time that is left: one that hangs must not use up the others'.
+                left = (deadline - time.monotonic()) / (len(candidates) - number)
                 try:
-                    return attempt(endpoint, min(left, ATTEMPT_TIMEOUT_S))
+                    answer = attempt(endpoint, max(RETRY_WAIT_MIN_S, min(left, ATTEMPT_TIMEOUT_S)))
+                    self._silent.discard(endpoint)
+                    return answer
                 except (MarbleError, *STREAM_ERRORS) as failure:
                     error = from_flight_error(failure)
                 if isinstance(error, NotLeaderError):
                     self._leader = error.leader
                 elif not isinstance(error, UnavailableError | OutcomeUnknownError):
                     raise error
-                elif endpoint == self._leader:
-                    self._leader = None
+                else:
+                    self._silent.add(endpoint)
+                    self._leader = None if endpoint == self._leader else self._leader
             backoff.wait(error)
 
     def _call_once(self, name: str, body: bytes) -> bytes:

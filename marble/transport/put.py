@@ -166,7 +166,10 @@ class PutStream:
                     pass  # The stream broke at the same moment: its thread finds out and ends all the same.
         if thread is None:
             return
-        thread.join(timeout_s)
+        try:
+            thread.join(timeout_s)
+        except RuntimeError:
+            return  # A Ctrl-C came while it was being started: nothing was sent.
         if thread.is_alive():
             with self._state:
                 reader = self._reader

@@ -31,9 +31,12 @@ class Node(fl.FlightServerBase):
         self.release = threading.Event()
         self.rows: list[pa.RecordBatch] = []
         self.silent_after: int | None = None
+        self.hung = False
 
     def do_action(self, context, action):
         self.asked += 1
+        if self.hung:
+            self.release.wait(DEADLINE_S)
         yield json.dumps(self.status()).encode()
 
     def do_get(self, context, ticket):
@@ -115,6 +118,41 @@ def test_a_node_that_is_gone_is_passed_over(nodes: list[Node], make: Callable[..
     alive.says("leader", alive.endpoint, [alive.endpoint])
     gone.shutdown()
     assert make(gone.endpoint, alive.endpoint).status()["role"] == "leader"
+
+
+@pytest.mark.parametrize("read", ["status", "scan"])
+def test_a_node_that_hangs_costs_its_share_of_one_read_and_is_then_asked_last(
+    nodes: list[Node], make: Callable[..., RemoteBackend], read: str
+) -> None:
+    hung, alive, _ = nodes
+    hung.hung = True
+    alive.says("leader", alive.endpoint, [alive.endpoint])
+    backend = make(hung.endpoint, alive.endpoint, timeout_s=3.0)
+    for _ in range(2):
+        if read == "status":
+            assert backend.status()["role"] == "leader"
+        else:
+            assert backend.scan(TABLE, None, None, "linearizable").read_all().num_rows == 0
+    assert hung.asked == 1
+
+
+@pytest.mark.parametrize("name", ["marble-client-watch", "marble-put-"])
+def test_close_after_ctrl_c_while_a_thread_was_started(
+    nodes: list[Node], make: Callable[..., RemoteBackend], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if thread.name.startswith(name):
+            raise KeyboardInterrupt
+        start(thread)
+
+    backend = make(nodes[0].endpoint)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            backend.write(TABLE, pa.record_batch({"k": [1]}, schema=SCHEMA))
+    backend.close()
 
 
 def test_a_scan_that_stands_still_is_given_up(nodes: list[Node], make: Callable[..., RemoteBackend]) -> None:
