@@ -22,7 +22,7 @@ FRESH_SEED = int(os.environ.get("MARBLE_TEST_SEED", "0")) or int.from_bytes(os.u
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_fixed_seeds(seed: int, size: int, faults: Faults) -> None:
     history = run(seed, STEPS, size, faults)
-    assert history.acknowledged
+    assert history.committed
 
 
 @pytest.mark.parametrize("offset", range(4))
