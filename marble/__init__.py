@@ -10,7 +10,7 @@ The floors; imports only run downwards, and modules of one floor never import ea
 7   server  service                                                             a node behind a Flight port
 6   local  client                                                               the tables, from this process and from afar
 5   node                                                                        the engine thread and its inbox
-4   driver  promises  identity                                                  one turn; what callers wait for; whose data
+4   driver  promises  identity  options                                         one turn; what callers wait for; whose data
 3   transport                                                                   messages and calls as Arrow Flight
 2   raft | logstore | lsm | database                                            decisions; the log; tables; the public classes
 1   _core                                                                       kernels in Cython and C++

@@ -21,7 +21,8 @@ from marble.errors import UsageError
 from marble.lsm import payload
 from marble.lsm.machine import TableMachine
 from marble.lsm.view import TableView
-from marble.node import Node, NodeOptions
+from marble.node import Node
+from marble.options import NodeOptions
 from marble.promises import Committed, promise
 from marble.schema import TableInfo, conform, conform_keys
 from marble.types import EntryKind
@@ -65,18 +66,18 @@ class LocalBackend:
         self.machine = machine
         self._closed = False
 
-    def propose(self, kind: EntryKind, table_id: int, body: pa.Buffer) -> Future[Committed]:
-        """Offer one entry of `kind` for the log."""
+    def propose(self, kind: EntryKind, table_id: int, body: pa.Buffer, term: int | None = None) -> Future[Committed]:
+        """Offer one entry of `kind` for the log; see `Node.propose` for `term`."""
         self._check_open()
-        return self.node.propose(Proposal(kind, table_id, body))
+        return self.node.propose(Proposal(kind, table_id, body), term)
 
-    def write_entry(self, table: TableInfo, batch: pa.RecordBatch) -> Future[Committed]:
+    def write_entry(self, table: TableInfo, batch: pa.RecordBatch, term: int | None = None) -> Future[Committed]:
         """Upsert the rows of `batch`, whoever it came from, as one entry."""
-        return self.propose(EntryKind.WRITE, table.id, payload.encode_rows(conform(batch, table)))
+        return self.propose(EntryKind.WRITE, table.id, payload.encode_rows(conform(batch, table)), term)
 
-    def delete_entry(self, table: TableInfo, keys: pa.RecordBatch) -> Future[Committed]:
+    def delete_entry(self, table: TableInfo, keys: pa.RecordBatch, term: int | None = None) -> Future[Committed]:
         """Delete the rows with these `keys`, whoever they came from, as one entry."""
-        return self.propose(EntryKind.DELETE, table.id, payload.encode_rows(conform_keys(keys, table)))
+        return self.propose(EntryKind.DELETE, table.id, payload.encode_rows(conform_keys(keys, table)), term)
 
     def write(self, table: TableInfo, batch: pa.RecordBatch) -> Future[int]:
         # `Table` has conformed what it hands over.

@@ -14,9 +14,8 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
 from marble._core.entry_batch import Proposal
@@ -36,7 +35,8 @@ from marble.identity import LOCK_FILE, bind
 from marble.logstore.log import Log, LogOptions
 from marble.machine import StateMachine
 from marble.metrics import Metrics
-from marble.promises import Committed, Promises, promise
+from marble.options import NodeOptions
+from marble.promises import Committed, Offer, Promises, promise
 from marble.raft.config import RaftConfig
 from marble.raft.core import Raft
 from marble.raft.messages import RoleChanged
@@ -48,43 +48,6 @@ logger = logging.getLogger("marble.node")
 GROUP: Final = 0
 """The one group of a node, until there are many."""
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class NodeOptions:
-    """What a node is made of, checked by `marble.config` or by the caller.
-
-    - ``endpoints`` holds every voter, this node (``node_id``) included.
-    - ``election_ticks`` and ``heartbeat_ticks`` count ticks of ``tick_ms`` milliseconds.
-    """
-
-    cluster_id: str
-    node_id: int
-    endpoints: Mapping[int, str]
-    tick_ms: float = 100.0
-    election_ticks: int = 15
-    heartbeat_ticks: int = 3
-    pre_vote: bool = True
-    check_quorum: bool = True
-    log_bytes_max: int | None = None
-    """Writes are refused with UnavailableError while the log is larger. None: as large as the disk."""
-    entry_bytes_max: int = 16 * 1024 * 1024
-    append_bytes_max: int = 4 * 1024 * 1024
-    """One AppendEntries carries at most this much, but always one entry."""
-    inflight_messages_max: int = 256
-    inflight_bytes_max: int = 64 * 1024 * 1024
-    uncommitted_bytes_max: int = 256 * 1024 * 1024
-    inbox_messages_max: int = 16_384
-    """Peers' messages waiting for the engine; more are dropped and counted, which Raft tolerates."""
-    inbox_bytes_max: int = 128 * 1024 * 1024
-    """Proposals waiting for the engine; more are refused with UnavailableError."""
-    segment_bytes_max: int = 64 * 1024 * 1024
-    """Size at which the log begins another file."""
-    cache_bytes_max: int = 64 * 1024 * 1024
-    """Of the log's recent entries, kept in memory for followers and for apply."""
-    propose_timeout_s: float = 10.0
-    """After this an undecided proposal ends in OutcomeUnknownError."""
-    read_timeout_s: float = 5.0
 
 
 class Transport(Protocol):
@@ -152,13 +115,15 @@ class Node:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._inbox_lock = threading.Lock()
         self._inbox_bytes = 0
-        self._batching: list[tuple[Proposal, Future[Committed]]] = []
+        self._batching: list[Offer] = []
+        self._stalled_since: float | None = None
         self._closing = False
         self._process = os.getpid()
         self._thread: threading.Thread | None = None
         self._view = threading.Condition()
         self._role = Role.FOLLOWER
         self._leader = NO_NODE
+        self._leading_term = 0
         self._resources = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             files.make_directory("")
@@ -181,6 +146,11 @@ class Node:
     def role(self) -> Role:
         """This node's role as of the engine's last turn."""
         return self._role
+
+    @property
+    def leading_term(self) -> int:
+        """The term that this node leads, as of the engine's last turn; 0 if it does not lead."""
+        return self._leading_term
 
     @property
     def leader_endpoint(self) -> str | None:
@@ -221,11 +191,13 @@ class Node:
         self.stopped.set()
         self._resources.close()
 
-    def propose(self, proposal: Proposal) -> Future[Committed]:
-        """Offer `proposal` for the log.
+    def propose(self, proposal: Proposal, term: int | None = None) -> Future[Committed]:
+        """Offer `proposal` for the log; if `term` is given, only under this node's leadership of that term.
 
-        The future ends with `Committed`, or with NotLeaderError or UnavailableError (nothing was replicated),
-        OutcomeUnknownError, or the error that applying it gave on every replica.
+        What is offered under one term takes effect in the order in which it was offered, without gaps: after one that was
+        refused because the leadership is over, none of it can be accepted any more. The future ends with `Committed`, or
+        with NotLeaderError or UnavailableError (nothing was replicated), OutcomeUnknownError, or the error that
+        applying it gave on every replica.
         """
         future: Future[Committed] = promise()
         size = proposal.nbytes
@@ -241,7 +213,7 @@ class Node:
                     "too many proposals wait on this node: retry later, or keep fewer writes in flight"
                 )
             self._inbox_bytes += size
-            self._inbox.put(lambda: self._batching.append((proposal, future)))
+            self._inbox.put(lambda: self._batching.append(Offer(proposal, future, term)))
         return future
 
     def read_index(self) -> Future[int]:
@@ -399,23 +371,49 @@ class Node:
                 logger.warning("node %d drops a message: %s", self.options.node_id, error)
 
     def _propose_batch(self) -> None:
+        """Offer the core what has gathered. What it has no room for now waits, in order, and is offered again."""
         if not self._batching:
             return
-        batch, self._batching = self._batching, []
-        with self._inbox_lock:
-            self._inbox_bytes -= sum(proposal.nbytes for proposal, _ in batch)
+        raft, now = self._driver.raft, self._clock.monotonic()
+        leading = raft.term if raft.role is Role.LEADER else 0
+        over = [offer for offer in self._batching if offer.term not in (None, leading)]
+        batch = [offer for offer in self._batching if offer.term in (None, leading)] if over else self._batching
+        self._batching = []
+        self._refuse(over, NotLeaderError("this node's leadership is over"))
         limit = self.options.log_bytes_max
-        try:
-            if limit is not None and self._log.nbytes > limit:
-                raise UnavailableError(f"the log has {self._log.nbytes} bytes, more than max_log_size ({limit})")
-            first = self._driver.propose([proposal for proposal, _ in batch])
-        except (NotLeaderError, UnavailableError) as error:
-            for _, future in batch:
-                # The core knows ids only; a caller needs to know where to go.
-                not_leader = isinstance(error, NotLeaderError)
-                future.set_exception(NotLeaderError(str(error), self.leader_endpoint) if not_leader else error)
+        if limit is not None and self._log.nbytes > limit:
+            error = UnavailableError(f"the log has {self._log.nbytes} bytes, more than max_log_size ({limit})")
+            self._refuse(batch, error)
             return
-        self._promises.add_writes(first.index, first.term, [future for _, future in batch], self._clock.monotonic())
+        stalled_since, self._stalled_since = self._stalled_since, None
+        if not batch:
+            return
+        try:
+            first = self._driver.propose([offer.proposal for offer in batch])
+        except NotLeaderError as not_leader:
+            self._refuse(batch, not_leader)
+        except UnavailableError as full:
+            stalled_since = now if stalled_since is None else stalled_since
+            if now - stalled_since < self.options.propose_timeout_s:
+                # Refusing some and taking what comes after them would leave a gap in somebody's stream.
+                self._batching, self._stalled_since = batch, stalled_since
+            else:
+                self._refuse(batch, full)
+        else:
+            self._release(batch)
+            self._promises.add_writes(first.index, first.term, [offer.future for offer in batch], now)
+
+    def _refuse(self, offers: list[Offer], error: MarbleError) -> None:
+        self._release(offers)
+        if isinstance(error, NotLeaderError):
+            # The core knows ids only; a caller needs to know where to go.
+            error = NotLeaderError(str(error), self.leader_endpoint)
+        for offer in offers:
+            offer.future.set_exception(error)
+
+    def _release(self, offers: list[Offer]) -> None:
+        with self._inbox_lock:
+            self._inbox_bytes -= sum(offer.proposal.nbytes for offer in offers)
 
     def _publish(self) -> None:
         """Tell those who wait what the last turn decided."""
@@ -431,6 +429,7 @@ class Node:
         logger.info("node %d is %s in term %d, leader %s", self.options.node_id, event.role.value, event.term, leader)
         with self._view:
             self._role, self._leader = event.role, event.leader
+            self._leading_term = event.term if event.role is Role.LEADER else 0
             self._view.notify_all()
 
     def _abandon(self) -> None:
@@ -444,7 +443,7 @@ class Node:
             except MarbleError:
                 continue
         gone = self._gone()
-        for _, future in self._batching:
+        for _, future, _ in self._batching:
             future.set_exception(gone)
         self._batching = []
         self._promises.abandon(gone)

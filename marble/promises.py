@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from marble._core.entry_batch import Proposal
 from marble.errors import MarbleError, OutcomeUnknownError, UnavailableError
 from marble.machine import Result
 from marble.raft.messages import ReadState
@@ -27,6 +28,14 @@ class Committed:
     index: int
     term: int
     value: int
+
+
+class Offer(NamedTuple):
+    """A proposal on its way to the core; under the leadership of `term` only, if that is not None."""
+
+    proposal: Proposal
+    future: Future[Committed]
+    term: int | None
 
 
 @dataclass(slots=True)

@@ -34,7 +34,8 @@ from marble.local import LocalBackend
 from marble.lsm import payload
 from marble.lsm.machine import TableMachine
 from marble.metrics import Metrics
-from marble.node import Node, NodeOptions
+from marble.node import Node
+from marble.options import NodeOptions
 from marble.promises import Committed
 from marble.service import TablesService
 from marble.transport.flight import FlightTransport

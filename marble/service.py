@@ -182,14 +182,20 @@ class TablesService:
         name, verb = path
         write = self._backend.write_entry if verb == wire.UPSERT else self._backend.delete_entry
 
-        def offer(batch: pa.RecordBatch) -> Future[wire.Ack]:
-            if self._node.role is not Role.LEADER:
+        term = 0
+
+        def offer(batch: pa.RecordBatch, begins: bool) -> Future[wire.Ack]:
+            nonlocal term
+            if begins:
+                # All that is under way at once belongs to one leadership, so that none of it can pass what was refused.
+                term = self._node.leading_term
+            if not term:
                 raise self._not_leader()
-            return then(write(self._table(name), batch), _ack)
+            return then(write(self._table(name), batch, term), _ack)
 
         ways = Ways(
             offer=offer,
-            leads=lambda: self._node.role is Role.LEADER,
+            leads=lambda: self._node.leading_term != 0,
             open_relay=(lambda: self._relays.open_stream(path, reader.schema)) if _may_forward(context) else None,
             timeout_s=self._timeout_s + ANSWER_MARGIN_S,
         )

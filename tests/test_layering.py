@@ -17,7 +17,7 @@ FLOORS = [
     ("_core",),
     ("raft", "logstore", "lsm", "database"),
     ("transport",),
-    ("driver", "promises", "identity"),
+    ("driver", "promises", "identity", "options"),
     ("node",),
     ("local", "client"),
     ("server", "service"),

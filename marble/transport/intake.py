@@ -56,7 +56,8 @@ class Ways:
     Attributes
     ----------
     offer
-        Puts a batch into this node's log; raises what the caller did wrong.
+        Puts a batch into this node's log; raises what the caller did wrong. Its second argument says that nothing of the
+        stream is under way, so that a new leadership may begin with this batch.
     leads
         Whether this node leads, as far as it knows.
     open_relay
@@ -65,7 +66,7 @@ class Ways:
         After this an outcome is taken for lost. Above the deadlines of the log and the relay, which say more.
     """
 
-    offer: Callable[[pa.RecordBatch], Future[Ack]]
+    offer: Callable[[pa.RecordBatch, bool], Future[Ack]]
     leads: Callable[[], bool]
     open_relay: Callable[[], Relay] | None
     timeout_s: float
@@ -121,6 +122,7 @@ class Intake:
         self._bytes = 0
         self._relay: Relay | None = None
         self._relayed = False
+        self._refusal: MarbleError | None = None
         self._finishing = False
         self._stopping = False
         self._broken = False
@@ -159,6 +161,7 @@ class Intake:
         self._wait_for_room(size)
         with self._route:
             if not self._window:
+                self._refusal = None
                 self._relayed = self._ways.open_relay is not None and not self._ways.leads()
             self._append(_Item(batch, size, self._send(batch), time.monotonic() + self._ways.timeout_s))
 
@@ -191,12 +194,19 @@ class Intake:
                 raise StreamEndedError
 
     def _send(self, batch: pa.RecordBatch) -> Future[Ack]:
-        """Start `batch` on the present way. Called under ``_route``."""
+        """Start `batch` on the present way. Called under ``_route``.
+
+        A refusal holds for all that follows while something is under way: what came after a gap would overtake it.
+        """
+        if self._refusal is not None:
+            return _failed(self._refusal)
         try:
             if not self._relayed:
-                return self._ways.offer(batch)
+                return self._ways.offer(batch, not self._window)
             return self._the_relay().write(batch)
         except MarbleError as error:
+            if isinstance(error, NotLeaderError | UnavailableError):
+                self._refusal = error
             return _failed(error)
 
     def _the_relay(self) -> Relay:
@@ -295,6 +305,7 @@ class Intake:
             if any(self._may_have_effect(item) for item in items[:last]):
                 return
             self._relayed = True
+            self._refusal = None
             for item in refused:
                 item.future = self._send(item.batch)
                 item.deadline = time.monotonic() + self._ways.timeout_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from marble.env import SystemFiles
 from marble.errors import InvariantError, NotLeaderError, OutcomeUnknownError, UnavailableError, UsageError
 from marble.lsm import payload
 from marble.lsm.machine import TableMachine
-from marble.node import Node, NodeOptions
+from marble.node import Node
+from marble.options import NodeOptions
 from marble.promises import Committed
 from marble.raft.messages import Message, MessageKind
 from marble.transport.codec import Envelope
@@ -42,10 +44,22 @@ def command(text: bytes = b"x") -> tuple[EntryKind, int, object]:
     return EntryKind.COMMAND, 0, payload.encode_command(text)
 
 
-def propose(node: Node, text: bytes = b"x") -> Future[Committed]:
+def propose(node: Node, text: bytes = b"x", term: int | None = None) -> Future[Committed]:
     from marble._core.entry_batch import Proposal
 
-    return node.propose(Proposal(*command(text)))
+    return node.propose(Proposal(*command(text)), term)
+
+
+def wait_for_last(node: Node, index: int) -> None:
+    """Return when the core's log ends at `index`: each status takes a turn of the engine."""
+    end = time.monotonic() + DEADLINE_S
+    while node.status()["last_index"] < index:
+        assert time.monotonic() < end
+
+
+def acknowledge(node: Node, term: int, index: int) -> None:
+    """Node 2 has everything up to `index`."""
+    node.receive([Envelope(0, Message(MessageKind.APPEND_ENTRIES_RESPONSE, 2, 1, term, log_index=index))])
 
 
 def elect(node: Node) -> int:
@@ -355,3 +369,61 @@ def test_a_call_that_breaks_the_core_stops_the_node_and_tells_every_caller(tmp_p
     assert node.stopped.is_set()
     assert node.failure is error
     node.stop(DEADLINE_S)
+
+
+def test_what_does_not_fit_waits_in_order_instead_of_leaving_a_gap(tmp_path: Path) -> None:
+    node = make(tmp_path, Silence(), check_quorum=False, uncommitted_bytes_max=1)
+    try:
+        term = elect(node)
+        acknowledge(node, term, 1)
+        futures = []
+        for number in range(4):
+            futures.append(propose(node, b"%d" % number, term))
+            # The first is in the log, and fills it, before the others come.
+            wait_for_last(node, 2)
+        assert node.status()["last_index"] == 2
+        assert not any(future.done() for future in futures)
+        acknowledge(node, term, 2)
+        # The core is empty now, so all that waited goes in as one.
+        wait_for_last(node, 5)
+        acknowledge(node, term, 5)
+        assert [future.result(DEADLINE_S).index for future in futures] == [2, 3, 4, 5]
+    finally:
+        node.stop(DEADLINE_S)
+
+
+def test_what_never_fits_is_refused_in_the_end(tmp_path: Path) -> None:
+    node = make(tmp_path, Silence(), check_quorum=False, uncommitted_bytes_max=1, propose_timeout_s=0.3, tick_ms=20.0)
+    try:
+        term = elect(node)
+        first = propose(node)
+        wait_for_last(node, 2)
+        second = propose(node)
+        with pytest.raises(UnavailableError, match="wait to be committed"):
+            second.result(DEADLINE_S)
+        with pytest.raises(OutcomeUnknownError):
+            first.result(DEADLINE_S)
+        assert node.leading_term == term
+    finally:
+        node.stop(DEADLINE_S)
+
+
+def test_what_was_meant_for_one_leadership_is_not_taken_by_another(tmp_path: Path) -> None:
+    node = make(tmp_path, Silence(), check_quorum=False)
+    try:
+        first = elect(node)
+        assert node.leading_term == first
+        node.receive([Envelope(0, Message(MessageKind.HEARTBEAT, 2, 1, first + 1))])
+        with pytest.raises(NotLeaderError):
+            propose(node, term=first).result(DEADLINE_S)
+        second = elect(node)
+        assert second > first
+        with pytest.raises(NotLeaderError, match="over"):
+            propose(node, term=first).result(DEADLINE_S)
+        acknowledge(node, second, 2)
+        mine = propose(node, term=second)
+        wait_for_last(node, 3)
+        acknowledge(node, second, 3)
+        assert mine.result(DEADLINE_S).term == second
+    finally:
+        node.stop(DEADLINE_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 from collections.abc import Callable
@@ -65,7 +66,9 @@ class Bench:
         self.acks: queue.Queue[Ack] = queue.Queue()
         self.gone = threading.Event()
         opener: Callable[[], Relay] | None = (lambda: self.leader) if forward else None
-        self.intake = Intake("t", Ways(self.log.write, lambda: self.leads, opener, timeout_s), self._answer)
+        self.intake = Intake(
+            "t", Ways(lambda batch, begins: self.log.write(batch), lambda: self.leads, opener, timeout_s), self._answer
+        )
 
     def _answer(self, data: bytes) -> None:
         if self.gone.is_set():
@@ -90,7 +93,7 @@ def test_acks_leave_in_the_order_of_the_batches() -> None:
 def test_a_wrong_batch_is_answered_in_its_place_and_the_stream_goes_on() -> None:
     bench = Bench()
 
-    def offer(batch: pa.RecordBatch) -> Future[Ack]:
+    def offer(batch: pa.RecordBatch, begins: bool) -> Future[Ack]:
         if _number(batch) == 1:
             raise UsageError("wrong")
         return bench.log.write(batch)
@@ -291,3 +294,35 @@ def _wait_until_idle(intake: Intake) -> None:
 def _wait_until_broken(intake: Intake) -> None:
     with intake._state:
         assert intake._state.wait_for(lambda: intake._broken, WAIT_S)
+
+
+def test_a_refusal_holds_for_all_that_follows_while_something_is_under_way() -> None:
+    offered: list[int] = []
+    pending: Future[Ack] = Future()
+
+    def offer(batch: pa.RecordBatch, begins: bool) -> Future[Ack]:
+        offered.append(batch["k"][0].as_py())
+        if len(offered) == 1:
+            return pending
+        if len(offered) == 2:
+            raise UnavailableError("full")
+        done: Future[Ack] = Future()
+        done.set_result(Ack(index=9, term=1))
+        return done
+
+    answers: queue.Queue[dict] = queue.Queue()
+    intake = Intake("t", Ways(offer, lambda: True, None, WAIT_S), lambda data: answers.put(json.loads(data)))
+    with intake:
+        for key in (1, 2, 3):
+            intake.take(pa.record_batch({"k": [key]}))
+        # The third was never offered: taking it would have passed the second.
+        assert offered == [1, 2]
+        pending.set_result(Ack(index=5, term=1))
+        assert answers.get(timeout=WAIT_S)["index"] == 5
+        assert [answers.get(timeout=WAIT_S)["error"] for _ in range(2)] == ["unavailable", "unavailable"]
+        # The window empties a moment after its last answer has left.
+        with intake._state:
+            assert intake._state.wait_for(lambda: not intake._window, WAIT_S)
+        intake.take(pa.record_batch({"k": [4]}))
+        assert answers.get(timeout=WAIT_S)["index"] == 9
+    assert offered == [1, 2, 4]

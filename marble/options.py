@@ -1,0 +1,43 @@
+"""What a node is made of: identity, cluster, timing and limits, each with its unit last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOptions:
+    """What a node is made of, checked by `marble.config` or by the caller.
+
+    - ``endpoints`` holds every voter, this node (``node_id``) included.
+    - ``election_ticks`` and ``heartbeat_ticks`` count ticks of ``tick_ms`` milliseconds.
+    """
+
+    cluster_id: str
+    node_id: int
+    endpoints: Mapping[int, str]
+    tick_ms: float = 100.0
+    election_ticks: int = 15
+    heartbeat_ticks: int = 3
+    pre_vote: bool = True
+    check_quorum: bool = True
+    log_bytes_max: int | None = None
+    """Writes are refused with UnavailableError while the log is larger. None: as large as the disk."""
+    entry_bytes_max: int = 16 * 1024 * 1024
+    append_bytes_max: int = 4 * 1024 * 1024
+    """One AppendEntries carries at most this much, but always one entry."""
+    inflight_messages_max: int = 256
+    inflight_bytes_max: int = 64 * 1024 * 1024
+    uncommitted_bytes_max: int = 256 * 1024 * 1024
+    inbox_messages_max: int = 16_384
+    """Peers' messages waiting for the engine; more are dropped and counted, which Raft tolerates."""
+    inbox_bytes_max: int = 128 * 1024 * 1024
+    """Proposals waiting for the engine; more are refused with UnavailableError."""
+    segment_bytes_max: int = 64 * 1024 * 1024
+    """Size at which the log begins another file."""
+    cache_bytes_max: int = 64 * 1024 * 1024
+    """Of the log's recent entries, kept in memory for followers and for apply."""
+    propose_timeout_s: float = 10.0
+    """After this an undecided proposal ends in OutcomeUnknownError."""
+    read_timeout_s: float = 5.0
