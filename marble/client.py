@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.flight as fl
 
+from marble._core.entry_batch import decode_payload, encode_payload
 from marble.config import parse_url
 from marble.database import Database
 from marble.errors import MarbleError, NotLeaderError, OutcomeUnknownError, ProtocolError, UnavailableError, UsageError
@@ -236,8 +237,12 @@ class RemoteBackend:
             return reader
 
         reader = self._call(begin, self._replicas(consistency))
-        source = pa.RecordBatchReader.from_batches(reader.schema, self._batches(reader))
-        return source if filter is None else filter_batches(source, columns, filter)
+        batches = self._batches(reader)
+        if filter is None:
+            return pa.RecordBatchReader.from_batches(reader.schema, batches)
+        # What gRPC delivers begins anywhere in memory, and Arrow complains when it computes on that.
+        aligned = (decode_payload(encode_payload(batch), batch.schema) for batch in batches)
+        return filter_batches(pa.RecordBatchReader.from_batches(reader.schema, aligned), columns, filter)
 
     def _replicas(self, consistency: str) -> tuple[str, ...] | None:
         """Whom to ask: about one replica's own state only those whom the user named."""

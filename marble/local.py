@@ -7,6 +7,7 @@ the log sees it; what depends on the order of the log (a table dropped meanwhile
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -156,7 +157,7 @@ def open(  # noqa: A001
     UnavailableError
         If the directory is in use.
     UsageError
-        If the directory belongs to a node of a cluster.
+        If the directory belongs to a node of a cluster, or cannot be made.
     CorruptionError
         If the log is damaged: names the file and the offset.
     """
@@ -168,6 +169,12 @@ def open(  # noqa: A001
         log_bytes_max=max_log_size,
         entry_bytes_max=max_entry_size,
     )
-    node = Node(options, SystemFiles(path), machine)
+    try:
+        node = Node(options, SystemFiles(path), machine)
+    except (FileNotFoundError, NotADirectoryError, FileExistsError, PermissionError) as error:
+        raise UsageError(f"{os.fspath(path)!r} cannot be a data directory: {error.strerror}") from None
     node.start()
-    return Database(LocalBackend(node, machine))
+    backend = LocalBackend(node, machine)
+    # Whoever forgets to close, but drops the database and its tables, gives the directory back all the same.
+    weakref.finalize(backend, node.stop)
+    return Database(backend)

@@ -8,7 +8,8 @@ call, or with a deadline.
 The verbs (see `marble.transport.wire` for the JSON in them):
 
 - DoPut ``[table]`` or ``[table, "upsert"]``, and ``[table, "delete"]`` (key columns only): each batch is one entry of
-  the log and gets one ack, in order. A batch that is wrong gets an error for its ack, and the stream goes on.
+  the log and gets one ack, in order. A batch that is wrong gets an error for its ack, and the stream goes on; after a
+  batch that was refused ("unavailable", "not_leader") all that follows in the stream is, too: open another.
 - DoGet: a ticket, or the name of a table.
 - DoExchange ``[table, "get"]`` or ``[table, "get", "local"]``: for each batch of keys one batch of rows; with
   "upsert" or "delete" like DoPut, the acks as metadata without rows.

@@ -161,7 +161,6 @@ class Intake:
         self._wait_for_room(size)
         with self._route:
             if not self._window:
-                self._refusal = None
                 self._relayed = self._ways.open_relay is not None and not self._ways.leads()
             self._append(_Item(batch, size, self._send(batch), time.monotonic() + self._ways.timeout_s))
 
@@ -196,7 +195,7 @@ class Intake:
     def _send(self, batch: pa.RecordBatch) -> Future[Ack]:
         """Start `batch` on the present way. Called under ``_route``.
 
-        A refusal holds for all that follows while something is under way: what came after a gap would overtake it.
+        A refusal holds for all that follows in the stream: whatever was taken after it would have passed it.
         """
         if self._refusal is not None:
             return _failed(self._refusal)
@@ -240,6 +239,10 @@ class Intake:
                 if self._may_mend(item):
                     self._mend()
                     self._await(item)
+                refusal = item.error()
+                if isinstance(refusal, NotLeaderError | UnavailableError):
+                    with self._route:
+                        self._refusal = refusal
                 items = [item, *self._succeeded()]
                 self._answer(encode_acks([self._ack(each) for each in items]))
                 with self._state:

@@ -355,6 +355,8 @@ _CHANNEL_OPTIONS: Final = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 2000),
     ("grpc.max_reconnect_backoff_ms", 2000),
+    # Nodes are reached directly, whatever proxy the environment names for the outside world.
+    ("grpc.enable_http_proxy", 0),
     # Otherwise clients of one process share connections, and with them each other's waits.
     ("grpc.use_local_subchannel_pool", 1),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from pathlib import Path
@@ -177,3 +178,22 @@ def test_a_forked_child_is_told_instead_of_hanging(tmp_path: Path) -> None:
                 os._exit(9)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         table.write(rows(0, 1))
+
+
+def test_a_database_that_is_dropped_gives_its_directory_back(tmp_path: Path) -> None:
+    db = marble.open(tmp_path)
+    table = db.create_table("t", SCHEMA, key=["id"])
+    del db
+    gc.collect()
+    # The table is in use still, and with it the database.
+    table.write(rows(0, 1))
+    del table
+    gc.collect()
+    with marble.open(tmp_path) as again:
+        assert again.table("t").count_rows() == 1
+
+
+def test_an_impossible_directory_is_the_callers_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="cannot be a data directory"):
+        marble.open(tmp_path / "file" / "data")
