@@ -10,7 +10,7 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from marble._core.entry_batch import Proposal
 from marble.database import Database
 from marble.env import SystemFiles
-from marble.errors import UsageError
+from marble.errors import OutcomeUnknownError, UnavailableError, UsageError
 from marble.lsm import payload
 from marble.lsm.machine import TableMachine
 from marble.lsm.view import TableView
@@ -27,6 +27,9 @@ from marble.options import NodeOptions
 from marble.promises import Committed, promise
 from marble.schema import TableInfo, conform, conform_keys
 from marble.types import EntryKind
+
+ANSWER_MARGIN_S: Final = 2.0
+"""How much longer a caller waits than the engine's own deadlines, which give the better error."""
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -89,22 +92,22 @@ class LocalBackend:
 
     def create_table(self, name: str, schema: pa.Schema, key: Sequence[str]) -> TableInfo:
         body = payload.encode_create_table(name, schema, key)
-        committed = self.propose(EntryKind.CREATE_TABLE, 0, body).result()
+        committed = self._committed(self.propose(EntryKind.CREATE_TABLE, 0, body))
         return self.machine.read(committed.value).info
 
     def drop_table(self, name: str) -> int:
-        return self.propose(EntryKind.DROP_TABLE, 0, payload.encode_drop_table(name)).result().index
+        return self._committed(self.propose(EntryKind.DROP_TABLE, 0, payload.encode_drop_table(name))).index
 
     def tables(self) -> Sequence[TableInfo]:
         self._check_open()
-        self.node.read_index().result()
+        self._confirm()
         return self.machine.tables()
 
     def view(self, table: TableInfo, consistency: str) -> TableView:
         """The table as of now: of the whole cluster ("linearizable") or of what this replica has applied ("local")."""
         self._check_open()
         if consistency == "linearizable":
-            self.node.read_index().result()
+            self._confirm()
         return self.machine.read(table.id)
 
     def get_many(self, table: TableInfo, keys: pa.RecordBatch, consistency: str) -> pa.RecordBatch:
@@ -125,6 +128,19 @@ class LocalBackend:
     def close(self) -> None:
         self._closed = True
         self.node.stop()
+
+    def _confirm(self) -> None:
+        """Wait until this node has applied what was committed anywhere when the call came."""
+        try:
+            self.node.read_index().result(self.node.options.read_timeout_s + ANSWER_MARGIN_S)
+        except TimeoutError:
+            raise UnavailableError("the engine does not answer (a disk that hangs?)") from None
+
+    def _committed(self, future: Future[Committed]) -> Committed:
+        try:
+            return future.result(2 * self.node.options.propose_timeout_s + ANSWER_MARGIN_S)
+        except TimeoutError:
+            raise OutcomeUnknownError("the engine does not answer (a disk that hangs?): it may take effect") from None
 
     def _check_open(self) -> None:
         if self._closed:

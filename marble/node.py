@@ -243,7 +243,7 @@ class Node:
 
     def campaign(self) -> None:
         """Ask this node to stand for election now (a pre-vote still protects a healthy leader)."""
-        self.call(lambda raft: raft.campaign()).result(self.options.read_timeout_s)
+        self._ask(lambda raft: raft.campaign())
 
     def receive(self, envelopes: list[Envelope]) -> None:
         """Take a peer's messages; called by the transport's threads. Full inbox: they are dropped and counted."""
@@ -278,8 +278,11 @@ class Node:
 
     def status(self) -> dict[str, Any]:
         """A picture of this node, taken between turns: JSON-able. Raises UnavailableError if the engine does not answer."""
+        return self._ask(self._status)
+
+    def _ask(self, function: Callable[[Raft], T]) -> T:
         try:
-            return self.call(self._status).result(self.options.read_timeout_s)
+            return self.call(function).result(self.options.read_timeout_s)
         except TimeoutError:
             raise UnavailableError(
                 f"the engine of node {self.options.node_id} does not answer (a slow disk?)"

@@ -41,7 +41,7 @@ from marble.errors import (
     UnavailableError,
     UsageError,
 )
-from marble.local import LocalBackend, then
+from marble.local import ANSWER_MARGIN_S, LocalBackend, then
 from marble.lsm import payload
 from marble.lsm.view import TableView
 from marble.promises import Committed
@@ -65,9 +65,6 @@ READ_BATCH_BYTES_MAX: Final = 16 * 1024 * 1024
 
 KEYS_MAX: Final = 1024 * 1024
 """Keys in one batch of a lookup; its rows are gathered at once."""
-
-ANSWER_MARGIN_S: Final = 2.0
-"""How much longer a handler waits than the engine's own deadlines, which give the better error."""
 
 ACTIONS: Final = {
     "campaign": "Let this node stand for election now. No body.",

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from reference.machine_backend import MachineBackend
 
-from marble.database import Database, Table
+from marble.database import Database, Table, window
 from marble.database.window import WRITES_IN_FLIGHT_BYTES_MAX, WRITES_IN_FLIGHT_MAX
 from marble.errors import OutcomeUnknownError, UnavailableError, UsageError
 from marble.schema import TableInfo
@@ -146,3 +146,9 @@ class TestWriteStream:
             outcome.result(timeout=30)
         assert caught.value.__notes__ == ["at batch 2 of the stream into table 'people'"]
         assert backend.calls == 1
+
+
+def test_a_write_that_is_never_decided_ends_as_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window, "ANSWER_TIMEOUT_S", 0.01)
+    with pytest.raises(OutcomeUnknownError, match="may still take effect"):
+        window.outcome(Future())

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from marble.database.arguments import is_one_key, key_batch, one_batch
 from marble.database.backend import Backend, Consistency, check_consistency, check_scan
-from marble.database.window import WriteWindow
+from marble.database.window import WriteWindow, outcome
 from marble.errors import InvariantError, UnavailableError
 from marble.schema import TableInfo, conform, to_batches
 
@@ -128,7 +128,7 @@ class Table:
         """
         if is_one_key(self.info, keys):
             keys = [keys]
-        return self._backend.delete(self.info, key_batch(self.info, keys)).result()
+        return outcome(self._backend.delete(self.info, key_batch(self.info, keys)))
 
     def get(self, key: object, *, consistency: Consistency = "linearizable") -> dict[str, object] | None:
         """The row with this key, or None.

@@ -8,13 +8,26 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Final
 
-from marble.errors import UsageError
+from marble.errors import OutcomeUnknownError, UsageError
 
 WRITES_IN_FLIGHT_MAX: Final = 64
 """Batches of one stream that wait for their acknowledgement. More would not fill a sync any better."""
 
 WRITES_IN_FLIGHT_BYTES_MAX: Final = 32 << 20
 """Bytes of them (one batch may always fly), so that a stream of large batches does not pile up in memory."""
+
+ANSWER_TIMEOUT_S: Final = 120.0
+"""Backends answer long before; this holds when an engine hangs, as on a disk that no longer answers."""
+
+
+def outcome(future: Future[int]) -> int:
+    """Wait for a write. Raises its error, or OutcomeUnknownError if there is none in time."""
+    try:
+        return future.result(ANSWER_TIMEOUT_S)
+    except TimeoutError:
+        raise OutcomeUnknownError(
+            f"the write was not decided within {ANSWER_TIMEOUT_S:g} s (a disk that hangs?): it may still take effect"
+        ) from None
 
 
 class WriteWindow:
@@ -43,7 +56,7 @@ class WriteWindow:
             # Their own errors add nothing to the first, which is the one that is raised.
             for future, _ in self._flying:
                 with contextlib.suppress(Exception):
-                    future.result()
+                    outcome(future)
 
     def add(self, future: Future[int], size: int) -> None:
         self._flying.append((future, size))
@@ -63,7 +76,7 @@ class WriteWindow:
         future, size = self._flying.popleft()
         self._bytes -= size
         try:
-            self._index = future.result()
+            self._index = outcome(future)
         except Exception:
             self._failed = self._taken - len(self._flying)
             raise

@@ -10,6 +10,7 @@ import pytest
 
 from marble.env import SystemFiles
 from marble.errors import InvariantError, NotLeaderError, OutcomeUnknownError, UnavailableError, UsageError
+from marble.local import LocalBackend
 from marble.lsm import payload
 from marble.lsm.machine import TableMachine
 from marble.node import Node
@@ -426,4 +427,18 @@ def test_what_was_meant_for_one_leadership_is_not_taken_by_another(tmp_path: Pat
         acknowledge(node, second, 3)
         assert mine.result(DEADLINE_S).term == second
     finally:
+        node.stop(DEADLINE_S)
+
+
+def test_callers_do_not_wait_for_ever_on_an_engine_that_hangs(tmp_path: Path) -> None:
+    node = make(tmp_path, read_timeout_s=0.2)
+    release: Future[None] = Future()
+    try:
+        backend = LocalBackend(node, node.machine)
+        node.call(lambda raft: release.result(DEADLINE_S))
+        for call in (node.status, node.campaign, backend.tables):
+            with pytest.raises(UnavailableError, match="does not answer"):
+                call()
+    finally:
+        release.set_result(None)
         node.stop(DEADLINE_S)
