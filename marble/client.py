@@ -27,6 +27,7 @@ from marble.errors import MarbleError, NotLeaderError, OutcomeUnknownError, Prot
 from marble.filters import columns_read, filter_batches
 from marble.schema import TableInfo
 from marble.transport.faults import from_flight_error
+from marble.transport.pool import ClientPool
 from marble.transport.put import STREAM_ERRORS, PutStream
 from marble.transport.wire import (
     DELETE,
@@ -41,7 +42,6 @@ from marble.transport.wire import (
     encode_schema,
     encode_ticket,
 )
-from marble.transport.wire import connect as connect_to
 
 T = TypeVar("T")
 
@@ -91,7 +91,6 @@ class _Backoff:
 class RemoteBackend:
     """What `marble.database.Database` does, done over Flight. Thread-safe.
 
-    - ``_clients`` has one Flight client per endpoint, made on first use.
     - ``_leader`` is a guess: every use may find it wrong. ``_silent`` are those that last did not answer: they are asked last.
     - ``_given`` are the user's endpoints; what asks one replica about itself stays with them. ``_learnt`` are the others that nodes named.
     - ``_scans`` has the streams that are being read, with the moment at which a silent one is given up.
@@ -109,7 +108,7 @@ class RemoteBackend:
         self._learnt: tuple[str, ...] = ()
         self._options = options
         self._lock = threading.Lock()
-        self._clients: dict[str, fl.FlightClient] = {}
+        self._clients = ClientPool()
         self._puts: dict[tuple[int, str], PutStream] = {}
         self._scans: dict[fl.FlightStreamReader, float] = {}
         self._leader: str | None = None
@@ -274,10 +273,7 @@ class RemoteBackend:
             # A Ctrl-C may have come while it was being started; then there is nothing to wait for.
             with contextlib.suppress(RuntimeError):
                 watch.join()
-        with self._lock:
-            clients, self._clients = self._clients, {}
-        for client in clients.values():
-            client.close()
+        self._clients.close()
 
     def _check_open(self) -> None:
         if os.getpid() != self._process:
@@ -327,12 +323,8 @@ class RemoteBackend:
             wait_s = min(max(RETRY_WAIT_MIN_S, due - now), WATCH_WAIT_MAX_S)
 
     def _client(self, endpoint: str) -> fl.FlightClient:
-        with self._lock:
-            self._check_open()
-            client = self._clients.get(endpoint)
-            if client is None:
-                client = self._clients[endpoint] = connect_to(endpoint)
-            return client
+        self._check_open()
+        return self._clients.get(endpoint)
 
     def _action(self, endpoint: str, name: str, body: bytes, timeout_s: float) -> bytes:
         """One action at one node; what Flight raises comes out as a MarbleError."""

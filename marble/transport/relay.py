@@ -19,8 +19,9 @@ import pyarrow.flight as flight
 
 from marble.errors import NotLeaderError, ProtocolError, UnavailableError
 from marble.transport.faults import from_flight_error
+from marble.transport.pool import ClientPool
 from marble.transport.put import PutStream
-from marble.transport.wire import call_options, connect
+from marble.transport.wire import call_options
 
 RETRY_WAIT_S: Final = 0.02
 """Between two tries to reach a leader: an election takes longer, a node's news of it hardly does."""
@@ -56,7 +57,7 @@ class Relays:
         self.timeout_s = timeout_s
         self._find_leader = find_leader
         self._lock = threading.Lock()
-        self._clients: dict[str, flight.FlightClient] = {}
+        self._clients = ClientPool()
         self._streams: set[RelayStream] = set()
         self._stopping = threading.Event()
         self._watch: threading.Thread | None = None
@@ -128,10 +129,7 @@ class Relays:
             stream.abort()
         if watch is not None:
             watch.join()
-        with self._lock:
-            clients, self._clients = self._clients, {}
-        for client in clients.values():
-            client.close()
+        self._clients.close()
 
     def _leader(self, deadline: float) -> str:
         while True:
@@ -145,12 +143,8 @@ class Relays:
                 raise UnavailableError(f"no leader was known within {self.timeout_s} s: nothing was written; retry")
 
     def _client(self, endpoint: str) -> flight.FlightClient:
-        with self._lock:
-            self._check_running()
-            client = self._clients.get(endpoint)
-            if client is None:
-                client = self._clients[endpoint] = connect(endpoint)
-            return client
+        self._check_running()
+        return self._clients.get(endpoint)
 
     def _check_running(self) -> None:
         if self._stopping.is_set():
