@@ -46,7 +46,7 @@ IN_FLIGHT_BYTES_MAX: Final = 64 * 1024 * 1024
 
 REFUSED_PAUSE_MIN_S: Final = 0.01
 REFUSED_PAUSE_MAX_S: Final = 0.5
-"""Before what was refused is sent again, doubling while it is refused."""
+"""Before what was refused, or could not be sent, is sent again; doubling while that goes on."""
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +62,10 @@ class _Item:
     def refuse(self) -> None:
         assert self.refusal is not None
         self.future.set_exception(self.refusal)
+
+
+def _longer(pause_s: float) -> float:
+    return min(max(2 * pause_s, REFUSED_PAUSE_MIN_S), REFUSED_PAUSE_MAX_S)
 
 
 class PutStream:
@@ -213,7 +217,7 @@ class PutStream:
         while True:
             with self._state:
                 if pause_s:
-                    # Refused again: the leader is full, or there is none. `close` cuts the pause short.
+                    # Refused or broken: the leader is full, or there is none. `close` cuts the pause short.
                     self._state.wait_for(lambda: self._closing, pause_s)
                 self._state.wait_for(lambda: self._backlog or self._closing)
                 if not self._backlog:
@@ -227,13 +231,13 @@ class PutStream:
                 self._fail_backlog(error)
                 continue
             except STREAM_ERRORS as error:
-                failed = True
+                failed, pause_s = True, _longer(pause_s)
                 if time.monotonic() >= deadline:
                     self._fail_backlog(UnavailableError(f"no node took the write in time: {from_flight_error(error)}"))
                 continue
             refused, why = self._read_acks()
             failed = bool(refused) or why is not None
-            pause_s = min(max(2 * pause_s, REFUSED_PAUSE_MIN_S), REFUSED_PAUSE_MAX_S) if refused else 0.0
+            pause_s = _longer(pause_s) if refused else 0.0
             self._settle(refused, why)
             # After the end of the stream this only collects its status, which is known.
             with contextlib.suppress(*STREAM_ERRORS):
