@@ -7,9 +7,9 @@ locale, no randomness, no order of a dict that was filled from outside).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import pyarrow as pa
 
@@ -27,6 +27,8 @@ class Result:
     value: int = 0
     error_code: str | None = None
     message: str = ""
+    index: int = 0
+    """Not 0: the entry repeats one of its session, and this is the answer that the first, at ``index``, got."""
 
     def raise_for_error(self) -> int:
         """Return ``value``, or raise the error that this result stands for."""
@@ -36,8 +38,29 @@ class Result:
         return self.value
 
 
+SNAPSHOT_SCHEMA: Final = pa.schema(
+    [
+        pa.field("section", pa.string(), nullable=False),
+        pa.field("table", pa.uint32(), nullable=False),
+        pa.field("payload", pa.binary(), nullable=False),
+    ]
+)
+"""A machine's state on its way to a file: pieces in an order that the machine decides. ``section`` says what a piece is."""
+
+
+class MachineState(Protocol):
+    """The state of a machine at one index. Never changes; costs no copy of the rows to make."""
+
+    @property
+    def applied_index(self) -> int: ...
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The whole state (schema `SNAPSHOT_SCHEMA`), some MiB at a time, made while it is asked for. Once, on any thread."""
+        ...
+
+
 class StateMachine(Protocol):
-    """What the log drives. `apply` runs on one thread; readers may be many."""
+    """What the log drives. `apply`, `capture` and `restore` run on one thread; readers may be many."""
 
     @property
     def applied_index(self) -> int:
@@ -49,5 +72,16 @@ class StateMachine(Protocol):
 
         Returns one Result for each row. A row whose content is wrong gives an error Result and changes nothing.
         An exception means that this replica cannot go on.
+        """
+        ...
+
+    def capture(self) -> MachineState:
+        """The state as of `applied_index`, to be written while this machine goes on."""
+        ...
+
+    def restore(self, index: int, batches: Iterable[pa.RecordBatch]) -> None:
+        """Replace the whole state by what a `MachineState` at `index` gave out. Readers see the old state or the new one.
+
+        Raises CorruptionError if that cannot be; the old state then stays.
         """
         ...

@@ -49,6 +49,15 @@ class EntryKind(enum.IntEnum):
     DROP_TABLE = 6
     COMMAND = 7
     """Bytes that belong to the user (``propose_operation``)."""
+    MEMBERSHIP = 8
+    """From here on the group consists of the members in the payload (`marble.members`): all of them, not the difference."""
+    OPEN_SESSION = 9
+    """A client registers; its session's number is the index of this entry. No payload."""
+    CLOSE_SESSION = 10
+    """The session in ``session`` ends, and its answers are forgotten. No payload."""
+    SNAPSHOT = 11
+    """Not an entry. In a node's own log: everything up to ``index``, whose term is ``term``, is in a snapshot, and the log of
+    the group goes on after it. Between nodes: one row that carries a snapshot's description or a piece of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +71,71 @@ class HardState:
     term: int = 0
     vote: int = NO_NODE
     commit: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """Who takes part in a group: etcd's ``ConfState``. All tuples ascend and name no node twice.
+
+    - While ``outgoing`` is not empty the group is joint (Raft §6): a majority of ``voters`` and one of ``outgoing`` decide.
+    - ``learners`` get the log and have no vote; none of them is in ``voters`` or ``outgoing``.
+    - ``learners_next`` are in ``outgoing``, not in ``voters``: they become learners when the joint group is left.
+    - ``auto_leave``: the leader leaves the joint group by itself as soon as it has been applied.
+    """
+
+    voters: tuple[int, ...] = ()
+    outgoing: tuple[int, ...] = ()
+    learners: tuple[int, ...] = ()
+    learners_next: tuple[int, ...] = ()
+    auto_leave: bool = False
+
+    @property
+    def joint(self) -> bool:
+        """Whether two majorities are needed."""
+        return bool(self.outgoing)
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        """Every node that takes part in any way, ascending."""
+        return tuple(sorted({*self.voters, *self.outgoing, *self.learners, *self.learners_next}))
+
+
+class ChangeKind(enum.Enum):
+    """What a change of the membership does with a node."""
+
+    ADD_VOTER = "add-voter"
+    """Make it a voter, whether it is new or a learner."""
+    ADD_LEARNER = "add-learner"
+    """Make it a learner, whether it is new or a voter."""
+    REMOVE = "remove"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change of the membership; several make one step (Raft §6)."""
+
+    kind: ChangeKind
+    node: int
+
+
+class Transition(enum.Enum):
+    """How a change of the membership takes effect (etcd's ``ConfChangeTransition``)."""
+
+    AUTO = "auto"
+    """At once if at most one voter changes, else joint and left by itself."""
+    JOINT = "joint"
+    """Through a joint group that the leader leaves by itself."""
+    EXPLICIT = "explicit"
+    """Through a joint group that stays until somebody asks to leave it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotMeta:
+    """What a snapshot stands for: the state after entry ``index`` of ``term``, and who the members were then."""
+
+    index: int
+    term: int
+    members: Members
 
 
 @dataclass(frozen=True, slots=True)

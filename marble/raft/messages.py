@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Final
 
 from marble._core.term_index import EntrySpan
 from marble.errors import ProtocolError
-from marble.types import INDEX_MAX, NODE_ID_MAX, HardState, Role
+from marble.types import INDEX_MAX, NODE_ID_MAX, HardState, Members, Role
+
+
+PRIORITY_MAX: Final = 2**16 - 1
+"""Priorities travel as uint16."""
+
+TRANSFER_CAMPAIGN: Final = 1
+"""The ``context`` of a REQUEST_VOTE that a leader has asked for by TIMEOUT_NOW."""
 
 
 class MessageKind(enum.IntEnum):
     """Kinds of message. The numbers are on the wire: never reuse one.
 
-    Kept free for what comes with membership, snapshots and transfer: 11 INSTALL_SNAPSHOT, 12 its response, 13
-    TIMEOUT_NOW.
+    From SNAPSHOT_FETCH on they are between drivers, and the core refuses them.
     """
 
     REQUEST_PRE_VOTE = 1
@@ -32,6 +39,20 @@ class MessageKind(enum.IntEnum):
     HEARTBEAT_RESPONSE = 8
     READ_INDEX = 9
     READ_INDEX_RESPONSE = 10
+    INSTALL_SNAPSHOT = 11
+    """Raft §7. The sender has a snapshot at ``log_index``; the driver fetches it before the core sees this."""
+    INSTALL_SNAPSHOT_RESPONSE = 12
+    """``reject``: the snapshot at ``log_index`` could not be fetched or installed."""
+    TIMEOUT_NOW = 13
+    """Leader transfer: campaign at once (thesis §3.10)."""
+    QUIESCE = 14
+    """A heartbeat that says: the group is idle; stop ticking until anybody has something to say."""
+    SNAPSHOT_FETCH = 15
+    """Send the piece of the snapshot at ``log_index`` of ``log_term`` that starts at byte ``context``."""
+    SNAPSHOT_PIECE = 16
+    """That piece. ``reject``: there is no such snapshot any more."""
+    NODE_BEAT = 17
+    """One for all quiesced groups that the sender leads; ``context`` names this life of the sender."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +66,12 @@ class Message:
       ``log_index`` that was refused; ``reject_hint`` and ``log_term`` say where to look next (the follower's best guess
       of a match).
     - HEARTBEAT: ``commit`` is never above what the follower is known to hold.
-    - ``context`` ties the rounds of ReadIndex together. It is made by the core, never by a caller; 0 means none.
+    - ``context`` ties the rounds of ReadIndex together. It is made by the core, never by a caller; 0 means none. In a
+      REQUEST_VOTE, 1 says that the leader itself asked for this election (`TRANSFER_CAMPAIGN`, thesis §3.10).
+    - INSTALL_SNAPSHOT: ``log_index`` and ``log_term`` are the snapshot's, ``members`` the membership in it.
+    - QUIESCE: ``log_index`` is the leader's last index, ``commit`` the same.
+    - ``priority`` is the candidate's, in both requests for votes.
+    - ``changes``: indexes, ascending, of those of ``entries`` that change the membership.
     """
 
     kind: MessageKind
@@ -59,6 +85,9 @@ class Message:
     reject: bool = False
     reject_hint: int = 0
     context: int = 0
+    priority: int = 0
+    members: Members | None = None
+    changes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not (1 <= self.sender <= NODE_ID_MAX and 1 <= self.to <= NODE_ID_MAX):
@@ -75,6 +104,16 @@ class Message:
             raise ProtocolError(f"a number of a {self.kind.name} is not within 0 to {INDEX_MAX}: {self}")
         if (self.entries is not None) != (self.kind is MessageKind.APPEND_ENTRIES):
             raise ProtocolError(f"a {self.kind.name} with {'' if self.entries else 'no '}entries")
+        if (self.members is not None) != (self.kind is MessageKind.INSTALL_SNAPSHOT):
+            raise ProtocolError(f"a {self.kind.name} with {'' if self.members else 'no '}members")
+        if not 0 <= self.priority <= PRIORITY_MAX:
+            raise ProtocolError(f"priority {self.priority} is not within 0 to {PRIORITY_MAX}")
+        if self.changes and (
+            self.entries is None
+            or not self.entries.first <= self.changes[0] <= self.changes[-1] < self.entries.end
+            or any(first >= second for first, second in zip(self.changes, self.changes[1:], strict=False))
+        ):
+            raise ProtocolError(f"changes {self.changes} are not ascending indexes of the entries")
         if self.entries is not None:
             if self.entries.first != self.log_index + 1:
                 raise ProtocolError(f"entries start at {self.entries.first}, not after log_index {self.log_index}")
