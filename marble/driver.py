@@ -28,7 +28,7 @@ from marble.raft.core import Raft
 from marble.raft.messages import Message, MessageKind, ReadState, Ready, RoleChanged, Span
 from marble.raft.progress import ProgressState
 from marble.transport.codec import Envelope
-from marble.types import INDEX_MAX, EntryKind, HardState, Position, Role
+from marble.types import INDEX_MAX, EntryKind, HardState, Members, Position, Role, SnapshotMeta
 
 APPLY_BYTES_MAX: Final = 16 * 1024 * 1024
 """How much of the log one call of apply gets at most: bounds the memory of a replay."""
@@ -52,9 +52,11 @@ class DurableState:
     """What a core starts from: a `marble.raft.config.Storage` made of what the log recovered."""
 
     hard_state: HardState
-    voters: Sequence[int]
+    members: Members
     term_index: TermIndex
     applied_index: int = 0
+    snapshot: SnapshotMeta | None = None
+    changes: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)

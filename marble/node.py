@@ -41,7 +41,7 @@ from marble.raft.config import RaftConfig
 from marble.raft.core import Raft
 from marble.raft.messages import RoleChanged
 from marble.transport.codec import Envelope
-from marble.types import NO_NODE, HardState, Role
+from marble.types import NO_NODE, HardState, Members, Role
 
 logger = logging.getLogger("marble.node")
 
@@ -304,7 +304,7 @@ class Node:
         group = self._log.groups.get(GROUP)
         state = DurableState(
             hard_state=group.hard_state if group else HardState(),
-            voters=sorted(options.endpoints),
+            members=Members(tuple(sorted(options.endpoints))),
             term_index=group.term_index if group else TermIndex(),
         )
         config = RaftConfig(

@@ -18,6 +18,9 @@ NO_NODE: Final = 0
 NODE_ID_MAX: Final = 2**32 - 1
 """Node ids travel as uint32."""
 
+MEMBERS_MAX: Final = 63
+"""Nodes of one group, learners included: each costs its leader a window of messages and every commit a comparison."""
+
 INDEX_MAX: Final = 2**63 - 1
 """Indexes and terms travel as uint64 but must fit a signed 64-bit integer, so that any Arrow tool can query them."""
 

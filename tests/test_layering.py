@@ -33,7 +33,7 @@ STEPS = {
 
 TESTING_FLOOR_MAX = 4
 
-PURE = {"__future__", "collections", "collections.abc", "dataclasses", "enum", "typing"}
+PURE = {"__future__", "bisect", "collections", "collections.abc", "dataclasses", "enum", "itertools", "typing"}
 """All that `raft` may import from outside of marble: no time, no chance, no files, no threads, no Arrow."""
 
 PURE_OF_MARBLE = ("marble.types", "marble.errors", "marble._core.term_index", "marble.raft")

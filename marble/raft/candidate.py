@@ -7,17 +7,33 @@ durable at the leader, and no node leads twice in a term, whatever it forgets in
 from __future__ import annotations
 
 from marble.raft import follower, leader
-from marble.raft.messages import Message, MessageKind
+from marble.raft.messages import TRANSFER_CAMPAIGN, Message, MessageKind
 from marble.raft.quorum import VoteResult
 from marble.raft.state import State
 from marble.types import NO_NODE, Role
 
 
-def campaign(state: State, pre_vote: bool) -> None:
-    """Ask for votes, or first whether they could be had. A leader and a node without a vote do nothing."""
-    if state.role is Role.LEADER or not state.membership.is_voter(state.id):
+def may_campaign(state: State) -> bool:
+    """Whether this node could lead: it votes, and knows the membership that it would lead as well as it can."""
+    return (
+        state.role is not Role.LEADER
+        and state.membership.is_voter(state.id)
+        # Votes of a membership that is known to be over could elect a second leader beside the new one's.
+        and not state.log.has_change_to_apply
+    )
+
+
+def campaign(state: State, pre_vote: bool, transfer: bool = False) -> None:
+    """Ask for votes, or first whether they could be had. A leader and a node that cannot lead do nothing.
+
+    By `transfer` it is the leader's own wish, which its lease does not stand against.
+    """
+    if not may_campaign(state):
         return
-    if pre_vote:
+    alone = state.membership.voters == (state.id,)
+    if state.config.lease_reads and state.in_lease and not transfer and not alone:
+        return
+    if pre_vote and not transfer:
         state.become_pre_candidate()
         # The term asked for is the next one, which nobody enters by answering.
         _request(state, MessageKind.REQUEST_PRE_VOTE, state.term + 1)
@@ -25,7 +41,7 @@ def campaign(state: State, pre_vote: bool) -> None:
         _record(state, state.id, granted=True)
     else:
         state.become_candidate()
-        _request(state, MessageKind.REQUEST_VOTE, state.term)
+        _request(state, MessageKind.REQUEST_VOTE, state.term, TRANSFER_CAMPAIGN if transfer else 0)
 
 
 def on_persisted(state: State) -> None:
@@ -37,7 +53,7 @@ def on_persisted(state: State) -> None:
 def step(state: State, message: Message) -> None:
     """A message of this candidate's term."""
     match message.kind:
-        case MessageKind.APPEND_ENTRIES | MessageKind.HEARTBEAT:
+        case MessageKind.APPEND_ENTRIES | MessageKind.HEARTBEAT | MessageKind.INSTALL_SNAPSHOT | MessageKind.QUIESCE:
             # Somebody else won this term (Raft §5.2), or leads while this node only asked around.
             state.become_follower(message.term, message.sender)
             follower.step(state, message)
@@ -65,7 +81,7 @@ def answer_request(state: State, message: Message) -> None:
         # A pre-vote for a later term binds nobody.
         or (pre_vote and message.term > state.term)
     )
-    if may_vote and state.log.is_up_to_date(message.log_index, message.log_term):
+    if may_vote and state.log.is_up_to_date(message.log_index, message.log_term) and not _would_rather(state, message):
         if not pre_vote:
             state.grant(message.sender)
         # The term of the request: a pre-candidate would take a lower one for an old answer.
@@ -74,9 +90,30 @@ def answer_request(state: State, message: Message) -> None:
         state.send(response, message.sender, reject=True)
 
 
-def _request(state: State, kind: MessageKind, term: int) -> None:
+def _would_rather(state: State, message: Message) -> bool:
+    """Whether this node should lead itself: it matters more than the candidate, whose log is no better than its own."""
+    return (
+        message.priority < state.config.priority
+        and message.context != TRANSFER_CAMPAIGN
+        and state.membership.is_voter(state.id)
+        and state.vote != message.sender
+        and (message.log_term, message.log_index) == (state.log.last_term, state.log.last_index)
+    )
+
+
+def _request(state: State, kind: MessageKind, term: int, context: int = 0) -> None:
     for peer in state.membership.peers(state.id):
-        state.send(kind, peer, term=term, log_index=state.log.last_index, log_term=state.log.last_term)
+        if not state.membership.is_voter(peer):
+            continue
+        state.send(
+            kind,
+            peer,
+            term=term,
+            log_index=state.log.last_index,
+            log_term=state.log.last_term,
+            context=context,
+            priority=state.config.priority,
+        )
 
 
 def _record(state: State, voter: int, granted: bool) -> None:
@@ -87,6 +124,7 @@ def _record(state: State, voter: int, granted: bool) -> None:
         state.become_follower(state.term, NO_NODE)
     elif result is VoteResult.WON:
         if state.role is Role.PRE_CANDIDATE:
-            campaign(state, pre_vote=False)
+            state.become_candidate()
+            _request(state, MessageKind.REQUEST_VOTE, state.term)
         elif state.own_vote_durable:
             leader.start(state)

@@ -12,7 +12,9 @@ from typing import Protocol
 
 from marble._core.term_index import EntrySpan, TermIndex
 from marble.errors import UsageError
-from marble.types import INDEX_MAX, NODE_ID_MAX, HardState
+from marble.raft.membership import members_of
+from marble.raft.messages import PRIORITY_MAX
+from marble.types import INDEX_MAX, NODE_ID_MAX, HardState, Members, SnapshotMeta
 
 
 class Random(Protocol):
@@ -54,6 +56,20 @@ class RaftConfig:
         Entries that this leader has accepted and not yet committed; beyond it `propose` refuses. Bounds the log's
         growth without a quorum.
 
+    priority
+        A voter does not vote for a candidate of lower priority than its own whose log is merely as good as its own: the
+        node that should lead wins if it can. 0 to ``PRIORITY_MAX``; need not be the same on all nodes.
+    lease_reads
+        A leader that a quorum answered recently may answer reads without asking again (thesis §6.4.1), and nodes keep
+        what this rests upon: who heard a leader, or has just started, neither votes nor campaigns for `election_ticks`.
+        Needs `check_quorum`; the same on all nodes.
+    tick_us
+        Microseconds that lie between two ticks at least, on this node's monotonic clock.
+    clock_drift
+        By how much, as a fraction, any node's monotonic clock is wrong at most: shortens leases.
+    quiesce_ticks
+        A leader whose group had nothing to do for so long lets it sleep: no ticks, no messages. 0: never.
+
     Raises
     ------
     UsageError
@@ -71,6 +87,20 @@ class RaftConfig:
     inflight_messages_max: int = 256
     inflight_bytes_max: int = 32 << 20
     uncommitted_bytes_max: int = 256 << 20
+    priority: int = 0
+    lease_reads: bool = False
+    tick_us: int = 100_000
+    clock_drift: float = 0.01
+    quiesce_ticks: int = 0
+
+    @property
+    def lease_us(self) -> int:
+        """How long after a heartbeat was sent those who answered it keep from electing anybody else, by this clock.
+
+        A follower waits `election_ticks` of its ticks, of which the first may be under way. Its clock may be fast, and
+        this one slow.
+        """
+        return int((self.election_ticks - 1) * self.tick_us * (1 - 2 * self.clock_drift))
 
     def __post_init__(self) -> None:
         if not 1 <= self.id <= NODE_ID_MAX:
@@ -81,6 +111,7 @@ class RaftConfig:
             "inflight_messages_max",
             "inflight_bytes_max",
             "uncommitted_bytes_max",
+            "tick_us",
         ):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -89,6 +120,14 @@ class RaftConfig:
                 f"election_ticks {self.election_ticks} must be greater than heartbeat_ticks {self.heartbeat_ticks}, "
                 "or followers campaign against a healthy leader"
             )
+        if not 0 <= self.priority <= PRIORITY_MAX:
+            raise UsageError(f"priority {self.priority} is not within 0 to {PRIORITY_MAX}")
+        if self.lease_reads and not self.check_quorum:
+            raise UsageError("lease_reads need check_quorum: without it nobody waits for a lease to end")
+        if not 0 <= self.clock_drift < 0.5:
+            raise UsageError(f"clock_drift {self.clock_drift} is not a fraction from 0 to below 0.5")
+        if self.quiesce_ticks < 0:
+            raise UsageError(f"quiesce_ticks {self.quiesce_ticks} is negative")
         if self.inflight_bytes_max < self.append_bytes_max:
             raise UsageError(
                 f"inflight_bytes_max {self.inflight_bytes_max} is below append_bytes_max {self.append_bytes_max}"
@@ -101,7 +140,20 @@ class Storage(Protocol):
     @property
     def hard_state(self) -> HardState: ...
     @property
-    def voters(self) -> Sequence[int]: ...
+    def members(self) -> Members:
+        """Who took part as of ``applied_index``; nobody, at a node that waits to be added."""
+        ...
+
+    @property
+    def snapshot(self) -> SnapshotMeta | None:
+        """The newest durable snapshot; None if there is none. Needed once the log is purged."""
+        ...
+
+    @property
+    def changes(self) -> Sequence[int]:
+        """Indexes, ascending, of the entries in the log that change the membership."""
+        ...
+
     @property
     def term_index(self) -> TermIndex:
         """Terms and sizes of all entries that are durable here."""
@@ -123,9 +175,16 @@ class MemoryStorage:
     hard_state
         None: the term of the last entry, no vote, nothing committed.
     voters
-        Ids of all voters.
+        Ids of all voters, where `members` is not given.
     applied_index
-        How far the state machine is.
+        How far the state machine is. None: as far as the snapshot, or 0.
+    members
+        Who takes part. None: the snapshot's, or `voters`.
+    snapshot
+        The newest snapshot; the log, unless given as a `TermIndex` or an `EntrySpan`, starts after it. None: one where
+        the log starts, if that is not at index 1.
+    changes
+        Indexes of the entries that change the membership.
     """
 
     def __init__(
@@ -133,17 +192,29 @@ class MemoryStorage:
         entries: Sequence[int] | EntrySpan | TermIndex = (),
         hard_state: HardState | None = None,
         voters: Sequence[int] = (1,),
-        applied_index: int = 0,
+        applied_index: int | None = None,
+        *,
+        members: Members | None = None,
+        snapshot: SnapshotMeta | None = None,
+        changes: Sequence[int] = (),
     ) -> None:
+        start = SnapshotMeta(0, 0, Members()) if snapshot is None else snapshot
         if isinstance(entries, TermIndex):
             self.term_index = entries
         else:
-            span = entries if isinstance(entries, EntrySpan) else EntrySpan.of(1, list(entries))
-            self.term_index = TermIndex(span.first)
+            span = entries if isinstance(entries, EntrySpan) else EntrySpan.of(start.index + 1, list(entries))
+            self.term_index = TermIndex(span.first, start.term if span.first == start.index + 1 else 0)
             self.term_index.append(span)
         self.hard_state = HardState(term=self.term_index.last_term) if hard_state is None else hard_state
-        self.voters: Sequence[int] = list(voters)
-        self.applied_index = applied_index
+        if members is None:
+            members = snapshot.members if snapshot is not None else members_of(voters)
+        self.members = members
+        purged = self.term_index.first_index - 1
+        if snapshot is None and purged:
+            snapshot = SnapshotMeta(purged, self.term_index.term_at(purged), members)
+        self.snapshot = snapshot
+        self.changes = tuple(changes)
+        self.applied_index = start.index if applied_index is None else applied_index
 
 
 def check_hard_state(hard_state: HardState) -> None:

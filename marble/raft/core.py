@@ -25,14 +25,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from marble.errors import ProtocolError
+from marble.errors import NotLeaderError, ProtocolError, UnavailableError, UsageError, check
 from marble.raft import candidate, follower, leader
 from marble.raft.config import MemoryStorage, RaftConfig, Storage
-from marble.raft.log import RaftLog
-from marble.raft.messages import Message, MessageKind, Ready, RoleChanged
-from marble.raft.progress import Progress
+from marble.raft.membership import Membership, change
+from marble.raft.messages import TRANSFER_CAMPAIGN, Message, MessageKind, Ready, RoleChanged
 from marble.raft.state import State
-from marble.types import NO_NODE, HardState, Position, Role
+from marble.raft.view import View
+from marble.types import NO_NODE, Change, Members, Position, Role, SnapshotMeta, Transition
 
 __all__ = ["MemoryStorage", "Raft", "RaftConfig", "Storage"]
 
@@ -42,13 +42,17 @@ _RESPONSES: Final = frozenset(
         MessageKind.REQUEST_VOTE_RESPONSE,
         MessageKind.APPEND_ENTRIES_RESPONSE,
         MessageKind.HEARTBEAT_RESPONSE,
+        MessageKind.INSTALL_SNAPSHOT_RESPONSE,
     }
 )
 _VOTE_REQUESTS: Final = frozenset({MessageKind.REQUEST_PRE_VOTE, MessageKind.REQUEST_VOTE})
-_FROM_LEADER: Final = frozenset({MessageKind.APPEND_ENTRIES, MessageKind.HEARTBEAT})
+_FROM_LEADER: Final = frozenset(
+    {MessageKind.APPEND_ENTRIES, MessageKind.HEARTBEAT, MessageKind.INSTALL_SNAPSHOT, MessageKind.QUIESCE}
+)
+_BETWEEN_DRIVERS: Final = frozenset({MessageKind.SNAPSHOT_FETCH, MessageKind.SNAPSHOT_PIECE, MessageKind.NODE_BEAT})
 
 
-class Raft:
+class Raft(View):
     """One node of one group. Not thread-safe: one driver calls it.
 
     After an exception other than those that a method names, the node must stop: its state is no longer to be trusted.
@@ -69,101 +73,9 @@ class Raft:
     """
 
     def __init__(self, config: RaftConfig, storage: Storage) -> None:
-        self._state = State(config, storage)
+        super().__init__(State(config, storage))
         self._events: list[RoleChanged] = []
         self._told = (self._state.role, self._state.term, self._state.leader)
-
-    # What it is.
-
-    @property
-    def id(self) -> int:
-        """This node."""
-        return self._state.id
-
-    @property
-    def role(self) -> Role:
-        """What this node is now."""
-        return self._state.role
-
-    @property
-    def term(self) -> int:
-        """The latest term that this node has seen."""
-        return self._state.term
-
-    @property
-    def vote(self) -> int:
-        """Whom it voted for in ``term``; ``NO_NODE`` if nobody."""
-        return self._state.vote
-
-    @property
-    def leader(self) -> int:
-        """Who leads ``term``, as far as it knows; ``NO_NODE`` if it does not."""
-        return self._state.leader
-
-    @property
-    def voters(self) -> tuple[int, ...]:
-        """All voters of the group, ascending."""
-        return self._state.membership.voters
-
-    @property
-    def votes(self) -> dict[int, bool]:
-        """Answers to the (pre-)vote under way: True is granted."""
-        return dict(self._state.votes)
-
-    @property
-    def hard_state(self) -> HardState:
-        """What it must remember over a crash, as it is in memory."""
-        return self._state.hard_state
-
-    @property
-    def log(self) -> RaftLog:
-        """Its log. To look at only."""
-        return self._state.log
-
-    @property
-    def commit_index(self) -> int:
-        """The last entry known to be committed."""
-        return self._state.log.commit_index
-
-    @property
-    def applied_index(self) -> int:
-        """The last entry that the driver reported as applied."""
-        return self._state.log.applied_index
-
-    @property
-    def persisted_index(self) -> int:
-        """The last entry up to which the log is durable here."""
-        return self._state.log.persisted_index
-
-    @property
-    def last_index(self) -> int:
-        """The last entry of the log, durable or not."""
-        return self._state.log.last_index
-
-    @property
-    def progress(self) -> dict[int, Progress]:
-        """What a leader knows of each member, itself included; empty unless it leads. To look at only."""
-        return self._state.progress
-
-    @property
-    def election_elapsed(self) -> int:
-        """Ticks since a follower heard from its leader, or since a leader last checked its quorum."""
-        return self._state.election_elapsed
-
-    @election_elapsed.setter
-    def election_elapsed(self, ticks: int) -> None:
-        self._state.election_elapsed = ticks
-
-    @property
-    def randomized_election_timeout(self) -> int:
-        """After how many ticks without a leader this node campaigns. Drawn anew with every change of role or term; may
-        be set.
-        """
-        return self._state.randomized_election_timeout
-
-    @randomized_election_timeout.setter
-    def randomized_election_timeout(self, ticks: int) -> None:
-        self._state.randomized_election_timeout = ticks
 
     # Inputs.
 
@@ -179,6 +91,10 @@ class Raft:
         """
         state = self._state
         self._check_sender(message)
+        if message.kind in _RESPONSES and not state.membership.is_member(message.sender):
+            return  # It was removed, or is to be added and knows more than this node. Its answers count for nothing.
+        if message.kind is not MessageKind.QUIESCE:
+            state.wake()
         if message.kind is MessageKind.READ_INDEX and message.term <= state.term:
             # A request, not a claim: whichever leader it reaches may answer it (etcd gives it no term at all).
             pass
@@ -189,6 +105,10 @@ class Raft:
             return
         if message.kind in _VOTE_REQUESTS:
             candidate.answer_request(state, message)
+        elif message.kind is MessageKind.TIMEOUT_NOW:
+            # No pre-vote, and nobody's lease stands against it: the leader itself wishes it (thesis §3.10).
+            if state.role is Role.FOLLOWER:
+                candidate.campaign(state, pre_vote=False, transfer=True)
         else:
             match state.role:
                 case Role.LEADER:
@@ -199,14 +119,24 @@ class Raft:
                     candidate.step(state, message)
         self._note()
 
-    def tick(self) -> None:
-        """A tick of the driver's clock has passed."""
+    def tick(self, now_us: int = 0) -> None:
+        """A tick of the driver's clock has passed, at least ``tick_us`` after the one before.
+
+        Parameters
+        ----------
+        now_us
+            The driver's monotonic clock, in microseconds: leases are measured by it. 0 where there are none.
+        """
         state = self._state
+        state.clock_us = max(state.clock_us, now_us)
+        if state.quiesced:
+            return
         if state.role is Role.LEADER:
             leader.tick(state)
         else:
             state.reads.tick()
             state.election_elapsed += 1
+            state.since_leader += 1
             voter = state.membership.is_voter(state.id)
             if voter and state.election_elapsed >= state.randomized_election_timeout:
                 state.election_elapsed = 0
@@ -222,6 +152,7 @@ class Raft:
             Go straight for the vote, although the configuration says to ask around first. Peers that hear a leader
             still refuse.
         """
+        self._state.wake()
         candidate.campaign(self._state, self._state.config.pre_vote and not force)
         self._note()
 
@@ -239,20 +170,109 @@ class Raft:
         NotLeaderError
             This node does not lead. Nothing was appended.
         UnavailableError
-            More than ``uncommitted_bytes_max`` would wait to be committed. Nothing was appended.
+            More than ``uncommitted_bytes_max`` would wait to be committed, or the leadership is being handed over.
+            Nothing was appended.
         UsageError
             No sizes, or a negative one.
         """
+        self._state.wake()
         return leader.propose(self._state, sizes)
 
-    def read_index(self, request: int) -> None:
-        """Ask from which applied index on a read is linearizable; a `ReadState` with the same `request` will tell.
+    def propose_membership(self, changes: Sequence[Change], transition: Transition = Transition.AUTO) -> Position:
+        """Append an entry that changes who takes part, as leader; by no changes at all, leave the joint group.
 
-        A follower asks its leader. An answer of 0 means: ask again (no leader, a lost lead, a lost message).
+        It takes effect at each node when that has applied it. What the driver has to write comes as
+        ``Ready.memberships``.
+
+        Raises
+        ------
+        NotLeaderError
+            This node does not lead. Nothing was appended.
+        UnavailableError
+            Another change, or this leader's own no-op, is not applied yet, or the leadership is being handed over.
+            Nothing was appended.
+        UsageError
+            The changes make no sense for the members that there are. Nothing was appended.
+        """
+        state = self._state
+        state.wake()
+        if state.role is not Role.LEADER:
+            raise NotLeaderError(f"node {state.id} does not lead term {state.term}")
+        if state.transferee != NO_NODE:
+            raise UnavailableError(
+                f"the leadership is being handed to node {state.transferee}: retry at the new leader"
+            )
+        if state.log.applied_index < state.pending_change_index:
+            raise UnavailableError(
+                "another change of the membership, or the start of this leadership, is under way: retry"
+            )
+        members = change(state.membership.members, changes, transition)
+        return leader.propose_membership(state, members)
+
+    def apply_membership(self, members: Members) -> None:
+        """An entry that makes the group consist of `members` is being applied; `applied` of its index follows.
+
+        A leader that is no voter any more steps down.
         """
         state = self._state
         if state.role is Role.LEADER:
-            leader.read_index(state, request)
+            leader.apply_membership(state, members)
+        else:
+            state.membership = Membership(members)
+            if state.role is not Role.FOLLOWER and not state.membership.is_voter(state.id):
+                state.become_follower(state.term, NO_NODE)
+        self._note()
+
+    def transfer_leadership(self, target: int) -> None:
+        """Hand the leadership to `target` when it has the whole log. Until then, for an election timeout, nothing is
+        proposed; ``transferee`` tells whether it is still being tried.
+
+        Raises
+        ------
+        NotLeaderError
+            This node does not lead.
+        UsageError
+            `target` is not a voter.
+        """
+        state = self._state
+        state.wake()
+        if state.role is not Role.LEADER:
+            raise NotLeaderError(f"node {state.id} does not lead term {state.term}")
+        if not state.membership.is_voter(target):
+            raise UsageError(f"node {target} cannot lead: the voters are {list(self.voters)}")
+        leader.transfer(state, target)
+
+    def forget_leader(self) -> None:
+        """Be free to vote for another at once, as a follower that knows better than its timer that the leader is gone.
+
+        Raises
+        ------
+        UsageError
+            With ``lease_reads`` the leader's leases rest on this node's patience.
+        """
+        if self._state.role is Role.FOLLOWER:
+            follower.forget_leader(self._state)
+            self._note()
+
+    def read_index(self, request: int, now_us: int = 0, lease: bool = False) -> None:
+        """Ask from which applied index on a read is linearizable; a `ReadState` with the same `request` will tell.
+
+        A follower asks its leader. An answer of 0 means: ask again (no leader, a lost lead, a lost message).
+
+        Parameters
+        ----------
+        request
+            The caller's number for it.
+        now_us
+            The driver's monotonic clock, read after the request came.
+        lease
+            Be content with a lease, if this node leads and has one: no message is needed then.
+        """
+        state = self._state
+        state.clock_us = max(state.clock_us, now_us)
+        state.wake()
+        if state.role is Role.LEADER:
+            leader.read_index(state, request, lease and now_us > 0)
         else:
             follower.read_index(state, request)
 
@@ -281,6 +301,30 @@ class Raft:
             No Ready has handed out `index` as committed.
         """
         self._state.log.applied(index)
+        if self._state.role is Role.LEADER:
+            leader.leave_if_due(self._state)
+
+    def snapshot_taken(self, meta: SnapshotMeta) -> None:
+        """A durable snapshot of what is applied up to ``meta.index`` exists here: peers that lag may get it."""
+        state = self._state
+        check(meta.index <= state.log.applied_index, f"a snapshot at {meta.index}, which is not applied")
+        if state.snapshot is None or meta.index > state.snapshot.index:
+            state.snapshot = meta
+
+    def purge(self, index: int) -> None:
+        """Forget the log up to `index`, which a snapshot covers."""
+        snapshot = self._state.snapshot
+        check(snapshot is not None and index <= snapshot.index, f"entry {index} purged, which no snapshot covers")
+        self._state.log.purge(index)
+
+    def report_snapshot(self, peer: int, ok: bool) -> None:
+        """The snapshot for `peer` has arrived there, or will not."""
+        if self._state.role is Role.LEADER:
+            leader.report_snapshot(self._state, peer, ok)
+
+    def wake(self) -> None:
+        """Count time again: the node of this group's leader may be gone."""
+        self._state.wake()
 
     def report_unreachable(self, peer: int) -> None:
         """A message to `peer` could not be sent."""
@@ -299,6 +343,7 @@ class Raft:
             or state.log.has_committed
             or state.reads.answers
             or state.reads.round_due
+            or state.proposed
             or self._events
         )
 
@@ -316,6 +361,14 @@ class Raft:
         number = state.last_write + 1 if must_sync else 0
         hard_state = state.hard_state if state.hard_state != state.announced else None
         append = None
+        snapshot = state.log.installing
+        memberships = tuple(
+            each
+            for each in state.proposed
+            # Unless it was replaced before any Ready could carry it.
+            if each.index > state.log.announced_index and state.log.matches(each.index, each.term)
+        )
+        state.proposed.clear()
         events = tuple(self._current(event) for event in self._events)
         self._events.clear()
         if number:
@@ -333,6 +386,8 @@ class Raft:
             committed=state.log.take_committed(),
             reads=state.reads.take_answers(),
             events=events,
+            snapshot=snapshot,
+            memberships=memberships,
         )
 
     # Terms.
@@ -342,8 +397,8 @@ class Raft:
         state = self._state
         if message.to != state.id or message.sender == state.id:
             raise ProtocolError(f"a {message.kind.name} from {message.sender} to {message.to} reached node {state.id}")
-        if message.kind in _RESPONSES and not state.membership.is_member(message.sender):
-            raise ProtocolError(f"node {message.sender}, which is no member, sends a {message.kind.name}")
+        if message.kind in _BETWEEN_DRIVERS:
+            raise ProtocolError(f"a {message.kind.name} is not for the core")
         if message.term == 0 and (message.kind in _FROM_LEADER or message.kind in _VOTE_REQUESTS):
             raise ProtocolError(
                 f"node {message.sender} sends a {message.kind.name} of term 0, which nobody leads or wins"
@@ -369,11 +424,10 @@ class Raft:
     def _step_future(self, message: Message) -> bool:
         """A message of a later term. Returns whether it is to be handled further."""
         state = self._state
-        if message.kind in _VOTE_REQUESTS:
-            in_lease = state.leader != NO_NODE and state.election_elapsed < state.config.election_ticks
-            if state.config.check_quorum and in_lease:
-                # Who hears a leader neither enters a candidate's term nor votes for it (Raft §6, thesis §4.2.3).
-                return False
+        if message.kind in _VOTE_REQUESTS and state.in_lease and message.context != TRANSFER_CAMPAIGN:
+            # Who hears a leader neither enters a candidate's term nor votes for it (Raft §6, thesis §4.2.3), unless that
+            # leader itself wishes it (thesis §3.10).
+            return False
         if message.kind is MessageKind.REQUEST_PRE_VOTE:
             return True
         if message.kind is MessageKind.REQUEST_PRE_VOTE_RESPONSE and not message.reject:

@@ -6,9 +6,10 @@ the end of the log here: there may be more, from another leader.
 
 from __future__ import annotations
 
+from marble.errors import UsageError
 from marble.raft.messages import Message, MessageKind
 from marble.raft.state import State
-from marble.types import NO_NODE
+from marble.types import NO_NODE, SnapshotMeta
 
 
 def step(state: State, message: Message) -> None:
@@ -22,6 +23,12 @@ def step(state: State, message: Message) -> None:
             # The leader never sends more than what it knows to be durable here.
             state.log.commit_to(message.commit)
             state.send(MessageKind.HEARTBEAT_RESPONSE, message.sender, context=message.context)
+        case MessageKind.INSTALL_SNAPSHOT:
+            state.follow(message.sender)
+            _install(state, message)
+        case MessageKind.QUIESCE:
+            state.follow(message.sender)
+            _quiesce(state, message)
         case MessageKind.READ_INDEX_RESPONSE:
             # Index 0 stands for a refusal, both here and towards the caller.
             state.reads.resolve(message.context, 0 if message.reject else message.log_index)
@@ -40,6 +47,13 @@ def read_index(state: State, request: int) -> None:
     state.send(MessageKind.READ_INDEX, state.leader, context=context)
 
 
+def forget_leader(state: State) -> None:
+    """Be free to vote at once. See `Raft.forget_leader`."""
+    if state.config.lease_reads:
+        raise UsageError("with lease_reads a follower may not forget its leader, whose leases rest on it")
+    state.forget_leader()
+
+
 def refuse_read(state: State, message: Message) -> None:
     """Who asks takes this node for the leader: tell it to ask again."""
     state.send(MessageKind.READ_INDEX_RESPONSE, message.sender, reject=True, context=message.context)
@@ -52,7 +66,7 @@ def _append(state: State, message: Message) -> None:
         # Old, or a leader that probes too low: what is committed here matches in any case.
         state.send(MessageKind.APPEND_ENTRIES_RESPONSE, message.sender, log_index=log.commit_index)
     elif log.matches(message.log_index, message.log_term):
-        log.splice(entries)
+        log.splice(entries, message.changes)
         last_verified = entries.end - 1
         # Beyond the verified prefix there may be entries here that the leader does not have.
         log.commit_to(min(message.commit, last_verified))
@@ -69,3 +83,31 @@ def _append(state: State, message: Message) -> None:
             reject=True,
             reject_hint=hint,
         )
+
+
+def _install(state: State, message: Message) -> None:
+    """A snapshot (Raft §7), of which the driver has all that it needs."""
+    assert message.members is not None  # Message holds to this; the line is for the type checker.
+    log = state.log
+    if message.log_index > log.commit_index:
+        if log.matches(message.log_index, message.log_term):
+            # The log leads there by itself; what comes after it may be of use (Raft figure 13, step 6).
+            log.commit_to(message.log_index)
+        else:
+            state.restore(SnapshotMeta(message.log_index, message.log_term, message.members))
+    # Beyond the commit index this log may differ from the leader's.
+    state.send(MessageKind.APPEND_ENTRIES_RESPONSE, message.sender, log_index=log.commit_index)
+
+
+def _quiesce(state: State, message: Message) -> None:
+    """The leader has nothing to say any more: sleep, if this log is all that it would say."""
+    log = state.log
+    if (message.log_index, message.log_term) == (
+        log.last_index,
+        log.last_term,
+    ) and log.persisted_index == log.last_index:
+        log.commit_to(message.log_index)
+        state.quiesced = True
+    else:
+        # Any answer wakes the leader.
+        state.send(MessageKind.HEARTBEAT_RESPONSE, message.sender)

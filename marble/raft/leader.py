@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 from marble._core.term_index import EntrySpan
 from marble.errors import NotLeaderError, ProtocolError, UnavailableError, UsageError
-from marble.raft.messages import Message, MessageKind
-from marble.raft.progress import ProgressState
+from marble.raft.membership import Membership, leave
+from marble.raft.messages import MembershipProposed, Message, MessageKind
+from marble.raft.progress import Progress, ProgressState
 from marble.raft.quorum import VoteResult
 from marble.raft.reads import PendingRead
 from marble.raft.state import State
-from marble.types import INDEX_MAX, NO_NODE, Position, Role
+from marble.types import INDEX_MAX, NO_NODE, Members, Position, Role
 
 
 def start(state: State) -> None:
@@ -34,6 +35,8 @@ def step(state: State, message: Message) -> None:
             _on_heartbeat_response(state, message)
         case MessageKind.READ_INDEX:
             _read(state, PendingRead(message.sender, message.context))
+        case MessageKind.INSTALL_SNAPSHOT_RESPONSE if message.reject:
+            report_snapshot(state, message.sender, ok=False)
         case _:
             pass  # An answer to something that this node did in another role. A second leader `Raft.step` has refused.
 
@@ -42,11 +45,21 @@ def tick(state: State) -> None:
     """One tick of a leader: the quorum's turn, then heartbeats."""
     state.heartbeat_elapsed += 1
     state.election_elapsed += 1
+    state.idle_ticks += 1
+    state.hanging_ticks = state.hanging_ticks + 1 if state.unfinished_write else 0
+    if state.config.check_quorum and state.hanging_ticks >= state.config.election_ticks:
+        # Its disk hangs. The others could commit without it, but nobody could apply or read here (hashicorp/raft#503).
+        state.become_follower(state.term, NO_NODE)
+        return
     if state.election_elapsed >= state.config.election_ticks:
         state.election_elapsed = 0
         if state.config.check_quorum and not _check_quorum(state):
             return
-    if state.heartbeat_elapsed >= state.config.heartbeat_ticks:
+        # The target had its time: go on proposing.
+        state.transferee = NO_NODE
+    if 0 < state.config.quiesce_ticks <= state.idle_ticks and _is_idle(state):
+        _quiesce(state)
+    elif state.heartbeat_elapsed >= state.config.heartbeat_ticks:
         state.heartbeat_elapsed = 0
         _broadcast_heartbeat(state)
 
@@ -60,6 +73,8 @@ def propose(state: State, sizes: Sequence[int]) -> Position:
         raise UsageError("a proposal has at least one entry")
     if not all(0 <= size <= INDEX_MAX for size in sizes):
         raise UsageError("the size of an entry is not negative and fits 64 bits")
+    if state.transferee != NO_NODE:
+        raise UnavailableError(f"the leadership is being handed to node {state.transferee}: retry at the new leader")
     total = sum(sizes)
     uncommitted = _uncommitted_bytes(state)
     limit = state.config.uncommitted_bytes_max
@@ -70,9 +85,76 @@ def propose(state: State, sizes: Sequence[int]) -> Position:
             f"{uncommitted} bytes of entries wait to be committed; {total} more would pass the limit of {limit}"
         )
     first = state.log.last_index + 1
+    state.idle_ticks = 0
     state.log.append(EntrySpan.of(first, [state.term] * len(sizes), sizes))
     _broadcast_append(state)
     return Position(first, state.term)
+
+
+def propose_membership(state: State, members: Members) -> Position:
+    """Append an entry from whose application on the group is `members`."""
+    position = Position(state.log.last_index + 1, state.term)
+    state.log.append(EntrySpan.of(position.index, [state.term]), (position.index,))
+    state.proposed.append(MembershipProposed(position.index, position.term, members))
+    state.pending_change_index = position.index
+    _broadcast_append(state)
+    return position
+
+
+def apply_membership(state: State, members: Members) -> None:
+    """The group is `members` from now on: look after who came, no longer after who went."""
+    state.membership = Membership(members)
+    if not state.membership.is_voter(state.id):
+        # Its own removal is committed: somebody else's turn (Raft §6).
+        state.become_follower(state.term, NO_NODE)
+        return
+    for peer in [peer for peer in state.progress if not state.membership.is_member(peer)]:
+        del state.progress[peer]
+    for peer in state.membership.all:
+        if peer not in state.progress:
+            state.add_progress(peer)
+            # Or the next check of the quorum would count it as silent before it was ever spoken to.
+            state.progress[peer].recent_active = True
+    # Peers are visited in ascending order.
+    state.progress = {peer: state.progress[peer] for peer in sorted(state.progress)}
+    if state.transferee != NO_NODE and not state.membership.is_voter(state.transferee):
+        state.transferee = NO_NODE
+    state.idle_ticks = 0
+    # A smaller quorum may have more already.
+    if not _committed(state):
+        _broadcast_append(state)
+    _confirm_reads(state)
+
+
+def leave_if_due(state: State) -> None:
+    """Leave a joint group that is to be left by itself, once it is in use here and nothing else is under way."""
+    members = state.membership.members
+    if members.auto_leave and state.log.applied_index >= state.pending_change_index:
+        propose_membership(state, leave(members))
+
+
+def transfer(state: State, target: int) -> None:
+    """Hand the leadership to `target`. See `Raft.transfer_leadership`."""
+    if target in (state.id, state.transferee):
+        return
+    state.transferee = target
+    # It has one election timeout to take over.
+    state.election_elapsed = 0
+    state.idle_ticks = 0
+    if not _hand_over(state, target):
+        _send_append(state, target)
+
+
+def report_snapshot(state: State, peer: int, ok: bool) -> None:
+    """The snapshot for `peer` arrived, or did not: probe."""
+    progress = state.progress.get(peer)
+    if progress is None or progress.state is not ProgressState.SNAPSHOT:
+        return
+    if not ok:
+        progress.pending_snapshot = 0
+    progress.become_probe()
+    # An answer to the snapshot, or the next to a heartbeat, says how to go on.
+    progress.paused = True
 
 
 def on_persisted(state: State) -> None:
@@ -89,8 +171,12 @@ def report_unreachable(state: State, peer: int) -> None:
         progress.become_probe()
 
 
-def read_index(state: State, request: int) -> None:
-    """A read of this node itself."""
+def read_index(state: State, request: int, lease: bool) -> None:
+    """A read of this node itself; by `lease` if there is one."""
+    in_lease = state.clock_us < state.lease_until_us and state.transferee == NO_NODE and not state.lease_void
+    if lease and in_lease and state.committed_in_term:
+        state.reads.answer(request, state.log.commit_index)
+        return
     _read(state, PendingRead(state.id, request))
 
 
@@ -107,7 +193,9 @@ def _uncommitted_bytes(state: State) -> int:
 
 
 def _on_append_response(state: State, message: Message) -> None:
-    progress = state.progress[message.sender]
+    progress = state.progress.get(message.sender)
+    if progress is None:
+        return  # It was removed.
     if not message.reject and message.log_index > state.log.last_index:
         raise ProtocolError(
             f"node {message.sender} acknowledges entry {message.log_index}, but the log ends at {state.log.last_index}"
@@ -127,19 +215,24 @@ def _on_append_response(state: State, message: Message) -> None:
     news = progress.maybe_update(message.log_index)
     if not news and not (progress.state is ProgressState.PROBE and progress.match_index == message.log_index):
         return
-    if progress.state is ProgressState.PROBE:
-        progress.become_replicate()
-    else:
+    if progress.state is ProgressState.REPLICATE:
         progress.inflights.free(message.log_index)
+    elif progress.state is ProgressState.PROBE or progress.match_index + 1 >= state.log.first_index:
+        # Whatever brought it there, the peer can go on with the log.
+        progress.become_replicate()
     if not _committed(state) and progress.can_bump_commit(state.log.commit_index):
         _send_append(state, message.sender)
     # The answer may have made room for several messages.
-    while _send_append(state, message.sender, if_empty=False):
+    while message.sender in state.progress and _send_append(state, message.sender, if_empty=False):
         pass
+    if message.sender == state.transferee:
+        _hand_over(state, message.sender)
 
 
 def _on_heartbeat_response(state: State, message: Message) -> None:
-    progress = state.progress[message.sender]
+    progress = state.progress.get(message.sender)
+    if progress is None:
+        return  # It was removed.
     progress.recent_active = True
     # Even with a full window one empty message may go: its answer tells whether what fills the window arrived at all.
     progress.paused = False
@@ -176,12 +269,11 @@ def _broadcast_append(state: State) -> None:
 def _send_append(state: State, peer: int, if_empty: bool = True) -> bool:
     """Send `peer` what comes next for it, if flow control lets it. Returns whether a message was sent."""
     progress = state.progress[peer]
-    if progress.paused:
+    if progress.blocked:
         return False
     first = progress.next_index
     if first < state.log.first_index:
-        # Only a snapshot could help this peer, and until there are snapshots nobody purges what a peer lacks.
-        return False
+        return _send_snapshot(state, peer, progress)
     entries = state.log.span(first, first)
     if progress.state is not ProgressState.REPLICATE or not progress.inflights.full:
         entries = state.log.span(first, state.log.clip(first, state.config.append_bytes_max))
@@ -200,8 +292,55 @@ def _send_append(state: State, peer: int, if_empty: bool = True) -> bool:
     return True
 
 
+def _send_snapshot(state: State, peer: int, progress: Progress) -> bool:
+    """What comes next for `peer` is gone here: announce the newest snapshot, if the peer is there to fetch it."""
+    snapshot = state.snapshot
+    if snapshot is None or not progress.recent_active:
+        return False
+    progress.become_snapshot(snapshot.index)
+    state.send(
+        MessageKind.INSTALL_SNAPSHOT,
+        peer,
+        log_index=snapshot.index,
+        log_term=snapshot.term,
+        members=snapshot.members,
+    )
+    return True
+
+
+def _hand_over(state: State, target: int) -> bool:
+    """Tell `target` to campaign, if it has all that is in the log here (thesis §3.10)."""
+    if state.progress[target].match_index < state.log.last_index:
+        return False
+    # From now on somebody may be elected within the lease.
+    state.lease_void = True
+    state.send(MessageKind.TIMEOUT_NOW, target)
+    return True
+
+
+def _is_idle(state: State) -> bool:
+    """Whether this leader has nothing to say that anybody does not know."""
+    last = state.log.last_index
+    return (
+        state.log.applied_index == last == state.log.persisted_index
+        and all(progress.match_index == last and progress.recent_active for progress in state.progress.values())
+        and state.transferee == NO_NODE
+        and not state.reads.pending
+        and not state.membership.members.auto_leave
+    )
+
+
+def _quiesce(state: State) -> None:
+    """Let the group sleep. Who misses the message misses the heartbeats, too, and wakes the others by campaigning."""
+    last, term = state.log.last_index, state.log.last_term
+    for peer in state.membership.peers(state.id):
+        state.send(MessageKind.QUIESCE, peer, log_index=last, log_term=term, commit=last)
+    state.quiesced = True
+
+
 def _broadcast_heartbeat(state: State) -> None:
-    context = state.reads.round_context
+    reads = state.reads
+    context = reads.open_round(state.clock_us) if state.config.lease_reads else reads.round_context
     state.reads.round_due = False
     for peer in state.membership.peers(state.id):
         progress = state.progress[peer]
@@ -237,6 +376,9 @@ def _read(state: State, read: PendingRead) -> None:
 def _confirm_reads(state: State) -> None:
     """Answer all reads whose round a quorum has confirmed. This leader confirms every round of its own."""
     context = state.membership.majority_index({**state.reads.acks, state.id: state.reads.last_context})
+    sent_us = state.reads.confirmed_since(context)
+    if sent_us:
+        state.lease_until_us = max(state.lease_until_us, sent_us + state.config.lease_us)
     for read in state.reads.take_confirmed(context):
         _answer_read(state, read, read.index)
 

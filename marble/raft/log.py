@@ -12,15 +12,23 @@ How far entries are on their way to the disk::
 A truncation at ``t`` pulls the two marks below ``t`` and clips every write under way to end before ``t``. So when the
 disk reports an old write late, it counts only for entries that were not replaced since, even if a third write put equal
 entries back (the ABA race of etcd's asynchronous storage writes).
+
+Rule 2: whoever has an entry that changes the membership in its log knows that all earlier ones in that log are committed,
+for a leader appends one only when it has applied all before it. So ``commit_index`` is never below the last but one of
+``changes``, not even after a restart that forgot how far it was: a node must not campaign under a membership that two
+others have followed since.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import deque
+from collections.abc import Iterable, Sequence
 
 from marble._core.term_index import EntrySpan, TermIndex
 from marble.errors import CorruptionError, InvariantError, check
 from marble.raft.messages import Span
+from marble.types import SnapshotMeta
 
 
 class RaftLog:
@@ -29,6 +37,8 @@ class RaftLog:
     - ``applied_index <= applying_index <= min(commit_index, persisted_index)`` and ``commit_index <= last_index``.
     - ``persisted_index <= announced_index <= last_index``.
     - ``commit_index`` never falls, and entries up to it are never truncated.
+    - While a snapshot is being installed, everything of it but ``persisted_index`` is ahead: the log starts after it.
+    - ``changes`` ascends, has the indexes of all entries from ``first_index`` on that change the membership.
     """
 
     __slots__ = (
@@ -37,11 +47,13 @@ class RaftLog:
         "announced_index",
         "applied_index",
         "applying_index",
+        "changes",
         "commit_index",
+        "installing",
         "persisted_index",
     )
 
-    def __init__(self, entries: TermIndex, commit_index: int, applied_index: int) -> None:
+    def __init__(self, entries: TermIndex, commit_index: int, applied_index: int, changes: Sequence[int] = ()) -> None:
         if not entries.first_index - 1 <= applied_index <= entries.last_index:
             raise CorruptionError(
                 f"applied index {applied_index} does not lie in the log [{entries.first_index}, {entries.last_index}]: "
@@ -54,7 +66,10 @@ class RaftLog:
                 "committed entries are gone; restore this node from its peers"
             )
         self._entries = entries
-        self.commit_index = max(commit_index, applied_index)
+        self.changes = [index for index in changes if index >= entries.first_index]
+        self.commit_index = max(commit_index, applied_index, *self.changes[-2:-1])
+        # A snapshot that no Ready has carried yet.
+        self.installing: SnapshotMeta | None = None
         self.applied_index = applied_index
         self.applying_index = applied_index
         self.persisted_index = entries.last_index
@@ -119,11 +134,12 @@ class RaftLog:
         """Terms of all entries from ``first_index`` on. For people and tests."""
         return self._entries.span(self.first_index, self.last_index + 1).terms()
 
-    def append(self, span: EntrySpan) -> None:
-        """A leader's own entries, at the end."""
+    def append(self, span: EntrySpan, changes: Iterable[int] = ()) -> None:
+        """A leader's own entries, at the end; those at `changes` change the membership."""
         self._entries.append(span)
+        self.changes.extend(changes)
 
-    def splice(self, span: EntrySpan) -> None:
+    def splice(self, span: EntrySpan, changes: Sequence[int] = ()) -> None:
         """A follower's entries from its leader: what is there and equal stays, the first conflict and all after it is
         replaced.
 
@@ -143,7 +159,43 @@ class RaftLog:
             self.persisted_index = min(self.persisted_index, conflict - 1)
             self.announced_index = min(self.announced_index, conflict - 1)
             self._writes = deque((number, min(end, conflict)) for number, end in self._writes)
+            del self.changes[bisect_left(self.changes, conflict) :]
         self._entries.append(span.slice(conflict, span.end))
+        self.changes.extend(changes[bisect_left(changes, conflict) :])
+        if len(self.changes) > 1:
+            self.commit_to(self.changes[-2])
+
+    def restore(self, meta: SnapshotMeta) -> None:
+        """Let the log start anew after a snapshot that it does not lead up to; a Ready will carry it to the disk."""
+        check(meta.index > self.commit_index, f"a snapshot at {meta.index} below commit index {self.commit_index}")
+        # What is on the disk of the old log still counts as far as it is committed; nothing else there is of use.
+        self.persisted_index = min(self.persisted_index, self.commit_index)
+        self._entries = TermIndex(meta.index + 1, meta.term)
+        self._writes.clear()
+        self.changes.clear()
+        self.commit_index = self.applying_index = self.announced_index = meta.index
+        self.installing = meta
+
+    def purge(self, index: int) -> None:
+        """Forget entries up to `index`, which a snapshot covers; the term of `index` stays known."""
+        check(index <= self.applied_index, f"entry {index} purged, but only {self.applied_index} is applied")
+        if index >= self.first_index:
+            self._entries.purge(index + 1)
+            del self.changes[: bisect_right(self.changes, index)]
+
+    def changes_within(self, first: int, end: int) -> tuple[int, ...]:
+        """Those of ``changes`` in ``[first, end)``."""
+        if not self.changes or self.changes[-1] < first:
+            return ()
+        return tuple(self.changes[bisect_left(self.changes, first) : bisect_left(self.changes, end)])
+
+    @property
+    def has_change_to_apply(self) -> bool:
+        """Whether the membership in use is older than what is known to be committed."""
+        if self.applied_index + 1 < self.first_index:
+            return True  # A snapshot is being installed.
+        at = bisect_right(self.changes, self.applied_index)
+        return at < len(self.changes) and self.changes[at] <= self.commit_index
 
     def commit_to(self, index: int) -> bool:
         """Raise the commit index to `index`. False if it is there already."""
@@ -158,8 +210,8 @@ class RaftLog:
 
     @property
     def has_unannounced(self) -> bool:
-        """Whether entries wait to be handed out for persisting."""
-        return self.announced_index < self.last_index
+        """Whether entries, or a snapshot, wait to be handed out for persisting."""
+        return self.announced_index < self.last_index or self.installing is not None
 
     @property
     def has_committed(self) -> bool:
@@ -167,12 +219,15 @@ class RaftLog:
         return self.applying_index < min(self.commit_index, self.persisted_index)
 
     def announce(self, number: int) -> Span | None:
-        """Hand out the entries that no Ready has carried yet; the write gets `number`."""
+        """Hand out the entries that no Ready has carried yet; the write, of them and of a snapshot, gets `number`."""
         if not self.has_unannounced:
+            return None
+        self.installing = None
+        self._writes.append((number, self.last_index + 1))
+        if self.announced_index == self.last_index:
             return None
         span = Span(self.announced_index + 1, self.last_index + 1)
         self.announced_index = self.last_index
-        self._writes.append((number, span.end))
         return span
 
     def persisted(self, number: int) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from marble._core.term_index import EntrySpan
 from marble.errors import ProtocolError
-from marble.types import INDEX_MAX, NODE_ID_MAX, HardState, Members, Role
-
+from marble.types import INDEX_MAX, NODE_ID_MAX, HardState, Members, Role, SnapshotMeta
 
 PRIORITY_MAX: Final = 2**16 - 1
 """Priorities travel as uint16."""
@@ -111,7 +111,7 @@ class Message:
         if self.changes and (
             self.entries is None
             or not self.entries.first <= self.changes[0] <= self.changes[-1] < self.entries.end
-            or any(first >= second for first, second in zip(self.changes, self.changes[1:], strict=False))
+            or any(first >= second for first, second in pairwise(self.changes))
         ):
             raise ProtocolError(f"changes {self.changes} are not ascending indexes of the entries")
         if self.entries is not None:
@@ -162,14 +162,27 @@ class RoleChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class MembershipProposed:
+    """The leader has put entry ``index`` of ``term`` into its log, from whose application on the group is `members`.
+
+    The driver makes that entry (kind MEMBERSHIP); it is in the `append` of the same Ready.
+    """
+
+    index: int
+    term: int
+    members: Members
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """All effects of the steps since the last Ready, in the order in which the driver carries them out.
 
     1. send ``messages`` at once;
-    2. persist ``hard_state`` and then the entries ``append`` (which replace everything from ``append.first`` on), under
-       one sync if ``must_sync``; then call ``Raft.persisted(number)``;
+    2. persist ``hard_state``, then that the log now starts after ``snapshot``, then the entries ``append`` (which replace
+       everything from ``append.first`` on), under one sync if ``must_sync``; then call ``Raft.persisted(number)``;
     3. only then send ``messages_after_persist``;
-    4. apply ``committed``, then call ``Raft.applied``; answer ``reads`` whose index is applied.
+    4. put the state of ``snapshot`` in the place of the machine's, apply ``committed``, then call ``Raft.applied``; answer
+       ``reads`` whose index is applied.
     """
 
     number: int
@@ -181,3 +194,5 @@ class Ready:
     committed: Span | None
     reads: tuple[ReadState, ...]
     events: tuple[RoleChanged, ...]
+    snapshot: SnapshotMeta | None = None
+    memberships: tuple[MembershipProposed, ...] = ()

@@ -14,11 +14,13 @@ class ProgressState(enum.Enum):
     """How the leader feeds a peer.
 
     PROBE: it does not know where the logs part: one message at a time, then wait for an answer or a heartbeat response.
-    REPLICATE: it does: messages are pipelined up to the in-flight window. (SNAPSHOT joins them with INSTALL_SNAPSHOT.)
+    REPLICATE: it does: messages are pipelined up to the in-flight window.
+    SNAPSHOT: the peer needs entries that are gone here, and was sent a snapshot: nothing more goes until it has it.
     """
 
     PROBE = "probe"
     REPLICATE = "replicate"
+    SNAPSHOT = "snapshot"
 
 
 class Inflights:
@@ -68,9 +70,19 @@ class Progress:
     - ``0 <= match_index < next_index``.
     - ``match_index`` only rises while this leader leads; the entries up to it are durable at the peer.
     - In REPLICATE the entries ``(match_index, next_index)`` are under way.
+    - ``pending_snapshot`` is not 0 exactly in SNAPSHOT: the index of the snapshot under way.
     """
 
-    __slots__ = ("inflights", "match_index", "next_index", "paused", "recent_active", "sent_commit", "state")
+    __slots__ = (
+        "inflights",
+        "match_index",
+        "next_index",
+        "paused",
+        "pending_snapshot",
+        "recent_active",
+        "sent_commit",
+        "state",
+    )
 
     def __init__(self, next_index: int, inflights: Inflights) -> None:
         # The last index up to which the peer's log is known to equal the leader's.
@@ -80,6 +92,7 @@ class Progress:
         # The last commit index sent; spares messages that could not tell the peer anything new.
         self.sent_commit = 0
         self.state = ProgressState.PROBE
+        self.pending_snapshot = 0
         # Whether the peer said anything since the last check of the quorum.
         self.recent_active = False
         # PROBE: a probe is out. REPLICATE: the window was full at the last message. An answer or a heartbeat response
@@ -88,16 +101,29 @@ class Progress:
         self.inflights = inflights
 
     def become_probe(self) -> None:
-        """Go back to asking: what was under way counts as lost."""
+        """Go back to asking: what was under way counts as lost, but for a snapshot, which may have arrived."""
+        pending = self.pending_snapshot
         self._reset(ProgressState.PROBE)
+        self.next_index = max(self.match_index, pending) + 1
 
     def become_replicate(self) -> None:
         """The logs are known to agree at ``match_index``: stream from there."""
         self._reset(ProgressState.REPLICATE)
 
+    def become_snapshot(self, index: int) -> None:
+        """The snapshot at `index` is on its way."""
+        self._reset(ProgressState.SNAPSHOT)
+        self.pending_snapshot = index
+
+    @property
+    def blocked(self) -> bool:
+        """Whether no append may go to the peer now."""
+        return self.paused or self.state is ProgressState.SNAPSHOT
+
     def _reset(self, state: ProgressState) -> None:
         self.state = state
         self.paused = False
+        self.pending_snapshot = 0
         self.inflights.clear()
         self.next_index = self.match_index + 1
         self.sent_commit = min(self.sent_commit, self.match_index)
@@ -143,6 +169,8 @@ class Progress:
 
     def __repr__(self) -> str:
         text = f"{self.state.value} match={self.match_index} next={self.next_index}"
+        if self.pending_snapshot:
+            text += f" snapshot={self.pending_snapshot}"
         if self.paused:
             text += " paused"
         if not self.recent_active:

@@ -1,7 +1,7 @@
 """Majorities: which index a majority holds, and whether a vote is decided.
 
-Rule 1: pure functions of what the voters said; nothing here knows of nodes, terms or logs. Joint consensus will ask two
-sets of voters the same questions and take the smaller answer.
+Rule 1: pure functions of what the voters said; nothing here knows of nodes, terms or logs. Joint consensus (Raft §6) asks
+two sets of voters the same questions and takes the smaller answer.
 """
 
 from __future__ import annotations
@@ -42,3 +42,19 @@ def vote_result(voters: Collection[int], votes: Mapping[int, bool]) -> VoteResul
     if len(voters) - rejected < quorum_size(len(voters)):
         return VoteResult.LOST
     return VoteResult.PENDING
+
+
+def joint_index(voters: Collection[int], outgoing: Collection[int], indexes: Mapping[int, int]) -> int:
+    """The largest index that a majority of `voters` and, if there are any, one of `outgoing` have reached."""
+    index = majority_index(voters, indexes)
+    return min(index, majority_index(outgoing, indexes)) if outgoing else index
+
+
+def joint_vote(voters: Collection[int], outgoing: Collection[int], votes: Mapping[int, bool]) -> VoteResult:
+    """Whether `votes` decide the matter in both halves: lost in one is lost."""
+    results = {vote_result(voters, votes)}
+    if outgoing:
+        results.add(vote_result(outgoing, votes))
+    if VoteResult.LOST in results:
+        return VoteResult.LOST
+    return VoteResult.PENDING if VoteResult.PENDING in results else VoteResult.WON

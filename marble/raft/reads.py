@@ -22,6 +22,10 @@ READS_MAX: Final = 1 << 16
 """Reads that may be pending at once; more are told to ask again. Bounds memory where no quorum answers."""
 
 
+ROUNDS_MAX: Final = 64
+"""Unanswered rounds of heartbeats remembered for leases: an answer to an older one would give no lease any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class PendingRead:
     """A read at its leader: `requester` asked under `request` (a caller's number if it is this node, else the
@@ -41,7 +45,7 @@ class Reads:
     - Only a leader has deferred or waiting reads; only a follower with a known leader has forwarded ones.
     """
 
-    __slots__ = ("_acks", "_deferred", "_forwarded", "_waiting", "answers", "last_context", "round_due")
+    __slots__ = ("_acks", "_deferred", "_forwarded", "_waiting", "answers", "last_context", "round_due", "rounds")
 
     def __init__(self, first_context: int) -> None:
         self.last_context = first_context
@@ -49,6 +53,8 @@ class Reads:
         self.round_due = False
         # Reads of this node that are decided, for the next Ready.
         self.answers: list[ReadState] = []
+        # Rounds of heartbeats that a quorum has not answered yet: (context, when it was sent at the earliest, in µs).
+        self.rounds: deque[tuple[int, int]] = deque()
         self._deferred: list[PendingRead] = []
         self._waiting: deque[PendingRead] = deque()
         # The latest context that each peer has answered.
@@ -65,6 +71,27 @@ class Reads:
     def round_context(self) -> int:
         """What a heartbeat must carry to confirm all that waits; 0 if nothing does."""
         return self._waiting[-1].context if self._waiting else 0
+
+    @property
+    def pending(self) -> bool:
+        """Whether anybody waits for an answer of this leader."""
+        return bool(self._waiting or self._deferred)
+
+    def open_round(self, now_us: int) -> int:
+        """A round of heartbeats goes out, for a lease, whether or not a read waits. Returns its context."""
+        if not self.round_due:
+            self.last_context += 1
+        self.rounds.append((self.last_context, now_us))
+        if len(self.rounds) > ROUNDS_MAX:
+            self.rounds.popleft()
+        return self.last_context
+
+    def confirmed_since(self, context: int) -> int:
+        """A quorum has answered `context`: when the latest round that this confirms was sent; 0 if none was open."""
+        sent_us = 0
+        while self.rounds and self.rounds[0][0] <= context:
+            sent_us = self.rounds.popleft()[1]
+        return sent_us
 
     def answer(self, request: int, index: int) -> None:
         """Tell this node's caller; index 0: ask again."""

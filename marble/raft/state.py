@@ -16,11 +16,11 @@ from marble.errors import CorruptionError, check
 from marble.raft.config import RaftConfig, Storage, check_hard_state
 from marble.raft.log import RaftLog
 from marble.raft.membership import Membership
-from marble.raft.messages import Message, MessageKind
+from marble.raft.messages import MembershipProposed, Message, MessageKind
 from marble.raft.outbox import Outbox
 from marble.raft.progress import Inflights, Progress
 from marble.raft.reads import Reads
-from marble.types import NO_NODE, HardState, Role
+from marble.types import NO_NODE, HardState, Members, Role, SnapshotMeta
 
 _ASSERTS_LOG_OR_VOTE: Final = frozenset(
     {
@@ -28,6 +28,8 @@ _ASSERTS_LOG_OR_VOTE: Final = frozenset(
         MessageKind.REQUEST_VOTE_RESPONSE,
         MessageKind.REQUEST_PRE_VOTE_RESPONSE,
         MessageKind.APPEND_ENTRIES_RESPONSE,
+        # A refused snapshot says that the log here is as short as it was.
+        MessageKind.INSTALL_SNAPSHOT_RESPONSE,
         # A candidate asserts its last entry, and that it campaigns once in this term. Were the request to leave before
         # both are durable, a crash could bring the candidate back in the same term with a shorter log, and a late vote
         # would elect it (docs/raft.md).
@@ -50,8 +52,14 @@ class State:
         check_hard_state(hard_state)
         self.config: Final = config
         self.id: Final = config.id
-        self.membership = Membership(storage.voters)
-        self.log: Final = RaftLog(storage.term_index, hard_state.commit, storage.applied_index)
+        self.membership = Membership(storage.members)
+        self.log: Final = RaftLog(storage.term_index, hard_state.commit, storage.applied_index, storage.changes)
+        # The newest snapshot that is durable here: what a peer gets that lacks entries which are gone.
+        self.snapshot = storage.snapshot
+        if self.log.first_index > 1 and (self.snapshot is None or self.snapshot.index + 1 < self.log.first_index):
+            raise CorruptionError(
+                f"the log starts at {self.log.first_index}, and no snapshot leads up to it: restore this node from its peers"
+            )
         if self.log.last_term > hard_state.term:
             raise CorruptionError(
                 f"the log ends in term {self.log.last_term}, after the stored term {hard_state.term}: "
@@ -73,6 +81,27 @@ class State:
         self.progress: dict[int, Progress] = {}
         # Where in the log the no-op of this leadership stands; 0 unless leading.
         self.noop_index = 0
+        # No further change of the membership before this is applied: the last one, or this leader's own no-op (a change
+        # before it may take effect beside another leader's, as Ongaro found in 2015).
+        self.pending_change_index = 0
+        # Entries that change the membership, which the driver has to make.
+        self.proposed: list[MembershipProposed] = []
+        # Whom the leadership is being handed to; nothing is proposed meanwhile (thesis §3.10).
+        self.transferee = NO_NODE
+        # Ticks since a leader was last heard, whoever it was, or since the start: what leases rest upon.
+        self.since_leader = 0
+        # The driver's monotonic clock when it last told: never ahead of the truth.
+        self.clock_us = 0
+        # Until when a quorum keeps from electing anybody else, by that clock.
+        self.lease_until_us = 0
+        # TIMEOUT_NOW was sent in this term and may arrive at any time in it: no lease is worth anything any more.
+        self.lease_void = False
+        # Nothing to do until something comes: ticks are not counted.
+        self.quiesced = False
+        # For how many ticks a leader's group has had nothing to do.
+        self.idle_ticks = 0
+        # For how many ticks the oldest write under way has not been reported.
+        self.hanging_ticks = 0
         self.outbox: Final = Outbox()
         # Half of the numbers are left to count through.
         self.reads: Final = Reads(config.random.randrange(1, 1 << 62))
@@ -114,6 +143,8 @@ class State:
     def persisted(self, number: int) -> None:
         """Writes up to `number` are durable."""
         check(number <= self.last_write, f"write {number} persisted, but only {self.last_write} was handed out")
+        if number > self.last_persisted:
+            self.hanging_ticks = 0
         self.last_persisted = max(self.last_persisted, number)
         while self._announcements and self._announcements[0][0] <= number:
             _, self.durable_term, self.durable_vote = self._announcements.popleft()
@@ -135,6 +166,8 @@ class State:
         reject: bool = False,
         reject_hint: int = 0,
         context: int = 0,
+        priority: int = 0,
+        members: Members | None = None,
     ) -> None:
         """Queue a message; its term is this node's unless given."""
         message = Message(
@@ -149,6 +182,9 @@ class State:
             reject=reject,
             reject_hint=reject_hint,
             context=context,
+            priority=priority,
+            members=members,
+            changes=() if entries is None else self.log.changes_within(entries.first, entries.end),
         )
         # Whatever speaks for a term waits until that term is durable: else a crash could make this node say the
         # opposite in an older one. A request for a pre-vote speaks for a term that nobody has entered yet.
@@ -184,22 +220,45 @@ class State:
         self._reset(self.term)
         self.role = Role.LEADER
         self.leader = self.id
-        config = self.config
-        for member in self.membership.voters:
-            inflights = Inflights(config.inflight_messages_max, config.inflight_bytes_max)
-            self.progress[member] = Progress(self.log.last_index + 1, inflights)
+        for member in self.membership.all:
+            self.add_progress(member)
         own = self.progress[self.id]
         own.match_index = self.log.persisted_index
         own.become_replicate()
         own.next_index = self.log.last_index + 1
         own.recent_active = True
         self.noop_index = self.log.last_index + 1
+        self.pending_change_index = self.noop_index
+
+    def add_progress(self, member: int) -> None:
+        """Begin to look after `member` as its leader."""
+        inflights = Inflights(self.config.inflight_messages_max, self.config.inflight_bytes_max)
+        self.progress[member] = Progress(self.log.last_index + 1, inflights)
 
     def follow(self, leader: int) -> None:
         """A message of this term's leader came: the lease runs anew (Raft §5.2)."""
         check(self.role is Role.FOLLOWER, f"a {self.role.value} does not follow")
         self.leader = leader
         self.election_elapsed = 0
+        self.since_leader = 0
+
+    def wake(self) -> None:
+        """Something came, or the leader's node may be gone: time counts again, from now on."""
+        if not self.quiesced:
+            return
+        self.quiesced = False
+        self.idle_ticks = 0
+        self.election_elapsed = 0
+        # The next tick shows the peers that the leader is there.
+        self.heartbeat_elapsed = self.config.heartbeat_ticks
+        for progress in self.progress.values():
+            # They had nothing to say since.
+            progress.recent_active = True
+
+    def forget_leader(self) -> None:
+        """Follow nobody, in the same term: free to vote at once."""
+        check(self.role is Role.FOLLOWER, f"a {self.role.value} has no leader to forget")
+        self._set_no_leader()
 
     def grant(self, candidate: int) -> None:
         """Vote for `candidate` in this term, and give it time to win."""
@@ -211,6 +270,24 @@ class State:
     def own_vote_durable(self) -> bool:
         """Whether this candidate's vote for itself would survive a crash; only then does it count."""
         return (self.durable_term, self.durable_vote) == (self.term, self.id)
+
+    @property
+    def in_lease(self) -> bool:
+        """Whether this node has promised a leader not to elect anybody else yet (Raft §6, thesis §4.2.3, §6.4.1).
+
+        With lease reads the promise outlives a change of role or term, and a restart, which may have forgotten it.
+        """
+        if not self.config.check_quorum:
+            return False
+        if self.config.lease_reads and self.since_leader < self.config.election_ticks:
+            return True
+        return self.leader != NO_NODE and self.election_elapsed < self.config.election_ticks
+
+    def restore(self, meta: SnapshotMeta) -> None:
+        """Take over `meta` in the place of this log and membership."""
+        self.log.restore(meta)
+        self.membership = Membership(meta.members)
+        self.snapshot = meta
 
     @property
     def committed_in_term(self) -> bool:
@@ -234,6 +311,13 @@ class State:
                 self.send(MessageKind.READ_INDEX_RESPONSE, read.requester, reject=True, context=read.request)
         self.progress = {}
         self.noop_index = 0
+        self.pending_change_index = 0
+        self.transferee = NO_NODE
+        self.lease_until_us = 0
+        self.lease_void = False
+        self.reads.rounds.clear()
+        self.quiesced = False
+        self.idle_ticks = 0
 
     def _set_no_leader(self) -> None:
         """Whom this node followed it no longer follows; what it asked that leader is void."""

@@ -29,7 +29,7 @@ from marble.raft.core import Raft
 from marble.raft.messages import ReadState
 from marble.testing.disk import DiskCrash, SimulatedFiles
 from marble.transport.codec import Envelope
-from marble.types import EntryKind, HardState, Role
+from marble.types import EntryKind, HardState, Members, Role
 
 GROUP: Final = 0
 TABLE: Final = "t"
@@ -290,7 +290,9 @@ class SimulatedCluster:
         check(not node.log.report.lost_durable_bytes, "the simulated disk keeps what was synced")
         group = node.log.groups.get(GROUP)
         state = DurableState(
-            group.hard_state if group else HardState(), sorted(self.nodes), group.term_index if group else TermIndex()
+            group.hard_state if group else HardState(),
+            Members(tuple(sorted(self.nodes))),
+            group.term_index if group else TermIndex(),
         )
         config = RaftConfig(
             id=node.id,

