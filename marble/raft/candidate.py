@@ -30,8 +30,7 @@ def campaign(state: State, pre_vote: bool, transfer: bool = False) -> None:
     """
     if not may_campaign(state):
         return
-    alone = state.membership.voters == (state.id,)
-    if state.config.lease_reads and state.in_lease and not transfer and not alone:
+    if not transfer and state.membership.voters != (state.id,) and state.promised:
         return
     if pre_vote and not transfer:
         state.become_pre_candidate()

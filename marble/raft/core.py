@@ -313,9 +313,12 @@ class Raft(View):
 
     def purge(self, index: int) -> None:
         """Forget the log up to `index`, which a snapshot covers."""
-        snapshot = self._state.snapshot
+        state = self._state
+        snapshot = state.snapshot
         check(snapshot is not None and index <= snapshot.index, f"entry {index} purged, which no snapshot covers")
-        self._state.log.purge(index)
+        state.log.purge(index)
+        for peer in state.outbox.drop_appends(index + 1):
+            self.report_unreachable(peer)
 
     def report_snapshot(self, peer: int, ok: bool) -> None:
         """The snapshot for `peer` has arrived there, or will not."""

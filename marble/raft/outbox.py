@@ -22,7 +22,8 @@ from __future__ import annotations
 
 from collections import deque
 
-from marble.raft.messages import Message, MessageKind
+from marble.raft.messages import Message
+from marble.types import INDEX_MAX
 
 
 class Outbox:
@@ -39,11 +40,13 @@ class Outbox:
         """Queue `message`; `asserts_memory` says that it must wait for what is in memory to become durable."""
         (self._after if asserts_memory else self._now).append(message)
 
-    def drop_appends(self) -> None:
-        """Forget APPEND_ENTRIES that no Ready has carried: the log that they name entries of is no longer this node's
-        to send.
+    def drop_appends(self, end: int = INDEX_MAX) -> list[int]:
+        """Forget APPEND_ENTRIES that no Ready has carried and that bring entries before `end`: these are no longer this
+        node's to send. Returns the peers that miss something now.
         """
-        self._now = [message for message in self._now if message.kind is not MessageKind.APPEND_ENTRIES]
+        dropped = [message for message in self._now if message.entries is not None and message.entries.first < end]
+        self._now = [message for message in self._now if message not in dropped]
+        return [message.to for message in dropped]
 
     @property
     def waiting(self) -> bool:

@@ -279,9 +279,14 @@ class State:
         """
         if not self.config.check_quorum:
             return False
-        if self.config.lease_reads and self.since_leader < self.config.election_ticks:
+        if self.promised:
             return True
         return self.leader != NO_NODE and self.election_elapsed < self.config.election_ticks
+
+    @property
+    def promised(self) -> bool:
+        """Whether a leader may hold a lease that rests on this node's patience."""
+        return self.config.lease_reads and self.since_leader < self.config.election_ticks
 
     def restore(self, meta: SnapshotMeta) -> None:
         """Take over `meta` in the place of this log and membership."""

@@ -21,6 +21,22 @@ def test_cluster_keeps_its_promises(size: int, seed: int, chaos: int, pre_vote: 
     assert len(cluster.leaders) > 1
 
 
+@pytest.mark.parametrize("lease_reads", [True, False])
+@pytest.mark.parametrize("pre_vote", [True, False])
+@pytest.mark.parametrize(("size", "seed", "chaos"), [(3, 1, 1), (3, 2, 5), (5, 3, 2), (1, 4, 1), (2, 5, 1)])
+def test_changing_cluster_keeps_its_promises(
+    size: int, seed: int, chaos: int, pre_vote: bool, lease_reads: bool
+) -> None:
+    tight = TIGHT if seed % 2 else {}
+    cluster = RandomCluster(seed, size, chaos, pre_vote=pre_vote, lease_reads=lease_reads, **tight)
+    cluster.weights[cluster.administer] = 4
+    for _ in range(4000):
+        cluster.step()
+    cluster.heal()
+    assert len(cluster.committed) > 1
+    assert cluster.changed
+
+
 def test_one_seed_gives_one_history() -> None:
     histories = []
     for _ in range(2):
