@@ -34,15 +34,18 @@ ENTRY_SCHEMA: Final = pa.schema(
         _column("kind", pa.uint8()),
         _column("session", pa.uint64()),
         _column("sequence", pa.uint64()),
+        _column("time_us", pa.uint64()),
         _column("table", pa.uint32()),
         _column("checksum", pa.uint64()),
         _column("payload", pa.binary()),
     ]
 )
-"""One row is one log entry (or, with kind HARD_STATE, a node's hard state).
+"""One row is one log entry (or, with kind HARD_STATE or SNAPSHOT, something else that `EntryKind` describes).
 
-``group``, ``index`` and ``term`` are given by the leader; the rest by the proposer. ``checksum`` is the proposer's: it
-covers kind, session, sequence, table and payload, and travels with the entry to every replica's disk and memtable.
+``group``, ``index``, ``term`` and ``time_us`` are given by the leader; the rest by the proposer. ``checksum`` is the
+proposer's: it covers kind, session, sequence, table and payload, and travels with the entry to every disk and memtable.
+``time_us`` is when the leader took the entry in: microseconds since 1970 UTC on its clock, up to INDEX_MAX. It may go
+back from one entry to the next; who applies entries takes the latest so far. 0 in a HARD_STATE or SNAPSHOT.
 """
 
 TABLE_NAME_BYTES_MAX: Final = 128

@@ -1,7 +1,7 @@
 // Log entries as rows of a record batch: the loops and the Arrow calls behind entry_batch.pyx.
 //
 // Column layout (ENTRY_SCHEMA, no nulls): group u32, index u64, term u64, kind u8, session u64, sequence u64,
-// table u32, checksum u64, payload binary (int32 offsets).
+// time_us u64, table u32, checksum u64, payload binary (int32 offsets).
 // Ownership: everything that is returned owns its buffers; `Entries` only borrows and must not outlive its batch.
 // Thread safety: pure functions over immutable buffers. No Python object is touched, so the caller may drop the GIL.
 // Invariants:
@@ -36,9 +36,22 @@ using arrow::Status;
 
 constexpr int64_t kPayloadAlignment = 64;
 constexpr uint64_t kIndexMax = static_cast<uint64_t>(std::numeric_limits<int64_t>::max());
-constexpr uint8_t kHardState = 1;
+constexpr int kEntryColumns = 10;
+constexpr int kPayloadColumn = 9;
+
+// EntryKind, as far as the rules here ask for it. Entries are the kinds from kNoop to kCloseSession.
 constexpr uint8_t kNoop = 2;
-constexpr uint8_t kKindMax = 7;
+constexpr uint8_t kMembership = 8;
+constexpr uint8_t kOpenSession = 9;
+constexpr uint8_t kCloseSession = 10;
+constexpr uint8_t kSnapshot = 11;
+
+inline bool IsEntry(uint8_t kind) noexcept { return kind >= kNoop && kind <= kCloseSession; }
+
+// Whether an entry of `kind` has a payload; the others never have one.
+inline bool HasPayload(uint8_t kind) noexcept {
+  return kind != kNoop && kind != kOpenSession && kind != kCloseSession;
+}
 
 // What a proposer gives: an entry without its place in the log.
 struct ProposalData {
@@ -82,6 +95,7 @@ struct Entries {
   const uint8_t* kind = nullptr;
   const uint64_t* session = nullptr;
   const uint64_t* sequence = nullptr;
+  const uint64_t* time_us = nullptr;
   const uint32_t* table = nullptr;
   const uint64_t* checksum = nullptr;
   const int32_t* offsets = nullptr;
@@ -110,9 +124,10 @@ inline Status OpenEntries(const RecordBatch& batch, const Schema& expected, Entr
   out->kind = batch.column_data(3)->GetValues<uint8_t>(1);
   out->session = batch.column_data(4)->GetValues<uint64_t>(1);
   out->sequence = batch.column_data(5)->GetValues<uint64_t>(1);
-  out->table = batch.column_data(6)->GetValues<uint32_t>(1);
-  out->checksum = batch.column_data(7)->GetValues<uint64_t>(1);
-  const auto& payload = *batch.column_data(8);
+  out->time_us = batch.column_data(6)->GetValues<uint64_t>(1);
+  out->table = batch.column_data(7)->GetValues<uint32_t>(1);
+  out->checksum = batch.column_data(8)->GetValues<uint64_t>(1);
+  const auto& payload = *batch.column_data(kPayloadColumn);
   out->offsets = payload.GetValues<int32_t>(1);
   // Offsets are absolute in the value buffer, so its data pointer takes no array offset.
   static const uint8_t empty = 0;
@@ -131,21 +146,30 @@ inline int64_t FirstDamaged(const Entries& e) noexcept {
   return -1;
 }
 
+// Index and term of a row within their ranges.
+inline Status CheckPlace(const Entries& e, int64_t row) {
+  const uint64_t index = e.index[row];
+  if (index == 0 || index > kIndexMax) return Status::Invalid("index ", index, " is out of range");
+  if (e.term[row] == 0 || e.term[row] > kIndexMax) {
+    return Status::Invalid("term ", e.term[row], " of entry ", index, " is out of range");
+  }
+  return Status::OK();
+}
+
 // Whether the rows are a run of one group's log that may come from a peer.
 inline Status CheckContiguous(const Entries& e) {
   for (int64_t row = 0; row < e.rows; ++row) {
+    ARROW_RETURN_NOT_OK(CheckPlace(e, row));
     const uint64_t index = e.index[row];
-    if (index == 0 || index > kIndexMax) return Status::Invalid("index ", index, " is out of range");
-    if (e.term[row] == 0 || e.term[row] > kIndexMax) {
-      return Status::Invalid("term ", e.term[row], " of entry ", index, " is out of range");
-    }
-    if (e.kind[row] <= kHardState || e.kind[row] > kKindMax) {
-      return Status::Invalid("entry ", index, " has the unknown kind ", static_cast<int>(e.kind[row]));
+    const uint8_t kind = e.kind[row];
+    if (!IsEntry(kind)) return Status::Invalid("entry ", index, " has the unknown kind ", static_cast<int>(kind));
+    if (kind == kCloseSession && e.session[row] == 0) return Status::Invalid("entry ", index, " closes no session");
+    if (e.time_us[row] > kIndexMax) {
+      return Status::Invalid("time ", e.time_us[row], " of entry ", index, " is out of range");
     }
     const int64_t size = e.size(row);
-    if (size < 0 || size % kPayloadAlignment != 0 || (e.kind[row] == kNoop) != (size == 0)) {
-      return Status::Invalid("entry ", index, " of kind ", static_cast<int>(e.kind[row]), " has a payload of ", size,
-                             " bytes");
+    if (size < 0 || size % kPayloadAlignment != 0 || HasPayload(kind) != (size != 0)) {
+      return Status::Invalid("entry ", index, " of kind ", static_cast<int>(kind), " has a payload of ", size, " bytes");
     }
     if (row == 0) continue;
     if (e.group[row] != e.group[0]) {
@@ -159,9 +183,27 @@ inline Status CheckContiguous(const Entries& e) {
   return Status::OK();
 }
 
+// Whether there is exactly one row, it is no entry but describes a snapshot, and it may come from a peer.
+inline Status CheckSnapshot(const Entries& e) {
+  if (e.rows != 1) return Status::Invalid(e.rows, " rows where one describes a snapshot");
+  ARROW_RETURN_NOT_OK(CheckPlace(e, 0));
+  if (e.kind[0] != kSnapshot) return Status::Invalid("a row of kind ", static_cast<int>(e.kind[0]), " is no snapshot");
+  if (e.time_us[0] != 0 || e.table[0] != 0) return Status::Invalid("a snapshot with a time or a table");
+  const int64_t size = e.size(0);
+  if (size < 0 || size % kPayloadAlignment != 0) return Status::Invalid("a snapshot with a payload of ", size, " bytes");
+  return Status::OK();
+}
+
+// Indexes of the rows that change the membership.
+inline void FindChanges(const Entries& e, std::vector<uint64_t>* out) {
+  for (int64_t row = 0; row < e.rows; ++row) {
+    if (e.kind[row] == kMembership) out->push_back(e.index[row]);
+  }
+}
+
 // Rows for `proposals` at first_index, first_index + 1, ... All fixed-width columns share one allocation.
 inline Result<std::shared_ptr<RecordBatch>> BuildEntries(const std::shared_ptr<Schema>& schema, uint32_t group,
-                                                         uint64_t first_index, uint64_t term,
+                                                         uint64_t first_index, uint64_t term, uint64_t time_us,
                                                          const std::vector<const ProposalData*>& proposals) {
   const int64_t rows = static_cast<int64_t>(proposals.size());
   int64_t payload_bytes = 0;
@@ -169,24 +211,25 @@ inline Result<std::shared_ptr<RecordBatch>> BuildEntries(const std::shared_ptr<S
   if (payload_bytes > std::numeric_limits<int32_t>::max()) {
     return Status::CapacityError("payloads of ", payload_bytes, " bytes do not fit one batch");
   }
-  static constexpr int64_t kWidths[9] = {4, 8, 8, 1, 8, 8, 4, 8, 4};
-  int64_t starts[10] = {0};
-  for (int i = 0; i < 9; ++i) {
-    const int64_t cells = rows + (i == 8 ? 1 : 0);
+  static constexpr int64_t kWidths[kEntryColumns] = {4, 8, 8, 1, 8, 8, 8, 4, 8, 4};
+  int64_t starts[kEntryColumns + 1] = {0};
+  for (int i = 0; i < kEntryColumns; ++i) {
+    const int64_t cells = rows + (i == kPayloadColumn ? 1 : 0);
     starts[i + 1] = starts[i] + arrow::bit_util::RoundUpToMultipleOf64(cells * kWidths[i]);
   }
-  ARROW_ASSIGN_OR_RAISE(std::shared_ptr<Buffer> fixed, arrow::AllocateBuffer(starts[9]));
+  ARROW_ASSIGN_OR_RAISE(std::shared_ptr<Buffer> fixed, arrow::AllocateBuffer(starts[kEntryColumns]));
   uint8_t* base = fixed->mutable_data();
-  std::memset(base, 0, static_cast<size_t>(starts[9]));
+  std::memset(base, 0, static_cast<size_t>(starts[kEntryColumns]));
   auto* groups = reinterpret_cast<uint32_t*>(base + starts[0]);
   auto* indexes = reinterpret_cast<uint64_t*>(base + starts[1]);
   auto* terms = reinterpret_cast<uint64_t*>(base + starts[2]);
   auto* kinds = base + starts[3];
   auto* sessions = reinterpret_cast<uint64_t*>(base + starts[4]);
   auto* sequences = reinterpret_cast<uint64_t*>(base + starts[5]);
-  auto* tables = reinterpret_cast<uint32_t*>(base + starts[6]);
-  auto* checksums = reinterpret_cast<uint64_t*>(base + starts[7]);
-  auto* offsets = reinterpret_cast<int32_t*>(base + starts[8]);
+  auto* times = reinterpret_cast<uint64_t*>(base + starts[6]);
+  auto* tables = reinterpret_cast<uint32_t*>(base + starts[7]);
+  auto* checksums = reinterpret_cast<uint64_t*>(base + starts[8]);
+  auto* offsets = reinterpret_cast<int32_t*>(base + starts[kPayloadColumn]);
   std::shared_ptr<Buffer> data;
   uint8_t* target = nullptr;
   if (rows == 1 && payload_bytes > 0) {
@@ -204,6 +247,7 @@ inline Result<std::shared_ptr<RecordBatch>> BuildEntries(const std::shared_ptr<S
     kinds[row] = proposal.kind;
     sessions[row] = proposal.session;
     sequences[row] = proposal.sequence;
+    times[row] = time_us;
     tables[row] = proposal.table;
     checksums[row] = proposal.checksum;
     if (target != nullptr && proposal.size() > 0) {
@@ -213,11 +257,11 @@ inline Result<std::shared_ptr<RecordBatch>> BuildEntries(const std::shared_ptr<S
     offsets[row + 1] = offset;
   }
   std::vector<std::shared_ptr<arrow::ArrayData>> columns;
-  columns.reserve(9);
-  for (int i = 0; i < 9; ++i) {
-    const int64_t cells = rows + (i == 8 ? 1 : 0);
+  columns.reserve(kEntryColumns);
+  for (int i = 0; i < kEntryColumns; ++i) {
+    const int64_t cells = rows + (i == kPayloadColumn ? 1 : 0);
     std::vector<std::shared_ptr<Buffer>> buffers = {nullptr, arrow::SliceBuffer(fixed, starts[i], cells * kWidths[i])};
-    if (i == 8) buffers.push_back(data);
+    if (i == kPayloadColumn) buffers.push_back(data);
     columns.push_back(arrow::ArrayData::Make(schema->field(i)->type(), rows, std::move(buffers), /*null_count=*/0));
   }
   return RecordBatch::Make(schema, rows, std::move(columns));
@@ -332,16 +376,17 @@ inline Status SpanColumns(const RecordBatch& batch, const Entries& e, std::share
 }
 
 inline std::shared_ptr<Buffer> PayloadSlice(const RecordBatch& batch, const Entries& e, int64_t row) {
-  const auto& values = batch.column_data(8)->buffers[2];
+  const auto& values = batch.column_data(kPayloadColumn)->buffers[2];
   return arrow::SliceBuffer(values, e.offsets[row], e.size(row));
 }
 
-// XXH3-64 over index, term and checksum of every row in turn: what the header of a packet adds to the entries' own checksums.
+// XXH3-64 over the columns index, term, time_us and checksum, one after the other: what the header of a packet adds to the entries' own checksums.
 inline uint64_t PlacesChecksum(const Entries& e, uint64_t seed) noexcept {
   XXH3_state_t state;
   XXH3_64bits_reset_withSeed(&state, seed);
   XXH3_64bits_update(&state, e.index, static_cast<size_t>(e.rows) * 8);
   XXH3_64bits_update(&state, e.term, static_cast<size_t>(e.rows) * 8);
+  XXH3_64bits_update(&state, e.time_us, static_cast<size_t>(e.rows) * 8);
   XXH3_64bits_update(&state, e.checksum, static_cast<size_t>(e.rows) * 8);
   return XXH3_64bits_digest(&state);
 }
@@ -377,7 +422,7 @@ inline Result<std::shared_ptr<RecordBatch>> Align(const RecordBatch& batch, cons
 
 // All that a batch from a peer must pass before anyone looks at it; the result is aligned and owns its memory.
 inline Result<std::shared_ptr<RecordBatch>> Admit(const RecordBatch& batch, const std::shared_ptr<Schema>& schema,
-                                                  int64_t bytes_max) {
+                                                  int64_t bytes_max, bool snapshot) {
   if (!batch.schema()->Equals(*schema, /*check_metadata=*/false)) return Status::Invalid("not a batch of log entries");
   if (batch.num_rows() == 0) return Status::Invalid("a batch without entries");
   int64_t bytes = 0;
@@ -389,7 +434,7 @@ inline Result<std::shared_ptr<RecordBatch>> Admit(const RecordBatch& batch, cons
   ARROW_RETURN_NOT_OK(aligned->ValidateFull());
   Entries entries;
   ARROW_RETURN_NOT_OK(OpenEntries(*aligned, *schema, &entries));
-  ARROW_RETURN_NOT_OK(CheckContiguous(entries));
+  ARROW_RETURN_NOT_OK(snapshot ? CheckSnapshot(entries) : CheckContiguous(entries));
   const int64_t damaged = FirstDamaged(entries);
   if (damaged >= 0) {
     return Status::Invalid("entry ", entries.index[damaged], " of term ", entries.term[damaged], ", group ",

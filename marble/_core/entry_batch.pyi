@@ -17,13 +17,13 @@ class Proposal:
     Parameters
     ----------
     kind
-        Any but HARD_STATE.
+        Any kind of entry: not HARD_STATE, not SNAPSHOT.
     table
         Id of the table, 0 where there is none.
     payload
-        What `encode_payload` returned; kept, not copied. None exactly for NOOP.
+        What `encode_payload` returned; kept, not copied. None exactly for NOOP, OPEN_SESSION and CLOSE_SESSION.
     session, sequence
-        Who proposes and its how-manieth proposal this is; 0 for no session.
+        Who proposes and its how-manieth proposal this is; 0 for no session. A CLOSE_SESSION names its session.
 
     Raises
     ------
@@ -78,10 +78,20 @@ def decode_payload(buffer: pa.Buffer, schema: pa.Schema) -> pa.RecordBatch:
         Not a whole, uncompressed record-batch message of IPC V5 with the columns of `schema`.
     """
 
-def build(group: int, first_index: int, term: int, proposals: Iterable[Proposal]) -> pa.RecordBatch:
+def build(group: int, first_index: int, term: int, proposals: Iterable[Proposal], time_us: int = 0) -> pa.RecordBatch:
     """The `proposals` as entries ``first_index, first_index + 1, ...`` of `term` (schema `ENTRY_SCHEMA`).
 
-    A single proposal's payload is not copied. Raises UsageError if the payloads together exceed 2 GiB.
+    All of them were taken in at `time_us`, microseconds since 1970 UTC on the leader's clock. A single proposal's
+    payload is not copied. Raises UsageError if the payloads together exceed 2 GiB.
+    """
+
+def snapshot_row(
+    group: int, index: int, term: int, session: int, sequence: int, payload: pa.Buffer | None = None
+) -> pa.RecordBatch:
+    """One row of kind SNAPSHOT, with its checksum. What its numbers mean is said where such rows are used.
+
+    `payload` is None or a whole number of 64 bytes, and is not copied. Raises InvariantError if a number is out of
+    range.
     """
 
 def verify(batch: pa.RecordBatch) -> None:
@@ -93,15 +103,22 @@ def check_contiguous(batch: pa.RecordBatch) -> None:
     Raises
     ------
     ProtocolError
-        Wrong schema, a null, indexes not consecutive or out of range, several groups, a kind unknown or HARD_STATE,
-        falling or zero terms, or a payload that is no whole number of 64 bytes.
+        Wrong schema, a null, indexes not consecutive or out of range, several groups, a kind that no entry has (unknown,
+        HARD_STATE, SNAPSHOT), falling or zero terms, a time out of range, a CLOSE_SESSION without session, or a payload
+        that is no whole number of 64 bytes or that the kind may not have.
     """
 
-def admit(batch: pa.RecordBatch, bytes_max: int) -> pa.RecordBatch:
+def changes(batch: pa.RecordBatch) -> tuple[int, ...]:
+    """Indexes, ascending, of the entries of `batch` that change the membership (kind MEMBERSHIP)."""
+
+def admit(batch: pa.RecordBatch, bytes_max: int, snapshot: bool = False) -> pa.RecordBatch:
     """Check everything about a batch that a peer has sent; return a copy of it in one 64-byte aligned allocation.
 
     Checked: schema, at least one row, at most `bytes_max` bytes in all buffers, ``validate(full=True)``,
     `check_contiguous` and `verify`. Because the copy is aligned, its payloads decode without another one.
+
+    With `snapshot`, what stands in the place of `check_contiguous` is that there is exactly one row, of kind SNAPSHOT:
+    index and term in range, neither time nor table, a payload of whole 64 bytes or none.
 
     Raises
     ------
@@ -119,7 +136,7 @@ def span(batch: pa.RecordBatch) -> EntrySpan:
     """Indexes, terms and payload bytes of rows that `check_contiguous` accepts. Raises UsageError if there are none."""
 
 def places_checksum(batch: pa.RecordBatch, seed: int = 0) -> int:
-    """XXH3-64 with `seed` over the values of the columns index, term and checksum, one column after the other."""
+    """XXH3-64 with `seed` over the values of the columns index, term, time_us and checksum, one column after the other."""
 
 def concat(batches: Iterable[pa.RecordBatch]) -> pa.RecordBatch:
     """The rows of all `batches` in one batch with contiguous buffers; a single batch is returned as it is.

@@ -72,26 +72,31 @@ cdef extern from "entry_batch.hpp" namespace "marble" nogil:
         const uint32_t* group
         const uint64_t* index
         const uint64_t* term
+    cbool IsEntry(uint8_t kind)
+    cbool HasPayload(uint8_t kind)
     uint64_t EntryChecksum(uint8_t kind, uint32_t table, uint64_t session, uint64_t sequence, const uint8_t* payload, int64_t size)
     void Seal(ProposalData* proposal)
     CStatus OpenEntries(const CRecordBatch& batch, const CSchema& expected, Entries* out)
     int64_t FirstDamaged(const Entries& entries)
     CStatus CheckContiguous(const Entries& entries)
     CResult[shared_ptr[CRecordBatch]] BuildEntries(const shared_ptr[CSchema]& schema, uint32_t group, uint64_t first_index,
-                                                   uint64_t term, const vector[const ProposalData*]& proposals)
+                                                   uint64_t term, uint64_t time_us,
+                                                   const vector[const ProposalData*]& proposals)
     CResult[shared_ptr[CBuffer]] EncodePayload(const CRecordBatch& batch)
     CResult[shared_ptr[CRecordBatch]] DecodePayload(shared_ptr[CBuffer] buffer, const shared_ptr[CSchema]& schema)
     CStatus SpanColumns(const CRecordBatch& batch, const Entries& entries, shared_ptr[CBuffer]* terms, shared_ptr[CBuffer]* sizes)
     shared_ptr[CBuffer] PayloadSlice(const CRecordBatch& batch, const Entries& entries, int64_t row)
-    CResult[shared_ptr[CRecordBatch]] Admit(const CRecordBatch& batch, const shared_ptr[CSchema]& schema, int64_t bytes_max)
+    CResult[shared_ptr[CRecordBatch]] Admit(const CRecordBatch& batch, const shared_ptr[CSchema]& schema, int64_t bytes_max,
+                                           cbool snapshot)
+    void FindChanges(const Entries& entries, vector[uint64_t]* out) except +
     uint64_t PlacesChecksum(const Entries& entries, uint64_t seed)
 
 
 import_pyarrow()
 ENTRY_SCHEMA = _ENTRY_SCHEMA
 cdef shared_ptr[CSchema] entry_schema = unwrap_schema(ENTRY_SCHEMA).ValueOrDie()
-cdef int KIND_MIN = min(EntryKind)
-cdef int KIND_MAX = max(EntryKind)
+cdef uint8_t CLOSE_SESSION = EntryKind.CLOSE_SESSION
+cdef uint8_t SNAPSHOT = EntryKind.SNAPSHOT
 
 
 cdef int raise_unless_ok(const CStatus& status, error) except -1:
@@ -133,7 +138,7 @@ cdef class Proposal:
 
     def __cinit__(self, kind, uint32_t table=0, payload=None, uint64_t session=0, uint64_t sequence=0):
         cdef int number = int(kind)
-        if not KIND_MIN < number <= KIND_MAX:
+        if not 0 <= number <= 255 or not IsEntry(<uint8_t>number):
             raise UsageError(f"{kind!r} is not the kind of an entry that can be proposed")
         self.value.kind = <uint8_t>number
         self.value.table = table
@@ -145,8 +150,10 @@ cdef class Proposal:
             if self.value.size() % 64 != 0 or self.value.size() == 0:
                 raise UsageError(f"a payload of {self.value.size()} bytes: make payloads with encode_payload")
             self.payload = payload
-        if (self.payload is None) != (number == 2):
+        if (self.payload is not None) != HasPayload(<uint8_t>number):
             raise UsageError(f"an entry of kind {EntryKind(number).name} {'without' if payload is None else 'with'} payload")
+        if number == CLOSE_SESSION and session == 0:
+            raise UsageError("an entry that closes a session must name it")
         with nogil:
             Seal(&self.value)
 
@@ -219,8 +226,8 @@ def decode_payload(buffer, schema):
     return wrap_batch(result.ValueOrDie())
 
 
-def build(uint32_t group, uint64_t first_index, uint64_t term, proposals):
-    """The rows of `proposals` as entries first_index, first_index + 1, ... of `term`."""
+def build(uint32_t group, uint64_t first_index, uint64_t term, proposals, uint64_t time_us=0):
+    """The rows of `proposals` as entries first_index, first_index + 1, ... of `term`, taken in at `time_us`."""
     cdef vector[const ProposalData*] values
     cdef CResult[shared_ptr[CRecordBatch]] result
     cdef Proposal proposal
@@ -231,8 +238,30 @@ def build(uint32_t group, uint64_t first_index, uint64_t term, proposals):
         values.push_back(&proposal.value)
     if not 1 <= first_index <= _INDEX_MAX - len(held) or not 1 <= term <= _INDEX_MAX:
         raise InvariantError(f"{len(held)} entries at index {first_index}, term {term}")
+    if time_us > _INDEX_MAX:
+        raise InvariantError(f"entries taken in at {time_us} us")
     with nogil:
-        result = move(BuildEntries(entry_schema, group, first_index, term, values))
+        result = move(BuildEntries(entry_schema, group, first_index, term, time_us, values))
+    raise_unless_ok(result.status(), UsageError)
+    return wrap_batch(result.ValueOrDie())
+
+
+def snapshot_row(uint32_t group, uint64_t index, uint64_t term, uint64_t session, uint64_t sequence, payload=None):
+    """One row of kind SNAPSHOT."""
+    cdef ProposalData value
+    cdef vector[const ProposalData*] values
+    cdef CResult[shared_ptr[CRecordBatch]] result
+    if not 1 <= index <= _INDEX_MAX or not 1 <= term <= _INDEX_MAX:
+        raise InvariantError(f"a snapshot at index {index}, term {term}")
+    value.kind, value.table, value.session, value.sequence = SNAPSHOT, 0, session, sequence
+    if payload is not None:
+        value.payload = buffer_of(payload)
+        if value.size() % 64 != 0 or value.size() == 0:
+            raise InvariantError(f"a snapshot with a payload of {value.size()} bytes")
+    values.push_back(&value)
+    with nogil:
+        Seal(&value)
+        result = move(BuildEntries(entry_schema, group, index, term, 0, values))
     raise_unless_ok(result.status(), UsageError)
     return wrap_batch(result.ValueOrDie())
 
@@ -260,12 +289,23 @@ def check_contiguous(batch):
     raise_unless_ok(CheckContiguous(entries), ProtocolError)
 
 
-def admit(batch, int64_t bytes_max):
+def changes(batch):
+    """Indexes of the rows of `batch` that change the membership."""
+    cdef shared_ptr[CRecordBatch] value = batch_of(batch)
+    cdef Entries entries
+    cdef vector[uint64_t] found
+    raise_unless_ok(OpenEntries(value.get()[0], entry_schema.get()[0], &entries), UsageError)
+    with nogil:
+        FindChanges(entries, &found)
+    return tuple(found)
+
+
+def admit(batch, int64_t bytes_max, cbool snapshot=False):
     """Check everything about a batch that a peer has sent, and return an aligned copy that no one else holds."""
     cdef shared_ptr[CRecordBatch] value = batch_of(batch)
     cdef CResult[shared_ptr[CRecordBatch]] result
     with nogil:
-        result = move(Admit(value.get()[0], entry_schema, bytes_max))
+        result = move(Admit(value.get()[0], entry_schema, bytes_max, snapshot))
     raise_unless_ok(result.status(), ProtocolError)
     return wrap_batch(result.ValueOrDie())
 
@@ -304,7 +344,7 @@ def span(batch):
 
 
 def places_checksum(batch, uint64_t seed=0):
-    """XXH3-64 with `seed` over the columns index, term and checksum, one after the other."""
+    """XXH3-64 with `seed` over the columns index, term, time_us and checksum, one after the other."""
     cdef shared_ptr[CRecordBatch] value = batch_of(batch)
     cdef Entries entries
     cdef uint64_t digest

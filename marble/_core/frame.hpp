@@ -30,7 +30,10 @@ constexpr std::string_view kSealKey = "marble.seal";
 constexpr std::string_view kSealMagic = "marble-seal:";
 constexpr int kDigits = 16;
 constexpr int64_t kSealBytes = static_cast<int64_t>(kSealMagic.size()) + 6 * kDigits;
-constexpr int kColumns = 9;
+constexpr int kColumns = 10;
+constexpr int kPayload = 9;   // the column of payloads, and so the number of columns of fixed width
+constexpr int kChecksum = 8;  // the column of checksums
+constexpr int kBuffers = 2 * kColumns + 1;
 constexpr uint8_t kHardState = 1;  // EntryKind.HARD_STATE
 
 struct Seal {
@@ -56,6 +59,7 @@ inline const std::shared_ptr<arrow::Schema>& EntrySchema() {
       arrow::field("kind", arrow::uint8(), false),
       arrow::field("session", arrow::uint64(), false),
       arrow::field("sequence", arrow::uint64(), false),
+      arrow::field("time_us", arrow::uint64(), false),
       arrow::field("table", arrow::uint32(), false),
       arrow::field("checksum", arrow::uint64(), false),
       arrow::field("payload", arrow::binary(), false),
@@ -63,7 +67,7 @@ inline const std::shared_ptr<arrow::Schema>& EntrySchema() {
   return schema;
 }
 
-constexpr int kWidths[kColumns] = {4, 8, 8, 1, 8, 8, 4, 8, 0};
+constexpr int kWidths[kColumns] = {4, 8, 8, 1, 8, 8, 8, 4, 8, 0};
 
 constexpr int64_t Padded(int64_t size) noexcept { return (size + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -169,9 +173,9 @@ void StoreAt(uint8_t* column, int64_t row, T value) noexcept {
 // start of the flatbuffer, which is kPrefixBytes into the frame. Names are those of Arrow's Message.fbs.
 inline void WriteBatchFront(uint8_t* frame, int64_t rows, int64_t payload_bytes, const int64_t* starts,
                             int64_t body_bytes) noexcept {
-  constexpr int64_t kMessage = 24, kBatch = 64, kNodes = 92, kBuffers = 244, kCustomMetadata = 552, kKeyValue = 568;
-  constexpr int64_t kKey = 580, kValue = 596;
-  static_assert(kNodes + 4 + kColumns * 16 == kBuffers - 4 && kBuffers + 4 + 19 * 16 == kCustomMetadata);
+  constexpr int64_t kMessage = 24, kBatch = 64, kNodes = 92, kPlaces = 260, kCustomMetadata = 600, kKeyValue = 616;
+  constexpr int64_t kKey = 628, kValue = 644;
+  static_assert(kNodes + 4 + kColumns * 16 == kPlaces - 4 && kPlaces + 4 + kBuffers * 16 == kCustomMetadata);
   static_assert(kKey + 4 + kSealKey.size() + 1 == kValue);
   static_assert(Padded(kPrefixBytes + kValue + 4 + kSealBytes + 1) == kBatchFrontBytes);
   static_assert(std::endian::native == std::endian::little, "Arrow IPC frames are written little-endian");
@@ -201,12 +205,12 @@ inline void WriteBatchFront(uint8_t* frame, int64_t rows, int64_t payload_bytes,
   put(kMessage + 16, body_bytes);
   vtable(48, kBatch, 24, {16, 4, 8});  // length, nodes, buffers
   refer(kBatch + 4, kNodes);
-  refer(kBatch + 8, kBuffers);
+  refer(kBatch + 8, kPlaces);
   put(kBatch + 16, rows);
   put(kNodes, uint32_t{kColumns});
   for (int64_t c = 0; c < kColumns; ++c) put(kNodes + 4 + 16 * c, rows);  // FieldNode: length, null_count 0
-  put(kBuffers, uint32_t{19});
-  int64_t at = kBuffers + 4;
+  put(kPlaces, uint32_t{kBuffers});
+  int64_t at = kPlaces + 4;
   const auto buffer = [&put, &at](int64_t offset, int64_t length) noexcept {
     put(at, offset);
     put(at + 8, length);
@@ -214,12 +218,12 @@ inline void WriteBatchFront(uint8_t* frame, int64_t rows, int64_t payload_bytes,
   };
   for (int c = 0; c < kColumns; ++c) {
     buffer(starts[c], 0);  // no validity bitmap
-    buffer(starts[c], c < 8 ? rows * kWidths[c] : (rows + 1) * 4);
+    buffer(starts[c], c < kPayload ? rows * kWidths[c] : (rows + 1) * 4);
   }
   buffer(starts[kColumns], payload_bytes);
   put(kCustomMetadata, uint32_t{1});
   refer(kCustomMetadata + 4, kKeyValue);
-  vtable(560, kKeyValue, 12, {4, 8});  // key, value
+  vtable(608, kKeyValue, 12, {4, 8});  // key, value
   refer(kKeyValue + 4, kKey);
   refer(kKeyValue + 8, kValue);
   put(kKey, static_cast<uint32_t>(kSealKey.size()));
@@ -237,7 +241,7 @@ inline arrow::Status EncodeFrame(const std::vector<HardStateRow>& hard_states, c
   int64_t payload_bytes = 0;
   for (const auto& range : ranges) {
     rows += range.end - range.row;
-    const auto* offsets = range.batch->column_data(8)->GetValues<int32_t>(1);
+    const auto* offsets = range.batch->column_data(kPayload)->GetValues<int32_t>(1);
     payload_bytes += offsets[range.end] - offsets[range.row];
   }
   if (rows == 0) return arrow::Status::Invalid("a frame without rows");
@@ -247,7 +251,7 @@ inline arrow::Status EncodeFrame(const std::vector<HardStateRow>& hard_states, c
   int64_t body_bytes = 0;
   for (int c = 0; c < kColumns; ++c) {
     starts[c] = body_bytes;
-    body_bytes += Padded(c < 8 ? rows * kWidths[c] : (rows + 1) * 4);
+    body_bytes += Padded(c < kPayload ? rows * kWidths[c] : (rows + 1) * 4);
   }
   starts[kColumns] = body_bytes;
   body_bytes += Padded(payload_bytes);
@@ -266,24 +270,24 @@ inline arrow::Status EncodeFrame(const std::vector<HardStateRow>& hard_states, c
     StoreAt<uint64_t>(body + starts[2], row, state.term);
     StoreAt<uint8_t>(body + starts[3], row, kHardState);
     StoreAt<uint64_t>(body + starts[4], row, state.vote);
-    StoreAt<uint64_t>(body + starts[7], row, HardStateChecksum(state.vote));
-    StoreAt<int32_t>(body + starts[8], ++row, 0);
+    StoreAt<uint64_t>(body + starts[kChecksum], row, HardStateChecksum(state.vote));
+    StoreAt<int32_t>(body + starts[kPayload], ++row, 0);
   }
   int32_t filled = 0;
   for (const auto& range : ranges) {
     const int64_t count = range.end - range.row;
-    for (int c = 0; c < 8; ++c) {
+    for (int c = 0; c < kPayload; ++c) {
       const uint8_t* values = range.batch->column_data(c)->GetValues<uint8_t>(1, 0);
       const int64_t first = (range.batch->column_data(c)->offset + range.row) * kWidths[c];
       std::memcpy(body + starts[c] + row * kWidths[c], values + first, static_cast<size_t>(count * kWidths[c]));
     }
-    const auto& payload = range.batch->column_data(8);
+    const auto& payload = range.batch->column_data(kPayload);
     const auto* offsets = payload->GetValues<int32_t>(1) + range.row;
     const int32_t bytes = offsets[count] - offsets[0];
     if (bytes > 0) {
       std::memcpy(body + starts[kColumns] + filled, payload->buffers[2]->data() + offsets[0], static_cast<size_t>(bytes));
     }
-    for (int64_t i = 1; i <= count; ++i) StoreAt<int32_t>(body + starts[8], row + i, offsets[i] - offsets[0] + filled);
+    for (int64_t i = 1; i <= count; ++i) StoreAt<int32_t>(body + starts[kPayload], row + i, offsets[i] - offsets[0] + filled);
     filled += bytes;
     row += count;
   }
@@ -292,8 +296,8 @@ inline arrow::Status EncodeFrame(const std::vector<HardStateRow>& hard_states, c
   columns.reserve(kColumns);
   for (int c = 0; c < kColumns; ++c) {
     std::vector<std::shared_ptr<arrow::Buffer>> buffers = {
-        nullptr, arrow::SliceBuffer(space, kBatchFrontBytes + starts[c], c < 8 ? rows * kWidths[c] : (rows + 1) * 4)};
-    if (c == 8) buffers.push_back(arrow::SliceBuffer(space, kBatchFrontBytes + starts[kColumns], payload_bytes));
+        nullptr, arrow::SliceBuffer(space, kBatchFrontBytes + starts[c], c < kPayload ? rows * kWidths[c] : (rows + 1) * 4)};
+    if (c == kPayload) buffers.push_back(arrow::SliceBuffer(space, kBatchFrontBytes + starts[kColumns], payload_bytes));
     columns.push_back(arrow::ArrayData::Make(EntrySchema()->field(c)->type(), rows, std::move(buffers), 0));
   }
   auto batch = arrow::RecordBatch::Make(EntrySchema(), rows, std::move(columns));
@@ -378,8 +382,8 @@ struct EntryColumns {
     index = batch.column_data(1)->GetValues<uint64_t>(1);
     term = batch.column_data(2)->GetValues<uint64_t>(1);
     kind = batch.column_data(3)->GetValues<uint8_t>(1);
-    offsets = batch.column_data(8)->GetValues<int32_t>(1);
-    const auto& payload = batch.column_data(8)->buffers[2];
+    offsets = batch.column_data(kPayload)->GetValues<int32_t>(1);
+    const auto& payload = batch.column_data(kPayload)->buffers[2];
     const int64_t size = payload == nullptr ? 0 : payload->size();
     if (offsets[0] < 0 || offsets[rows] > size) return "its payload offsets leave the buffer";
     for (int64_t i = 0; i < rows; ++i) {

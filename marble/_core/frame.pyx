@@ -105,8 +105,8 @@ ALIGNMENT = kAlignment
 METADATA_BYTES_MAX = kMetadataBytesMax
 SEAL_MAGIC = b"marble-seal:"
 SEAL_BYTES = kSealBytes
-OVERHEAD_BYTES_MAX = 768 + 10 * 64
-ROW_BYTES_MAX = 49
+OVERHEAD_BYTES_MAX = 768 + 11 * 64
+ROW_BYTES_MAX = 57
 
 
 @cython.final

@@ -26,6 +26,7 @@ from marble._core import frame
 from marble.env import Files
 from marble.errors import CorruptionError, InvariantError
 from marble.logstore.segment import FORMAT, Mark, Window, read_mark, segment_numbers, segment_path
+from marble.schema import ENTRY_SCHEMA
 
 _SEARCH_WORK_FACTOR: Final = 16
 """The search for frames behind a bad one hashes no more than so many times the bytes searched. Without a bound, a
@@ -160,12 +161,21 @@ class Scan:
         if seal.chain != chain:
             raise self._damage(number, 0, "the segment does not follow the one before it, which may have lost its end")
         data, at = window.view(0, seal.length)
-        metadata = pa.ipc.read_schema(pa.py_buffer(data[at : at + seal.length])).metadata or {}
-        found = metadata.get(b"marble.format", b"?").decode(errors="replace")
+        schema = pa.ipc.read_schema(pa.py_buffer(data[at : at + seal.length]))
+        found = (schema.metadata or {}).get(b"marble.format", b"?").decode(errors="replace")
         if found != FORMAT:
             where = self._files.describe(path)
             raise CorruptionError(
                 f"the log has format {found}, this marble reads format {FORMAT}: use its marble", where, 0
+            )
+        if not schema.equals(ENTRY_SCHEMA):
+            # Versions before the first release changed the columns and kept the number of the format.
+            where, columns = self._files.describe(path), ", ".join(schema.names)
+            raise CorruptionError(
+                f"the log has the columns {columns}, this marble reads {', '.join(ENTRY_SCHEMA.names)}: use the marble "
+                "that wrote it",
+                where,
+                0,
             )
         return seal
 

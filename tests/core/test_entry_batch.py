@@ -21,9 +21,11 @@ from marble.types import INDEX_MAX, EntryKind
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
 PAYLOAD = st.integers(1, 5).flatmap(lambda units: st.binary(min_size=64 * units, max_size=64 * units))
+TIME = st.integers(0, INDEX_MAX)
 ROW = st.one_of(
-    st.tuples(st.just(2), U32, U64, U64, st.just(b"")),
-    st.tuples(st.sampled_from([3, 4, 5, 6, 7]), U32, U64, U64, PAYLOAD),
+    st.tuples(st.sampled_from([2, 9]), U32, U64, U64, st.just(b"")),
+    st.tuples(st.just(10), U32, st.integers(1, 2**64 - 1), U64, st.just(b"")),
+    st.tuples(st.sampled_from([3, 4, 5, 6, 7, 8]), U32, U64, U64, PAYLOAD),
 )
 
 
@@ -45,15 +47,16 @@ def changed(batch: pa.RecordBatch, name: str, values: list[object]) -> pa.Record
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(ROW, max_size=6), U32, st.integers(1, 2**40), st.integers(1, 2**40))
-def test_build_agrees_with_twin(rows: list[reference.Row], group: int, first: int, term: int) -> None:
+@given(st.lists(ROW, max_size=6), U32, st.integers(1, 2**40), st.integers(1, 2**40), TIME)
+def test_build_agrees_with_twin(rows: list[reference.Row], group: int, first: int, term: int, time_us: int) -> None:
     proposals = [proposal(row) for row in rows]
-    batch = entry_batch.build(group, first, term, proposals)
+    batch = entry_batch.build(group, first, term, proposals, time_us)
     batch.validate(full=True)
-    assert batch.equals(reference.build(group, first, term, rows))
+    assert batch.equals(reference.build(group, first, term, rows, time_us))
     entry_batch.verify(batch)
     entry_batch.check_contiguous(batch)
     assert entry_batch.places_checksum(batch, 3) == reference.places_checksum(batch, 3)
+    assert entry_batch.changes(batch) == reference.changes(batch)
     for at, (row, made) in enumerate(zip(rows, proposals, strict=True)):
         assert entry_batch.payload(batch, at).to_pybytes() == row[4]
         assert made.checksum == reference.entry_checksum(row[0], row[2], row[3], row[1], row[4])
@@ -77,6 +80,7 @@ def test_slices_are_read_at_their_offset(rows: list[reference.Row], data: st.Dat
     assert entry_batch.span(part).sizes() == [len(row[4]) for row in rows[first : first + part.num_rows]]
     assert entry_batch.payload(part, 0).to_pybytes() == rows[first][4]
     assert entry_batch.places_checksum(part) == reference.places_checksum(part)
+    assert entry_batch.changes(part) == reference.changes(part)
     assert entry_batch.concat([whole.slice(0, first), whole.slice(first)]).equals(whole)
 
 
@@ -96,11 +100,20 @@ def test_known_checksum() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "payload"),
-    [(1, None), (0, None), (8, None), (3, None), (2, bytes(64)), (3, b""), (3, bytes(63))],
+    [(kind, None) for kind in (-1, 0, 1, 3, 8, 11, 12, 256 + 2)]
+    + [(kind, bytes(64)) for kind in (1, 2, 9, 10, 11, 12)]
+    + [(3, b""), (3, bytes(63))],
 )
 def test_proposal_refuses(kind: int, payload: bytes | None) -> None:
     with pytest.raises(UsageError):
-        Proposal(kind, 1, None if payload is None else pa.py_buffer(payload))
+        Proposal(kind, 1, None if payload is None else pa.py_buffer(payload), 5)
+
+
+def test_a_session_to_close_must_be_named() -> None:
+    with pytest.raises(UsageError, match="must name it"):
+        Proposal(EntryKind.CLOSE_SESSION)
+    assert Proposal(EntryKind.CLOSE_SESSION, session=4).payload is None
+    assert Proposal(EntryKind.OPEN_SESSION).nbytes == 0
 
 
 def test_proposal_refuses_bytes() -> None:
@@ -113,6 +126,8 @@ def test_build_refuses_places_outside_the_log() -> None:
     for first, term in ((0, 1), (1, 0), (INDEX_MAX, 1)):
         with pytest.raises(InvariantError):
             entry_batch.build(1, first, term, [noop, noop])
+    with pytest.raises(InvariantError, match="taken in at"):
+        entry_batch.build(1, 1, 1, [noop], INDEX_MAX + 1)
     with pytest.raises(TypeError):
         entry_batch.build(1, 1, 1, ["noop"])  # type: ignore[list-item]
 
@@ -129,7 +144,12 @@ def test_build_refuses_places_outside_the_log() -> None:
         ("term", [0, 1, 1], "term 0 of entry 5"),
         ("term", [1, 1, 2**63], "out of range"),
         ("kind", [3, 1, 3], "unknown kind 1"),
-        ("kind", [3, 8, 3], "unknown kind 8"),
+        ("kind", [3, 0, 3], "unknown kind 0"),
+        ("kind", [3, 11, 3], "unknown kind 11"),
+        ("kind", [3, 12, 3], "unknown kind 12"),
+        ("kind", [3, 9, 3], "entry 6 of kind 9 has a payload"),
+        ("kind", [3, 10, 3], "entry 6 of kind 10 has a payload"),
+        ("time_us", [0, 2**63, 0], "time 9223372036854775808 of entry 6 is out of range"),
         ("kind", [3, 2, 3], "entry 6 of kind 2 has a payload"),
         ("payload", [bytes(64), b"", bytes(64)], "payload of 0 bytes"),
         ("payload", [bytes(64), bytes(65), bytes(64)], "payload of 65 bytes"),
@@ -138,6 +158,72 @@ def test_build_refuses_places_outside_the_log() -> None:
 def test_check_contiguous_refuses(name: str, values: list[object], message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
         entry_batch.check_contiguous(changed(entries(), name, values))
+
+
+def test_an_entry_that_closes_no_session_is_refused() -> None:
+    batch = entry_batch.build(1, 5, 2, [Proposal(EntryKind.CLOSE_SESSION, session=4)])
+    entry_batch.check_contiguous(batch)
+    with pytest.raises(ProtocolError, match="entry 5 closes no session"):
+        entry_batch.check_contiguous(changed(batch, "session", [0]))
+
+
+def test_time_may_go_back_and_is_not_the_proposers() -> None:
+    batch = changed(entries(), "time_us", [9, 3, 5])
+    entry_batch.check_contiguous(batch)
+    entry_batch.verify(batch)
+    assert entry_batch.places_checksum(batch) != entry_batch.places_checksum(entries())
+
+
+@settings(max_examples=40, deadline=None)
+@given(U32, st.integers(1, INDEX_MAX), st.integers(1, INDEX_MAX), U64, U64, st.one_of(st.just(b""), PAYLOAD))
+def test_snapshot_row_agrees_with_twin_and_is_no_entry(
+    group: int, index: int, term: int, session: int, sequence: int, payload: bytes
+) -> None:
+    buffer = pa.py_buffer(payload) if payload else None
+    batch = entry_batch.snapshot_row(group, index, term, session, sequence, buffer)
+    batch.validate(full=True)
+    assert batch.equals(reference.snapshot_row(group, index, term, session, sequence, payload))
+    entry_batch.verify(batch)
+    assert entry_batch.admit(batch, 1 << 20, snapshot=True).equals(batch)
+    assert entry_batch.changes(batch) == ()
+    with pytest.raises(ProtocolError, match="unknown kind 11"):
+        entry_batch.check_contiguous(batch)
+    with pytest.raises(ProtocolError, match="unknown kind 11"):
+        entry_batch.admit(batch, 1 << 20)
+
+
+def test_snapshot_row_refuses_what_cannot_be() -> None:
+    for index, term, payload in ((0, 1, None), (1, 0, None), (INDEX_MAX + 1, 1, None), (1, INDEX_MAX + 1, None)):
+        with pytest.raises(InvariantError):
+            entry_batch.snapshot_row(1, index, term, 0, 0, payload)
+    for size in (0, 63, 65):
+        with pytest.raises(InvariantError, match="with a payload of"):
+            entry_batch.snapshot_row(1, 1, 1, 0, 0, pa.py_buffer(bytes(size)))
+    with pytest.raises(UsageError):
+        entry_batch.snapshot_row(1, 1, 1, 0, 0, bytes(64))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("kind", 3, "kind 3 is no snapshot"),
+        ("kind", 1, "kind 1 is no snapshot"),
+        ("index", 0, "index 0"),
+        ("term", 0, "term 0"),
+        ("term", 2**63, "out of range"),
+        ("time_us", 1, "a time or a table"),
+        ("table", 1, "a time or a table"),
+        ("payload", bytes(65), "payload of 65 bytes"),
+        ("session", 8, "does not match its checksum"),
+    ],
+)
+def test_admit_of_a_snapshot_refuses(name: str, value: object, message: str) -> None:
+    batch = entry_batch.snapshot_row(1, 5, 2, 7, 9, pa.py_buffer(bytes(64)))
+    with pytest.raises(ProtocolError, match=message):
+        entry_batch.admit(changed(batch, name, [value]), 1 << 20, snapshot=True)
+    two = entry_batch.concat([batch, batch])
+    with pytest.raises(ProtocolError, match="2 rows"):
+        entry_batch.admit(two, 1 << 20, snapshot=True)
 
 
 def test_nulls_and_other_schemas_are_refused() -> None:

@@ -25,7 +25,7 @@ def entries(first: int, terms: Sequence[int], group: int = 1, size: int = 64, ma
     for index, term in enumerate(terms, start=first):
         payload = (f"{group}/{index}/{term}/{mark};".encode() * (size // 8 + 1))[:size]
         checksum = entry_batch.entry_checksum(3, mark, index, 1, pa.py_buffer(payload))
-        rows.append((group, index, term, 3, mark, index, 1, checksum, payload))
+        rows.append((group, index, term, 3, mark, index, 10 * index + mark, 1, checksum, payload))
     columns = list(zip(*rows, strict=True))
     arrays = [pa.array(column, field.type) for column, field in zip(columns, ENTRY_SCHEMA, strict=True)]
     return pa.record_batch(arrays, schema=ENTRY_SCHEMA)

@@ -14,6 +14,7 @@ from marble._core.checksum import xxh3_64
 from marble.errors import CorruptionError, InvariantError
 from marble.logstore.log import Log, LogOptions
 from marble.logstore.segment import Window
+from marble.schema import ENTRY_SCHEMA
 from marble.testing.disk import SimulatedFiles
 
 UNCACHED = LogOptions(cache_bytes_max=0)
@@ -21,6 +22,18 @@ UNCACHED = LogOptions(cache_bytes_max=0)
 
 def encoded(batch: pa.RecordBatch, position: int, synced: int, chain: int) -> bytes:
     return frame.encode([], [(batch, 0, batch.num_rows)], 1, position, synced, chain)[0].to_pybytes()
+
+
+def ipc_header(schema: pa.Schema) -> bytes:
+    """The header of segment 1 with the columns of `schema`, sealed."""
+    empty = twin.MAGIC + b"0" * 96
+    message = schema.with_metadata({"marble.format": "1", "marble.seal": empty}).serialize().to_pybytes()
+    header = bytearray(b"\xff\xff\xff\xff" + struct.pack("<i", len(twin.padded(message)) - 8) + message[8:])
+    header += bytes(-len(header) % 64)
+    seal = header.index(twin.MAGIC) + len(twin.MAGIC)
+    header[seal : seal + 32] = f"{len(header):016x}{1:016x}".encode()
+    header[seal + 80 : seal + 96] = f"{xxh3_64(bytes(header)):016x}".encode()
+    return bytes(header)
 
 
 def resealed(data: bytes, offset: int, layout: str, number: int) -> bytes:
@@ -31,6 +44,22 @@ def resealed(data: bytes, offset: int, layout: str, number: int) -> bytes:
     forged[digits] = b"0" * 16
     forged[digits] = f"{xxh3_64(bytes(forged)):016x}".encode()
     return bytes(forged)
+
+
+def test_log_with_other_columns_is_refused() -> None:
+    """As the marble before ``time_us`` wrote it: the same format number, a sound seal, one column less."""
+    at = ENTRY_SCHEMA.get_field_index("time_us")
+    header = ipc_header(ENTRY_SCHEMA.remove(at))
+    files = disk()
+    files.put(SEGMENT(1), header)
+    with pytest.raises(
+        CorruptionError, match=r"has the columns .*sequence, table.*reads .*sequence, time_us"
+    ) as caught:
+        Log.open(files)
+    assert (caught.value.path, caught.value.offset) == ("simulated:" + SEGMENT(1), 0)
+    # The forgery itself is right: with our columns the same bytes are an empty log.
+    files.put(SEGMENT(1), ipc_header(ENTRY_SCHEMA))
+    assert contents(Log.open(files)) == {}
 
 
 @pytest.mark.parametrize(("wrong_chain", "wrong_synced"), [(1, 0), (0, 64)])
@@ -50,9 +79,9 @@ def test_frame_sealed_for_another_log_is_damage(wrong_chain: int, wrong_synced: 
     [
         pytest.param(8 + 64 + 12, "q", 3, id="more rows than the columns have"),
         pytest.param(8 + 92 + 4 + 8, "q", 1, id="a null"),
-        pytest.param(8 + 244 + 4 + 24, "q", 2**40, id="a buffer beyond the body"),
-        pytest.param(twin.FRONT_BYTES + 8 * 64, "i", -64, id="payloads before their buffer"),
-        pytest.param(twin.FRONT_BYTES + 8 * 64 + 4, "i", 1000, id="payload offsets that fall"),
+        pytest.param(8 + 260 + 4 + 24, "q", 2**40, id="a buffer beyond the body"),
+        pytest.param(twin.FRONT_BYTES + 9 * 64, "i", -64, id="payloads before their buffer"),
+        pytest.param(twin.FRONT_BYTES + 9 * 64 + 4, "i", 1000, id="payload offsets that fall"),
     ],
 )
 def test_frame_that_is_sealed_but_holds_no_entries_is_damage(offset: int, layout: str, number: int) -> None:
@@ -73,7 +102,7 @@ def other_frames(position: int) -> dict[str, bytes]:
         "other indexes": encoded(entries(2, [1, 1, 1]), position, position, 0),
         "another group": encoded(entries(1, [1, 1, 1], group=2), position, position, 0),
         "fewer entries": encoded(entries(1, [1, 1], size=96), position, position, 0),
-        "payload offsets fall": resealed(own, twin.FRONT_BYTES + 8 * 64 + 4, "i", 1000),
+        "payload offsets fall": resealed(own, twin.FRONT_BYTES + 9 * 64 + 4, "i", 1000),
     }
 
 

@@ -20,8 +20,8 @@ LIMIT = 1 << 30
 
 
 def hard_state_row(group: int, term: int, vote: int, commit: int) -> dict[str, Any]:
-    row = {"group": group, "index": commit, "term": term, "kind": 1, "session": vote, "sequence": 0, "table": 0}
-    return {**row, "checksum": entry_batch.entry_checksum(1, vote, 0, 0), "payload": b""}
+    row = {"group": group, "index": commit, "term": term, "kind": 1, "session": vote, "sequence": 0}
+    return {**row, "time_us": 0, "table": 0, "checksum": entry_batch.entry_checksum(1, vote, 0, 0), "payload": b""}
 
 
 def sound(data: bytes, segment: int = 3, position: int = 768, offset: int = 0) -> frame.Seal:
@@ -182,9 +182,9 @@ def test_check_entries_refuses(batch: pa.RecordBatch, words: str) -> None:
 def test_check_entries_refuses_offsets_that_validate_lets_pass() -> None:
     good = entries(1, [1, 1])
     for offsets in ([0, 129, 128], [64, 0, 128], [0, -64, 128]):
-        buffers = [None, pa.array(offsets, pa.int32()).buffers()[1], good.column(8).buffers()[2]]
+        buffers = [None, pa.array(offsets, pa.int32()).buffers()[1], good.column("payload").buffers()[2]]
         payload = pa.Array.from_buffers(pa.binary(), 2, buffers)
-        bad = pa.RecordBatch.from_arrays([*good.columns[:8], payload], schema=ENTRY_SCHEMA)
+        bad = pa.RecordBatch.from_arrays([*good.columns[:-1], payload], schema=ENTRY_SCHEMA)
         with pytest.raises(InvariantError, match="offsets"):
             frame.check_entries(bad, 1)
 

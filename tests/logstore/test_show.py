@@ -30,14 +30,14 @@ def test_rows_tell_everything_but_the_payload_and_change_nothing() -> None:
     before, reports = files.operations, []
     found = list(rows(files, reports.append))
     assert files.operations == before
-    assert found[0] == LogRow(1, 768, 1, 0, 2, "HARD_STATE", 0, 0, 3, 0, True, 0)
+    assert found[0] == LogRow(1, 832, 1, 0, 2, "HARD_STATE", 0, 0, 3, 0, True, 0)
     assert [(row.index, row.term, row.bytes, row.truncates) for row in found[1:]] == [
         (1, 1, 64, 0),
         (2, 2, 64, 0),
         (3, 2, 64, 0),
         (2, 3, 128, 2),
     ]
-    assert found[4] == LogRow(1, 2304, 1, 2, 3, "WRITE", 1, 128, 5, 2, True, 2)
+    assert found[4] == LogRow(1, 2432, 1, 2, 3, "WRITE", 1, 128, 5, 2, True, 2)
     assert reports == [RecoveryReport(segments=1, frames=2, bytes=files.size(SEGMENT(1)))]
     log.append(1, None, entries(3, [3]))
     log.close()

@@ -197,7 +197,9 @@ def damaged(batch: pa.RecordBatch, row: int) -> pa.RecordBatch:
     flipped = bytearray(payloads[row])
     flipped[-1] ^= 1
     payloads[row] = bytes(flipped)
-    return batch.set_column(8, ENTRY_SCHEMA.field("payload"), pa.array(payloads, pa.binary()))
+    return batch.set_column(
+        batch.schema.get_field_index("payload"), ENTRY_SCHEMA.field("payload"), pa.array(payloads, pa.binary())
+    )
 
 
 def test_damage_stops_the_replica_and_nothing_becomes_visible(machine: TableMachine) -> None:

@@ -20,7 +20,7 @@ def entry_checksum(kind: int, session: int, sequence: int, table: int, payload: 
     return int(xxh3_64(struct.pack("<BxxxIQQ", kind, table, session, sequence) + payload))
 
 
-def build(group: int, first_index: int, term: int, rows: list[Row]) -> pa.RecordBatch:
+def build(group: int, first_index: int, term: int, rows: list[Row], time_us: int = 0) -> pa.RecordBatch:
     return pa.RecordBatch.from_pylist(
         [
             {
@@ -30,6 +30,7 @@ def build(group: int, first_index: int, term: int, rows: list[Row]) -> pa.Record
                 "kind": kind,
                 "session": session,
                 "sequence": sequence,
+                "time_us": time_us,
                 "table": table,
                 "checksum": entry_checksum(kind, session, sequence, table, payload),
                 "payload": payload,
@@ -46,6 +47,14 @@ def encode_payload(batch: pa.RecordBatch) -> bytes:
     return message + bytes(-len(message) % 64)
 
 
+def changes(batch: pa.RecordBatch) -> tuple[int, ...]:
+    return tuple(row["index"] for row in batch.to_pylist() if row["kind"] == 8)
+
+
+def snapshot_row(group: int, index: int, term: int, session: int, sequence: int, payload: bytes) -> pa.RecordBatch:
+    return build(group, index, term, [(11, 0, session, sequence, payload)])
+
+
 def places_checksum(batch: pa.RecordBatch, seed: int = 0) -> int:
-    words = [value for name in ("index", "term", "checksum") for value in batch.column(name).to_pylist()]
+    words = [value for name in ("index", "term", "time_us", "checksum") for value in batch.column(name).to_pylist()]
     return int(xxh3_64(struct.pack(f"<{len(words)}Q", *words), seed))

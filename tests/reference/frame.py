@@ -8,10 +8,10 @@ from typing import Any
 
 from marble._core.checksum import xxh3_64
 
-COLUMNS = ("group", "index", "term", "kind", "session", "sequence", "table", "checksum")
-FORMATS = ("I", "Q", "Q", "B", "Q", "Q", "I", "Q")
+COLUMNS = ("group", "index", "term", "kind", "session", "sequence", "time_us", "table", "checksum")
+FORMATS = ("I", "Q", "Q", "B", "Q", "Q", "Q", "I", "Q")
 FRONT_BYTES = 768
-SEAL_AT = 608
+SEAL_AT = 656
 MAGIC = b"marble-seal:"
 
 
@@ -41,20 +41,20 @@ def encode(rows: Sequence[dict[str, Any]], segment: int, position: int, synced: 
 
     put(0, "I", 24)
     put(4, "7H", 14, 24, 12, 14, 4, 16, 8)
-    put(24, "iIIhBxq", 20, 64 - 28, 552 - 32, 4, 3, len(body))
+    put(24, "iIIhBxq", 20, 64 - 28, 600 - 32, 4, 3, len(body))
     put(48, "5H", 10, 24, 16, 4, 8)
-    put(64, "iII4xq", 16, 92 - 68, 244 - 72, len(rows))
-    put(92, "I18q", 9, *[len(rows), 0] * 9)
+    put(64, "iII4xq", 16, 92 - 68, 260 - 72, len(rows))
+    put(92, "I20q", 10, *[len(rows), 0] * 10)
     places = []
-    for i in range(9):
+    for i in range(10):
         places += [starts[i], 0, starts[i], len(buffers[i])]
-    places += [starts[9], len(buffers[9])]
-    put(244, "I38q", 19, *places)
-    put(552, "II", 1, 568 - 556)
-    put(560, "4H", 8, 12, 4, 8)
-    put(568, "iII", 8, 580 - 572, 596 - 576)
-    put(580, "I11s", 11, b"marble.seal")
-    put(596, "I12s", 108, MAGIC)
+    places += [starts[10], len(buffers[10])]
+    put(260, "I42q", 21, *places)
+    put(600, "II", 1, 616 - 604)
+    put(608, "4H", 8, 12, 4, 8)
+    put(616, "iII", 8, 628 - 620, 644 - 624)
+    put(628, "I11s", 11, b"marble.seal")
+    put(644, "I12s", 108, MAGIC)
 
     frame = bytearray(struct.pack("<iI", -1, FRONT_BYTES - 8) + flat + body)
     numbers = [len(frame), segment, position, synced, chain]
