@@ -12,7 +12,7 @@ The floors; imports only run downwards, and modules of one floor never import ea
 5   node                                                                        the engine thread and its inbox
 4   driver  promises  identity  options                                         one turn; what callers wait for; whose data
 3   transport                                                                   messages and calls as Arrow Flight
-2   raft | logstore | lsm | database                                            decisions; the log; tables; the public classes
+2   raft | logstore | lsm | database | members                                  decisions; the log; tables; the public classes
 1   _core                                                                       kernels in Cython and C++
 0   types  errors  schema  filters  env  metrics  machine  config               words and seams
 ==  ==========================================================================  ==============================================

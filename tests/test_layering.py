@@ -15,7 +15,7 @@ PACKAGE = ROOT / "marble"
 FLOORS = [
     ("types", "errors", "schema", "filters", "env", "metrics", "machine", "config"),
     ("_core",),
-    ("raft", "logstore", "lsm", "database"),
+    ("raft", "logstore", "lsm", "database", "members"),
     ("transport",),
     ("driver", "promises", "identity", "options"),
     ("node",),
