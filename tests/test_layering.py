@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "marble"
 
 FLOORS = [
-    ("types", "errors", "schema", "filters", "env", "metrics", "machine", "config"),
+    ("types", "errors", "schema", "filters", "env", "metrics", "machine", "config", "sessions"),
     ("_core",),
     ("raft", "logstore", "lsm", "database", "members"),
     ("transport",),
@@ -26,6 +26,7 @@ FLOORS = [
 
 STEPS = {
     **{part: {"types", "errors"} for part in ("schema", "filters", "env", "metrics", "machine", "config")},
+    "sessions": {"types", "errors", "machine"},
     "server": {"service"},
     "cli": {"demo"},
 }
