@@ -1,9 +1,11 @@
 # distutils: language = c++
 """XXH3-64 over bytes, the one checksum of marble.
 
-Layout: none of its own. Ownership: reads the caller's buffer only for the length of the call.
-Thread safety: pure functions.
+Layout: none of its own. Ownership: reads the caller's buffer only for the length of the call; an Xxh3 owns its state.
+Thread safety: `xxh3_64` is pure; an Xxh3 belongs to one thread at a time.
+Invariants: an Xxh3 has its state from ``__cinit__`` on, and for good.
 """
+cimport cython
 from libc.stdint cimport uint64_t
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer, Py_buffer
 
@@ -18,6 +20,16 @@ cdef extern from *:
     """
     uint64_t marble_xxh3(const void* data, size_t size, uint64_t seed) noexcept nogil
 
+    ctypedef struct XXH3_state_t:
+        pass
+    ctypedef enum XXH_errorcode:
+        pass
+    XXH3_state_t* XXH3_createState() noexcept nogil
+    XXH_errorcode XXH3_freeState(XXH3_state_t* state) noexcept nogil
+    XXH_errorcode XXH3_64bits_reset(XXH3_state_t* state) noexcept nogil
+    XXH_errorcode XXH3_64bits_update(XXH3_state_t* state, const void* data, size_t size) noexcept nogil
+    uint64_t XXH3_64bits_digest(const XXH3_state_t* state) noexcept nogil
+
 
 def xxh3_64(data, uint64_t seed=0):
     """Hash the bytes of any object that offers the buffer protocol."""
@@ -30,3 +42,29 @@ def xxh3_64(data, uint64_t seed=0):
     finally:
         PyBuffer_Release(&view)
     return digest
+
+
+@cython.final
+cdef class Xxh3:
+    cdef XXH3_state_t* state
+
+    def __cinit__(self):
+        self.state = XXH3_createState()
+        if self.state == NULL:
+            raise MemoryError
+        XXH3_64bits_reset(self.state)
+
+    def __dealloc__(self):
+        XXH3_freeState(self.state)
+
+    def update(self, data):
+        cdef Py_buffer view
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            with nogil:
+                XXH3_64bits_update(self.state, view.buf, <size_t>view.len)
+        finally:
+            PyBuffer_Release(&view)
+
+    def digest(self):
+        return XXH3_64bits_digest(self.state)
