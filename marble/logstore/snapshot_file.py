@@ -153,13 +153,14 @@ def decode_meta(payload: bytes) -> tuple[int, SnapshotMeta, dict[int, str]]:
         if value["format"] != FORMAT:
             raise ValueError(f"it has format {value['format']!r}, this marble reads format {FORMAT}: use its marble")
         listed = value["members"]
-        nodes = [_nodes(listed[name]) for name in ("voters", "outgoing", "learners", "learners_next")]
+        voters, outgoing = _nodes(listed["voters"]), _nodes(listed["outgoing"])
+        learners, learners_next = _nodes(listed["learners"]), _nodes(listed["learners_next"])
         if type(listed["auto_leave"]) is not bool:
             raise ValueError("auto_leave is no boolean")
         endpoints = {_whole(int(node), NODE_ID_MAX): endpoint for node, endpoint in value["endpoints"].items()}
         if not all(isinstance(endpoint, str) for endpoint in endpoints.values()):
             raise ValueError("an endpoint is no text")
-        members = Members(*nodes, listed["auto_leave"])
+        members = Members(voters, outgoing, learners, learners_next, listed["auto_leave"])
         meta = SnapshotMeta(_whole(value["index"], INDEX_MAX), _whole(value["term"], INDEX_MAX), members)
         return _whole(value["group"], 2**32 - 1), meta, endpoints
     except (TypeError, KeyError, AttributeError, RecursionError) as error:
