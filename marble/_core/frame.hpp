@@ -35,15 +35,18 @@ constexpr int kPayload = 9;   // the column of payloads, and so the number of co
 constexpr int kChecksum = 8;  // the column of checksums
 constexpr int kBuffers = 2 * kColumns + 1;
 constexpr uint8_t kHardState = 1;  // EntryKind.HARD_STATE
+constexpr uint8_t kSnapshot = 11;  // EntryKind.SNAPSHOT
 
 struct Seal {
   uint64_t length = 0, segment = 0, position = 0, synced = 0, chain = 0, checksum = 0;
   int64_t metadata_bytes = 0;  // of the frame's front, prefix and padding included; not part of the seal's text
 };
 
-struct HardStateRow {
+// A row that says something of a group and is no entry: a hard state or a snapshot's position. It has no payload.
+struct StateRow {
   uint32_t group;
-  uint64_t term, vote, commit;
+  uint8_t kind;
+  uint64_t index, term, session, sequence;
 };
 
 struct RowRange {
@@ -157,9 +160,12 @@ inline arrow::Status EncodeHeader(const std::string& format, Seal* seal, std::sh
 }
 
 // EntryChecksum of a row without payload; the twin in transport's entry_batch covers payloads too.
-inline uint64_t HardStateChecksum(uint64_t vote) noexcept {
-  uint8_t bytes[24] = {kHardState};  // <BxxxIQQ: kind, table 0, session = vote, sequence 0
-  for (int i = 0; i < 8; ++i) bytes[8 + i] = static_cast<uint8_t>(vote >> (8 * i));
+inline uint64_t StateChecksum(const StateRow& state) noexcept {
+  uint8_t bytes[24] = {state.kind};  // <BxxxIQQ: kind, table 0, session, sequence
+  for (int i = 0; i < 8; ++i) {
+    bytes[8 + i] = static_cast<uint8_t>(state.session >> (8 * i));
+    bytes[16 + i] = static_cast<uint8_t>(state.sequence >> (8 * i));
+  }
   return XXH3_64bits(bytes, sizeof(bytes));
 }
 
@@ -232,12 +238,12 @@ inline void WriteBatchFront(uint8_t* frame, int64_t rows, int64_t payload_bytes,
   std::memcpy(flat + kValue + 4, kSealMagic.data(), kSealMagic.size());
 }
 
-// Lays `hard_states` and then the rows of `ranges` out as one record batch frame: one allocation, each byte copied once.
+// Lays `states` and then the rows of `ranges` out as one record batch frame: one allocation, each byte copied once.
 // The caller has checked (InspectEntries) that every batch has EntrySchema() and no nulls.
-inline arrow::Status EncodeFrame(const std::vector<HardStateRow>& hard_states, const std::vector<RowRange>& ranges,
+inline arrow::Status EncodeFrame(const std::vector<StateRow>& states, const std::vector<RowRange>& ranges,
                                  Seal* seal, std::shared_ptr<arrow::Buffer>* out,
                                  std::shared_ptr<arrow::RecordBatch>* out_batch) {
-  int64_t rows = static_cast<int64_t>(hard_states.size());
+  int64_t rows = static_cast<int64_t>(states.size());
   int64_t payload_bytes = 0;
   for (const auto& range : ranges) {
     rows += range.end - range.row;
@@ -264,13 +270,14 @@ inline arrow::Status EncodeFrame(const std::vector<HardStateRow>& hard_states, c
   std::memset(body + starts[kColumns] + payload_bytes, 0, static_cast<size_t>(Padded(payload_bytes) - payload_bytes));
 
   int64_t row = 0;
-  for (const auto& state : hard_states) {
+  for (const auto& state : states) {
     StoreAt<uint32_t>(body + starts[0], row, state.group);
-    StoreAt<uint64_t>(body + starts[1], row, state.commit);
+    StoreAt<uint64_t>(body + starts[1], row, state.index);
     StoreAt<uint64_t>(body + starts[2], row, state.term);
-    StoreAt<uint8_t>(body + starts[3], row, kHardState);
-    StoreAt<uint64_t>(body + starts[4], row, state.vote);
-    StoreAt<uint64_t>(body + starts[kChecksum], row, HardStateChecksum(state.vote));
+    StoreAt<uint8_t>(body + starts[3], row, state.kind);
+    StoreAt<uint64_t>(body + starts[4], row, state.session);
+    StoreAt<uint64_t>(body + starts[5], row, state.sequence);
+    StoreAt<uint64_t>(body + starts[kChecksum], row, StateChecksum(state));
     StoreAt<int32_t>(body + starts[kPayload], ++row, 0);
   }
   int32_t filled = 0;
@@ -393,25 +400,28 @@ struct EntryColumns {
   }
 };
 
-// A maximal run of rows [row, end) of one group: hard states, or entries whose indexes follow each other.
+// Whether rows of `kind` say something of their group and are no entries.
+constexpr bool IsState(uint8_t kind) noexcept { return kind == kHardState || kind == kSnapshot; }
+
+// Rows [row, end) of one group: one hard state, or one snapshot's position, or as many entries as have indexes that follow
+// each other. `state` is the kind of the former two and 0 for entries.
 struct Run {
   uint32_t group;
-  bool hard_state;
+  uint8_t state;
   int64_t row, end;
 };
 
 inline void FindRuns(const EntryColumns& columns, std::vector<Run>* runs) {
   for (int64_t i = 0; i < columns.rows; ++i) {
-    const bool hard_state = columns.kind[i] == kHardState;
+    const uint8_t state = IsState(columns.kind[i]) ? columns.kind[i] : 0;
     if (!runs->empty()) {
       Run& last = runs->back();
-      if (last.group == columns.group[i] && last.hard_state == hard_state && !hard_state &&
-          columns.index[i] == columns.index[i - 1] + 1) {
+      if (last.group == columns.group[i] && last.state == 0 && state == 0 && columns.index[i] == columns.index[i - 1] + 1) {
         last.end = i + 1;
         continue;
       }
     }
-    runs->push_back({columns.group[i], hard_state, i, i + 1});
+    runs->push_back({columns.group[i], state, i, i + 1});
   }
 }
 
@@ -419,7 +429,7 @@ inline void FindRuns(const EntryColumns& columns, std::vector<Run>* runs) {
 inline const char* CheckEntries(const EntryColumns& columns, uint32_t group, int64_t row, int64_t end) noexcept {
   for (int64_t i = row; i < end; ++i) {
     if (columns.group[i] != group) return "an entry belongs to another group";
-    if (columns.kind[i] == kHardState || columns.kind[i] == 0) return "an entry has a kind that entries cannot have";
+    if (IsState(columns.kind[i]) || columns.kind[i] == 0) return "an entry has a kind that entries cannot have";
     if (columns.term[i] == 0 || columns.term[i] > INT64_MAX) return "a term is not within 1 to INDEX_MAX";
     if (columns.index[i] == 0 || columns.index[i] > INT64_MAX) return "an index is not within 1 to INDEX_MAX";
     if (i > row && columns.index[i] != columns.index[i - 1] + 1) return "indexes do not follow each other";

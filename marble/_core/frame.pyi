@@ -66,8 +66,9 @@ def encode(
     position: int,
     synced: int,
     chain: int,
+    snapshots: list[tuple[int, int, int, int]] = ...,
 ) -> tuple[pa.Buffer, pa.RecordBatch, int]:
-    """One frame of all the rows: first the hard states, then the ranges.
+    """One frame of all the rows: first the hard states, then the snapshots' positions, then the ranges.
 
     Parameters
     ----------
@@ -77,6 +78,9 @@ def encode(
         ``(batch, row, end)``: rows ``[row, end)`` of a batch that `check_entries` accepted.
     segment, position, synced, chain
         As in `Seal`.
+    snapshots
+        ``(group, index, term, last)``: everything up to ``index`` is in a snapshot, and of the entries before this frame
+        those up to ``last`` stay.
 
     Returns
     -------
@@ -105,15 +109,15 @@ def check_entries(batch: pa.RecordBatch, group: int) -> tuple[int, int, int, int
     """Check that `batch` is a run of entries of `group` that may be encoded.
 
     Returns ``(first index, first term, last term, payload bytes, bytes of the largest payload)``. Raises
-    InvariantError if it has another schema, nulls, no rows, rows of another group or hard states, or if indexes have
-    gaps or terms fall.
+    InvariantError if it has another schema, nulls, no rows, rows of another group or rows that are no entries, or
+    if indexes have gaps or terms fall.
     """
 
-def runs(batch: pa.RecordBatch) -> list[tuple[int, bool, int, int, int]]:
-    """Split a decoded batch into ``(group, is hard state, row, end, index of row)``.
+def runs(batch: pa.RecordBatch) -> list[tuple[int, int, int, int, int]]:
+    """Split a decoded batch into ``(group, state, row, end, index of row)``.
 
-    A hard state is a run of its own; entries are together as long as the group is the same and indexes follow each
-    other.
+    A row that is no entry is a run of its own, and ``state`` is its kind, HARD_STATE or SNAPSHOT; entries have state 0 and
+    are together as long as the group is the same and indexes follow each other.
     Raises CorruptionError if indexes or terms are out of range or terms fall within a run.
     """
 

@@ -68,9 +68,13 @@ cdef extern from "frame.hpp" namespace "marble" nogil:
         uint64_t length, segment, position, synced, chain, checksum
         int64_t metadata_bytes
 
-    cdef cppclass HardStateRow:
+    const uint8_t kHardState
+    const uint8_t kSnapshot
+
+    cdef cppclass StateRow:
         uint32_t group
-        uint64_t term, vote, commit
+        uint8_t kind
+        uint64_t index, term, session, sequence
 
     cdef cppclass RowRange:
         shared_ptr[CRecordBatch] batch
@@ -86,11 +90,11 @@ cdef extern from "frame.hpp" namespace "marble" nogil:
 
     cdef cppclass CRun "marble::Run":
         uint32_t group
-        cbool hard_state
+        uint8_t state
         int64_t row, end
 
     CStatus EncodeHeader(const string& format, CSeal* seal, shared_ptr[CBuffer]* out)
-    CStatus EncodeFrame(const vector[HardStateRow]& hard_states, const vector[RowRange]& ranges, CSeal* seal,
+    CStatus EncodeFrame(const vector[StateRow]& states, const vector[RowRange]& ranges, CSeal* seal,
                         shared_ptr[CBuffer]* out, shared_ptr[CRecordBatch]* out_batch)
     int64_t CheckFrame(const uint8_t* frame, int64_t available, uint64_t segment, uint64_t position, int64_t bytes_max,
                        CSeal* seal) noexcept
@@ -152,17 +156,23 @@ def encode_header(str version, uint64_t segment, uint64_t chain):
     return adopt(wrap_buffer(out)), seal.checksum
 
 
-def encode(list hard_states, list ranges, uint64_t segment, uint64_t position, uint64_t synced, uint64_t chain):
-    cdef vector[HardStateRow] states
+def encode(list hard_states, list ranges, uint64_t segment, uint64_t position, uint64_t synced, uint64_t chain,
+           list snapshots=[]):
+    cdef vector[StateRow] states
     cdef vector[RowRange] rows
-    cdef HardStateRow state
+    cdef StateRow state
     cdef RowRange part
     cdef CSeal seal
     cdef shared_ptr[CBuffer] out
     cdef shared_ptr[CRecordBatch] out_batch
     cdef CStatus status
     for group, term, vote, commit in hard_states:
-        state.group, state.term, state.vote, state.commit = group, term, vote, commit
+        state.group, state.kind, state.index, state.term = group, kHardState, commit, term
+        state.session, state.sequence = vote, 0
+        states.push_back(state)
+    for group, index, term, last in snapshots:
+        state.group, state.kind, state.index, state.term = group, kSnapshot, index, term
+        state.session, state.sequence = 0, last
         states.push_back(state)
     for batch, row, end in ranges:
         part.batch = unwrap(batch)
@@ -264,13 +274,13 @@ def runs(batch):
         FindRuns(columns, &found)
     result = []
     for run in found:
-        if run.hard_state:
-            result.append((run.group, True, run.row, run.end, columns.index[run.row]))
+        if run.state:
+            result.append((run.group, run.state, run.row, run.end, columns.index[run.row]))
             continue
         problem = CheckEntries(columns, run.group, run.row, run.end)
         if problem != NULL:
             raise CorruptionError(f"entries of group {run.group}: {problem.decode()}")
-        result.append((run.group, False, run.row, run.end, columns.index[run.row]))
+        result.append((run.group, 0, run.row, run.end, columns.index[run.row]))
     return result
 
 

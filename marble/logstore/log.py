@@ -6,31 +6,36 @@ Rule 2: what one sync writes is one frame as long as it fits, hard states before
         nothing of it; of several frames a crash keeps a prefix.
 Rule 3: after a write or a sync failed, nothing works any more: what it covered may be gone although the next one
         succeeds.
-Rule 4: a segment is started only when all before it is durable, and is used only when its name is durable.
+Rule 4: a segment is started only when all before it is durable, and is used only when its opening and name are durable.
+Rule 5: a segment is purged only when a start that finds nothing but the later ones finds the same log: no entry that
+        counts on the disk is in it, and what it said otherwise is in the base that opens the next one
+        (`marble.logstore.repair`). Segments go in order, and the next one only when the name of the last one is durably
+        gone, so that what is left has no holes.
 
-Threads: one may append and read while another one syncs. `_lock` guards what is in memory and is never held over I/O;
-`_sync_lock` is held over a sync and guards the end of the log. Order: `_sync_lock`, then `_lock`.
+Threads: one may append and read while another one syncs, and a third one purge. `_lock` guards what is in memory and is
+never held over I/O; `_sync_lock` is held over a sync and guards the end of the log, `_purge_lock` is held over a purge
+and guards its beginning. Order: one of the latter two, then `_lock`.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from marble._core import frame
-from marble._core.term_index import EntrySpan, TermIndex
 from marble.env import AppendFile, Files
-from marble.errors import CorruptionError, InvariantError, ProtocolError, UsageError, check
-from marble.logstore.extents import Extents, Pending, Place
-from marble.logstore.plan import Item, Plan, plan_frames
+from marble.errors import CorruptionError, InvariantError, UsageError, check
+from marble.logstore.cache import FrameCache
+from marble.logstore.extents import Extents, OnDisk, Pending, Place, Start, term_runs
+from marble.logstore.plan import Item, Plan, Work, plan_frames
 from marble.logstore.repair import create_segment, prepare_directory, repair
-from marble.logstore.scan import RecoveryReport, Scan, ScannedFrame, Tail
-from marble.logstore.segment import FRAME_BYTES_LIMIT, WINDOW_BYTES, MarkFile, Window, segment_path
-from marble.types import INDEX_MAX, NODE_ID_MAX, HardState
+from marble.logstore.replay import GroupState, Replay, check_hard_state
+from marble.logstore.scan import RecoveryReport, Scan, Tail
+from marble.logstore.segment import DIRECTORY, FRAME_BYTES_LIMIT, WINDOW_BYTES, MarkFile, Window, segment_path
+from marble.types import INDEX_MAX, HardState
 
 _MIB = 1024 * 1024
 _READ_WINDOW_BYTES = 256 * 1024
@@ -65,22 +70,6 @@ class LogOptions:
         return self.frame_bytes_max - frame.OVERHEAD_BYTES_MAX - frame.ROW_BYTES_MAX
 
 
-@dataclass(frozen=True, slots=True)
-class GroupState:
-    """What the log held of one group when it was opened.
-
-    - ``hard_state.commit <= last_index``: a commit index that outlived its entries is lowered.
-    - ``term_index`` covers ``[first_index, last_index]``, sizes are payload bytes. It belongs to whoever takes it;
-      the log has no other use for it.
-    """
-
-    hard_state: HardState
-    first_index: int
-    last_index: int
-    last_term: int
-    term_index: TermIndex
-
-
 class Log:
     """See the head of this module. Made by `Log.open`."""
 
@@ -90,18 +79,22 @@ class Log:
         self._writable = writable
         self._lock = threading.Lock()
         self._sync_lock = threading.Lock()
-        self._extents: dict[int, Extents] = {}
+        self._purge_lock = threading.Lock()
         self._states: dict[int, HardState] = {}
+        self._starts: set[int] = set()
         self._queue: list[tuple[Extents, Pending, int]] = []
-        self._cache: OrderedDict[tuple[int, int], tuple[pa.RecordBatch, int]] = OrderedDict()
-        self._cache_bytes = 0
+        self._cache = FrameCache(options.cache_bytes_max)
         self._failure: str | None = None
         self._closed = False
         self._file: AppendFile | None = None
-        self._groups = self._recover(scan)
+        replay = Replay(files, scan)
+        self._extents = replay.extents
+        self._groups = replay.groups
         self._report = scan.report
         self._tail = scan.tail
-        self._sealed_bytes = scan.nbytes_before_tail
+        self._sealed = scan.sealed
+        self._sealed_bytes = sum(scan.sealed.values())
+        self._first_segment = scan.first_segment
         self._mark = MarkFile(files, scan.mark)
         if writable and not self._report.lost_durable_bytes:
             self._continue()
@@ -177,7 +170,7 @@ class Log:
             extents = self._extents.get(group)
             old = HardState() if extents is None else extents.hard_state
             if hard_state is not None:
-                _check_hard_state(group, old, hard_state)
+                check_hard_state(group, old, hard_state)
             if entries is not None:
                 first, first_term, last_term, nbytes, largest = frame.check_entries(entries, group)
                 limit = self._options.entry_bytes_max
@@ -185,21 +178,52 @@ class Log:
                     raise UsageError(
                         f"an entry of {largest} bytes does not fit a frame: at most {limit}; write smaller batches"
                     )
-                last = 0 if extents is None else extents.last_index
+                last, purged = (0, 0) if extents is None else (extents.last_index, extents.purged_index)
                 check(first <= last + 1, f"entries from {first} on would leave a gap behind {last} in group {group}")
                 check(
-                    first > min(old.commit, last),
+                    first > max(min(old.commit, last), purged),
                     f"entries from {first} on would replace committed ones of group {group}",
                 )
-                if extents is not None and first == last + 1:
-                    check(first_term >= extents.last_term, f"terms fall at entry {first} of group {group}")
+                if extents is not None:
+                    check(first_term >= extents.term_at(first - 1), f"terms fall at entry {first} of group {group}")
             if extents is None:
                 extents = self._extents[group] = Extents()
             if hard_state is not None:
                 extents.hard_state = self._states[group] = hard_state
             if entries is not None:
-                pending = extents.add(first, first + entries.num_rows, last_term, entries)
+                runs = term_runs(entries.column(2), first, first_term, last_term)
+                pending = extents.add(first, first + entries.num_rows, runs, entries)
                 self._queue.append((extents, pending, nbytes))
+
+    def start_after(self, group: int, index: int, term: int) -> None:
+        """Forget the entries of `group` up to `index`, whose term is `term`: a durable snapshot holds what they did.
+
+        If entry `index` is in the log, those after it stay. Otherwise the snapshot comes from another node, all entries
+        of the group go, and the log goes on behind `index`, which may be beyond its end. It takes effect at once and is
+        durable after the next `sync`: together with the hard states appended before that, and before all entries.
+        Nothing happens if the log goes on behind `index` already.
+
+        Raises
+        ------
+        UsageError
+            The log is closed or was not opened writable.
+        InvariantError
+            An earlier sync failed; or the log goes on behind a later entry already, or a committed entry has another
+            term. Nothing was changed.
+        """
+        with self._lock:
+            self._check_writable()
+            check(0 < index <= INDEX_MAX and 0 < term <= INDEX_MAX, f"no entry is at {index} in term {term}")
+            extents = self._extents.get(group) or Extents()
+            purged, on_disk = extents.purged_index, extents.on_disk
+            check(index >= purged, f"the log of group {group} begins behind {purged}, not {index}")
+            if purged <= index <= min(max(purged, on_disk.hard_state.commit), extents.last_index):
+                found = extents.term_at(index)
+                check(found == term, f"committed entry {index} of group {group} has term {found}, not {term}")
+            if index > purged:
+                self._extents[group] = extents
+                extents.start_after(index, term)
+                self._starts.add(group)
 
     def sync(self) -> None:
         """Make everything appended so far durable. Returns at once if nothing is waiting.
@@ -213,13 +237,11 @@ class Log:
         with self._sync_lock:
             with self._lock:
                 self._check_writable()
-                if not self._states and not self._queue:
+                if not self._states and not self._starts and not self._queue:
                     return
-                states, self._states = self._states, {}
-                queue, self._queue = self._queue, []
-                items = [Item(*waiting) for waiting in queue if waiting[1].end > waiting[1].first]
+                work = self._take_work()
             try:
-                self._write(plan_frames(states, items, self._options.frame_bytes_max))
+                self._write(work)
             except BaseException as error:
                 # Also when a signal's handler broke in: how far the writing came is not known.
                 self._failure = f"{type(error).__name__}: {error}"
@@ -258,11 +280,27 @@ class Log:
         if self._closed:
             raise UsageError("the log is closed")
 
-    def _write(self, plans: list[Plan]) -> None:
+    def _take_work(self) -> Work:
+        """What waits for a sync, and what it will say. No other sync is under way, so whatever counts of the settled
+        entries now is what counts of those on disk when this one has succeeded."""
+        states, self._states = self._states, {}
+        groups, self._starts = sorted(self._starts), set()
+        queue, self._queue = self._queue, []
+        starts = []
+        for group in groups:
+            extents = self._extents[group]
+            starts.append(Start(group, extents.purged_index, extents.purged_term, extents.settled_last))
+        items = [Item(*waiting) for waiting in queue if waiting[1].end > waiting[1].first]
+        touched = {item.extents: item.extents.settled_segment for item in items}
+        touched |= {self._extents[group]: self._extents[group].settled_segment for group in groups}
+        return Work(states, starts, items, touched)
+
+    def _write(self, work: Work) -> None:
         if self._file is None:
             self._continue()
+        plans = plan_frames(work.states, work.starts, work.items, self._options.frame_bytes_max)
         end, estimate = self._tail.end, sum(plan.nbytes for plan in plans)
-        if end > frame.METADATA_BYTES_MAX and end + estimate > self._options.segment_bytes_max:
+        if end > self._tail.opening and end + estimate > self._options.segment_bytes_max:
             self._roll()
         file, tail = self._file, self._tail
         assert file is not None
@@ -270,29 +308,52 @@ class Log:
         written: list[tuple[Plan, int, pa.RecordBatch, int]] = []
         for plan in plans:
             ranges = [(item.batch, row, stop) for item, row, stop in plan.ranges]
-            data, batch, chain = frame.encode(plan.states, ranges, segment, end, synced, chain)
+            data, batch, chain = frame.encode(plan.states, ranges, segment, end, synced, chain, plan.starts)
             file.write(memoryview(data))
             written.append((plan, end, batch, data.size))
             end += data.size
         file.sync()
         with self._lock:
-            self._tail = Tail(segment, end, end, chain, end)
+            self._tail = Tail(segment, end, end, chain, end, tail.opening)
             for plan, offset, batch, length in written:
-                at = len(plan.states)
+                at = len(plan.states) + len(plan.starts)
                 for item, row, stop in plan.ranges:
                     place = Place(item.first + row, item.first + stop, segment, offset, length, at)
                     item.extents.settle(item.pending, place)
                     at += stop - row
-                self._remember(segment, offset, batch, length)
+                self._cache.remember(segment, offset, batch, length)
+            self._note_durable(work, segment)
         self._mark.write(segment, end, chain)
+
+    def _note_durable(self, work: Work, segment: int) -> None:
+        for group, state in work.states.items():
+            on_disk = self._extents[group].on_disk
+            on_disk.hard_state, on_disk.known = state, True
+        for start in work.starts:
+            on_disk = self._extents[start.group].on_disk
+            on_disk.start(start)
+            on_disk.known = True
+        for item in work.items:
+            on_disk = item.extents.on_disk
+            on_disk.last_index, on_disk.known = item.first + item.rows - 1, True
+        for extents, oldest in work.touched.items():
+            on_disk = extents.on_disk
+            # What was written now is in `segment`, and nothing older counts unless it did before.
+            on_disk.oldest_segment = (oldest or segment) if on_disk.last_index > on_disk.purged_index else 0
+
+    def _groups_on_disk(self) -> dict[int, OnDisk]:
+        with self._lock:
+            found = {group: extents.on_disk for group, extents in self._extents.items() if extents.on_disk.known}
+        return dict(sorted(found.items()))
 
     def _roll(self) -> None:
         """Go on in a new segment. All before it is durable: nothing has been written since the last sync."""
         old, tail = self._file, self._tail
-        self._file, new_tail = create_segment(self._files, tail.segment + 1, tail.chain)
+        self._file, new_tail = create_segment(self._files, tail.segment + 1, tail.chain, self._groups_on_disk())
         assert old is not None  # `_write` has opened it; the line is for the type checker.
         old.close()
         with self._lock:
+            self._sealed[tail.segment] = tail.end
             self._sealed_bytes += tail.end
             self._tail = new_tail
         self._mark.write(new_tail.segment, new_tail.end, new_tail.chain)
@@ -300,11 +361,51 @@ class Log:
     def _continue(self) -> None:
         """Repair the end that the scan found and open it. Put off to the first sync when durable bytes were lost."""
         lost = self._report.lost_durable_bytes > 0
-        self._file, self._tail = repair(self._files, self._tail, mark_is_ahead=lost)
+        self._file, self._tail = repair(self._files, self._tail, self._groups_on_disk(), mark_is_ahead=lost)
         if lost:
             # Neither slot may speak of the lost bytes any more.
             self._mark = MarkFile(self._files, None)
         self._mark.write(self._tail.segment, self._tail.end, self._tail.chain)
+
+    def purge(self) -> int:
+        """Delete the first segments, up to one that holds something that is still needed, and return how many bytes
+        that has freed.
+
+        Needed is what the disk says is needed: what `start_after` or a truncation has made superfluous stays until a
+        sync has covered that. The segment that is being written stays.
+
+        Raises
+        ------
+        UsageError
+            The log is closed or was not opened writable.
+        InvariantError
+            The disk failed, now or earlier. Whatever is left of the log is whole.
+        """
+        freed = 0
+        with self._purge_lock:
+            with self._lock:
+                self._check_writable()
+                if self._file is None:
+                    return 0
+                end = self._tail.segment
+                for extents in self._extents.values():
+                    end = min(end, extents.on_disk.oldest_segment or end)
+            try:
+                for segment in range(self._first_segment, end):
+                    self._files.remove(segment_path(segment))
+                    self._files.sync_directory(DIRECTORY)
+                    with self._lock:
+                        self._cache.forget(segment)
+                        self._first_segment = segment + 1
+                        nbytes = self._sealed.pop(segment)
+                        self._sealed_bytes -= nbytes
+                    freed += nbytes
+            except BaseException as error:
+                self._failure = f"{type(error).__name__}: {error}"
+                if not isinstance(error, Exception):
+                    raise
+                raise InvariantError(f"the log could not be purged ({self._failure}): this node must stop") from error
+        return freed
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -334,7 +435,7 @@ class Log:
                 if not isinstance(found, Place):
                     rows = found
                 else:
-                    cached = self._recall(found.segment, found.offset)
+                    cached = self._cache.recall(found.segment, found.offset)
                     rows = None if cached is None else cached.slice(found.row, found.end - index)
             if rows is None:
                 assert isinstance(found, Place)
@@ -343,6 +444,9 @@ class Log:
                         window = found.segment, self._window(found.segment, bytes_max)
                     rows = self._load(window[1], group, found)
                 except OSError as error:
+                    with self._lock:
+                        # Whoever reads what another thread purges has asked for what is not there.
+                        self._find(group, index, end)
                     raise InvariantError(f"the log could not be read ({error}): mend the disk") from error
             stop, nbytes = frame.clip(rows, 0, rows.num_rows, bytes_left)
             if nbytes > bytes_left and parts:
@@ -390,68 +494,5 @@ class Log:
             what = f"a frame does not hold the entries that it had held ({error})"
             raise CorruptionError(what, where, place.offset) from None
         with self._lock:
-            self._remember(place.segment, place.offset, batch, place.length)
+            self._cache.remember(place.segment, place.offset, batch, place.length)
         return rows
-
-    def _recall(self, segment: int, offset: int) -> pa.RecordBatch | None:
-        found = self._cache.get((segment, offset))
-        if found is None:
-            return None
-        self._cache.move_to_end((segment, offset))
-        return found[0]
-
-    def _remember(self, segment: int, offset: int, batch: pa.RecordBatch, length: int) -> None:
-        if length > self._options.cache_bytes_max or (segment, offset) in self._cache:
-            return
-        self._cache[segment, offset] = batch, length
-        self._cache_bytes += length
-        while self._cache_bytes > self._options.cache_bytes_max:
-            self._cache_bytes -= self._cache.popitem(last=False)[1][1]
-
-    # -- recovery ----------------------------------------------------------------------------------------------------
-
-    def _recover(self, scan: Scan) -> dict[int, GroupState]:
-        """Take every frame in as it was written: hard states replace, entries truncate what they follow (pitfall:
-        replay too)."""
-        term_indexes: dict[int, TermIndex] = {}
-        for scanned in scan.frames():
-            try:
-                self._recover_frame(scanned, term_indexes)
-            except (InvariantError, ProtocolError, CorruptionError) as error:
-                where = self._files.describe(segment_path(scanned.segment))
-                raise CorruptionError(
-                    f"a sound frame contradicts those before it: {error}", where, scanned.offset
-                ) from None
-        groups = {}
-        for group, extents in sorted(self._extents.items()):
-            state = extents.hard_state
-            if state.commit > extents.last_index:
-                state = extents.hard_state = HardState(state.term, state.vote, extents.last_index)
-            terms = term_indexes.setdefault(group, TermIndex())
-            groups[group] = GroupState(state, extents.first_index, extents.last_index, extents.last_term, terms)
-        return groups
-
-    def _recover_frame(self, scanned: ScannedFrame, term_indexes: dict[int, TermIndex]) -> None:
-        batch, length = scanned.batch, scanned.seal.length
-        for group, is_hard_state, row, end, index in frame.runs(batch):
-            extents = self._extents.setdefault(group, Extents())
-            if is_hard_state:
-                term, vote = batch.column(2)[row].as_py(), batch.column(4)[row].as_py()
-                _check_hard_state(group, extents.hard_state, state := HardState(term, vote, index))
-                extents.hard_state = state
-                continue
-            check(index <= extents.last_index + 1, f"a gap in front of entry {index} of group {group}")
-            terms = term_indexes.setdefault(group, TermIndex())
-            if index <= terms.last_index:
-                terms.truncate(index)
-            terms.append(EntrySpan.from_buffers(index, *frame.terms_and_sizes(batch, row, end)))
-            place = Place(index, index + end - row, scanned.segment, scanned.offset, length, row)
-            extents.recover(place, terms.last_term)
-
-
-def _check_hard_state(group: int, old: HardState, new: HardState) -> None:
-    in_range = 0 <= new.term <= INDEX_MAX and 0 <= new.commit <= INDEX_MAX and 0 <= new.vote <= NODE_ID_MAX
-    check(in_range, f"{new} of group {group} is out of range")
-    check(new.term >= old.term, f"the term of group {group} went back from {old.term} to {new.term}")
-    changed_vote = new.term == old.term and old.vote not in (0, new.vote)
-    check(not changed_vote, f"the vote of group {group} in term {new.term} changed from {old.vote} to {new.vote}")

@@ -1,17 +1,19 @@
 """Which rows of what waits for a sync go into which frame.
 
-Rule 1: the order of what waits is kept, and hard states come first: a crash keeps a prefix of it.
+Rule 1: the order of what waits is kept, and hard states and SNAPSHOT rows come first, in the same frame: a crash keeps a
+        prefix of it, and never a commit index that a snapshot brought without the snapshot's position.
 Rule 2: it is one frame as long as it fits: a crash keeps all or nothing of one frame.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 
 from marble._core import frame
-from marble.logstore.extents import Extents, Pending
+from marble.logstore.extents import Extents, Pending, Start
 from marble.types import HardState
 
 
@@ -33,17 +35,35 @@ class Item:
 
 
 class Plan:
-    """One frame to be: hard states as (group, term, vote, commit), entries as (item, row, end); at most ``nbytes`` long."""
+    """One frame to be: hard states as (group, term, vote, commit), SNAPSHOT rows, entries as (item, row, end); at most
+    ``nbytes`` long."""
 
-    __slots__ = ("nbytes", "ranges", "states")
+    __slots__ = ("nbytes", "ranges", "starts", "states")
 
     def __init__(self) -> None:
         self.states: list[tuple[int, int, int, int]] = []
+        self.starts: list[Start] = []
         self.ranges: list[tuple[Item, int, int]] = []
         self.nbytes = frame.OVERHEAD_BYTES_MAX
 
 
-def plan_frames(states: dict[int, HardState], items: Sequence[Item], frame_bytes_max: int) -> list[Plan]:
+@dataclass(slots=True)
+class Work:
+    """What one sync writes.
+
+    ``touched``: the groups of which it changes what entries are on disk, each with the segment of the first entry there
+    that still counts, or 0.
+    """
+
+    states: dict[int, HardState]
+    starts: list[Start]
+    items: list[Item]
+    touched: dict[Extents, int]
+
+
+def plan_frames(
+    states: dict[int, HardState], starts: list[Start], items: Sequence[Item], frame_bytes_max: int
+) -> list[Plan]:
     """Distribute the rows of a sync over frames of at most `frame_bytes_max` bytes. There is at least one row.
 
     Every single entry fits a frame, as `marble.logstore.log.Log.append` has made sure.
@@ -52,7 +72,8 @@ def plan_frames(states: dict[int, HardState], items: Sequence[Item], frame_bytes
     space = frame_bytes_max - frame.OVERHEAD_BYTES_MAX
     current = Plan()
     current.states = [(group, state.term, state.vote, state.commit) for group, state in states.items()]
-    current.nbytes += row_bytes * len(states)
+    current.starts = starts
+    current.nbytes += row_bytes * (len(states) + len(starts))
     plans = [current]
     for item in items:
         row = 0
@@ -69,4 +90,4 @@ def plan_frames(states: dict[int, HardState], items: Sequence[Item], frame_bytes
             current.ranges.append((item, row, end))
             current.nbytes += nbytes
             row = end
-    return plans if plans[0].states or plans[0].ranges else plans[1:]
+    return plans if plans[0].states or starts or plans[0].ranges else plans[1:]

@@ -6,12 +6,20 @@ Rule 3: nothing that was read is relied upon before it is known to be on the dis
         the page
 cache only, where even a failed sync leaves it looking sound, and a further sync of it succeeds without writing
 anything. So those bytes are not synced again: the segment is written anew and takes the old one's name.
+Rule 4: every segment but number 1 opens with the base: of each group that the log knows, its hard state and its
+SNAPSHOT row as they are on the disk when the segment is started. So whoever reads the log from there on knows what the
+segments before it have decided, and which of their entries are still needed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import pyarrow as pa
+
 from marble._core import frame
 from marble.env import AppendFile, Files
+from marble.logstore.extents import OnDisk
 from marble.logstore.scan import Tail
 from marble.logstore.segment import (
     DIRECTORY,
@@ -37,21 +45,35 @@ def prepare_directory(files: Files) -> None:
     files.sync_directory("")
 
 
-def create_segment(files: Files, number: int, chain: int) -> tuple[AppendFile, Tail]:
-    """A new segment, durable with its header and its name."""
-    header, checksum = frame.encode_header(FORMAT, number, chain)
+def create_segment(files: Files, number: int, chain: int, groups: Mapping[int, OnDisk]) -> tuple[AppendFile, Tail]:
+    """A new segment, durable with its opening and its name."""
+    opening, tail = _opening(number, chain, groups)
     file = files.create(segment_path(number))
     try:
-        file.write(memoryview(header))
+        file.write(memoryview(opening))
         file.sync()
         files.sync_directory(DIRECTORY)
     except BaseException:
         file.close()
         raise
-    return file, Tail(number, header.size, header.size, checksum, header.size)
+    return file, tail
 
 
-def repair(files: Files, tail: Tail, *, mark_is_ahead: bool) -> tuple[AppendFile, Tail]:
+def _opening(number: int, chain: int, groups: Mapping[int, OnDisk]) -> tuple[pa.Buffer, Tail]:
+    """What a segment begins with, and where that ends: its header and, unless it is the first, the base."""
+    header, checksum = frame.encode_header(FORMAT, number, chain)
+    if number == 1:
+        return header, Tail(number, header.size, header.size, checksum, header.size, header.size)
+    states = [(group, o.hard_state.term, o.hard_state.vote, o.hard_state.commit) for group, o in groups.items()]
+    starts = [(group, o.purged_index, o.purged_term, o.last_index) for group, o in groups.items()]
+    base, _, checksum = frame.encode(states, [], number, header.size, 0, checksum, starts)
+    end = header.size + base.size
+    return pa.py_buffer(header.to_pybytes() + base.to_pybytes()), Tail(number, end, end, checksum, end, end)
+
+
+def repair(
+    files: Files, tail: Tail, groups: Mapping[int, OnDisk], *, mark_is_ahead: bool
+) -> tuple[AppendFile, Tail]:
     """Cut what is torn at `tail`, make the rest durable, and open it to be continued.
 
     Parameters
@@ -60,6 +82,8 @@ def repair(files: Files, tail: Tail, *, mark_is_ahead: bool) -> tuple[AppendFile
         The node's files.
     tail
         Where the scan ended.
+    groups
+        What the log holds of each group, for the base of a segment that has to be made anew.
     mark_is_ahead
         The mark speaks of bytes that are no longer there: it goes, after the tail is in order, since it would call
         whatever is written there next damage.
@@ -75,11 +99,10 @@ def repair(files: Files, tail: Tail, *, mark_is_ahead: bool) -> tuple[AppendFile
     """
     path = segment_path(tail.segment)
     if tail.segment == 0:
-        return create_segment(files, 1, 0)
+        return create_segment(files, 1, 0, groups)
     if tail.end == 0:
-        header, checksum = frame.encode_header(FORMAT, tail.segment, tail.chain)
-        file = _replace(files, path, memoryview(header), 0)
-        fixed = Tail(tail.segment, header.size, header.size, checksum, header.size)
+        opening, fixed = _opening(tail.segment, tail.chain, groups)
+        file = _replace(files, path, memoryview(opening), 0)
     else:
         if tail.end > tail.durable:
             file = _replace(files, path, memoryview(b""), tail.end)
@@ -87,7 +110,7 @@ def repair(files: Files, tail: Tail, *, mark_is_ahead: bool) -> tuple[AppendFile
             if tail.size > tail.end:
                 files.truncate(path, tail.end)
             file = files.open_append(path)
-        fixed = Tail(tail.segment, tail.end, tail.end, tail.chain, tail.end)
+        fixed = Tail(tail.segment, tail.end, tail.end, tail.chain, tail.end, tail.opening)
     if mark_is_ahead:
         files.remove(SYNCED_PATH)
         files.sync_directory(DIRECTORY)

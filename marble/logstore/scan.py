@@ -7,6 +7,8 @@ What is evidence that bytes had been durable, so that a crash cannot explain the
 
 - the mark (`marble.logstore.segment.Mark`) lies behind them;
 - a later segment exists: it is created only when all before it is durable;
+- the segments before it are gone: they are purged only when what makes them superfluous is durable, which begins with
+  the opening of the segment behind them;
 - a sound frame lies behind them whose ``synced`` is greater than their offset: its writer knew them durable.
   A sound frame behind them alone is no such evidence: the blocks of one write reach the disk in any order.
 
@@ -55,12 +57,13 @@ class RecoveryReport:
 
 @dataclass(frozen=True, slots=True)
 class ScannedFrame:
-    """One sound frame: where it stands and what is in it."""
+    """One sound frame: where it stands and what is in it. ``base``: it opens its segment (see `marble.logstore.repair`)."""
 
     segment: int
     offset: int
     seal: frame.Seal
     batch: pa.RecordBatch
+    base: bool = False
 
 
 @dataclass(slots=True)
@@ -68,7 +71,8 @@ class Tail:
     """Where the log ends, once it was scanned: the last segment, its sound part ``[0, end)``, and the seal that ends
     it.
 
-    ``end`` is 0 if the segment has no sound header. Evidence says that ``[0, durable)`` reached the disk.
+    ``end`` is 0 if the segment has no sound opening, which takes ``[0, opening)``. Evidence says that ``[0, durable)``
+    reached the disk.
     """
 
     segment: int = 0
@@ -76,6 +80,7 @@ class Tail:
     size: int = 0
     chain: int = 0
     durable: int = 0
+    opening: int = 0
 
 
 class Scan:
@@ -91,7 +96,9 @@ class Scan:
         self.mark: Mark | None = read_mark(files)
         self.report = RecoveryReport()
         self.tail = Tail()
-        self.nbytes_before_tail = 0
+        self.first_segment = 1
+        self.sealed: dict[int, int] = {}
+        """Segment -> its bytes, of all segments but the last."""
         self._files = files
         self._frames = 0
 
@@ -105,41 +112,59 @@ class Scan:
         """
         numbers = segment_numbers(self._files)
         self._check_numbers(numbers)
-        chain = 0
+        self.first_segment = numbers[0] if numbers else 1
+        # What came before a first segment that is not number 1 has been purged, and with it what its header follows.
+        chain = 0 if self.first_segment == 1 else None
         for number in numbers:
             is_last = number == numbers[-1]
             path = segment_path(number)
             window = Window(self._files, path, self._files.size(path))
-            self.tail = Tail(number, 0, window.size, chain)
+            self.tail = Tail(number, 0, window.size, chain or 0)
             header = self._header(window, number, chain)
-            if header is None:
-                self._judge(window, number, 0, is_last)
+            base = None
+            if header is not None and number > 1:
+                base = self._frame(window, number, header.length, header.checksum, base=True)
+            if header is None or (number > 1 and base is None):
+                # The opening is written in one piece, so a torn one is made anew as a whole.
+                self._judge(window, number, 0 if header is None else header.length, is_last)
                 break
             self._advance(header)
+            if base is not None:
+                self._advance(base.seal)
+                yield base
+            self.tail.opening = self.tail.end
             yield from self._segment(window, number, is_last)
             chain = self.tail.chain
             if not is_last:
-                self.nbytes_before_tail += self.tail.end
+                self.sealed[number] = self.tail.end
         self._finish(numbers)
 
     def _segment(self, window: Window, number: int, is_last: bool) -> Iterator[ScannedFrame]:
         tail = self.tail
         while tail.end < window.size:
-            seal = window.find_frame(number, tail.end)
-            if seal is None:
+            scanned = self._frame(window, number, tail.end, tail.chain)
+            if scanned is None:
                 self._judge(window, number, tail.end, is_last)
                 return
-            if seal.chain != tail.chain or seal.synced > tail.end:
-                raise self._damage(number, tail.end, "a frame does not follow the one before it")
-            data, at = window.view(tail.end, seal.length)
-            try:
-                batch = frame.decode(data, at, seal)
-            except (CorruptionError, InvariantError) as error:
-                raise self._damage(number, tail.end, str(error)) from None
-            offset = tail.end
-            self._advance(seal)
-            self._frames += 1
-            yield ScannedFrame(number, offset, seal, batch)
+            self._advance(scanned.seal)
+            yield scanned
+
+    def _frame(
+        self, window: Window, number: int, offset: int, chain: int, *, base: bool = False
+    ) -> ScannedFrame | None:
+        """The frame that follows the one sealed with `chain`; None if there is no sound one."""
+        seal = window.find_frame(number, offset)
+        if seal is None:
+            return None
+        if seal.chain != chain or seal.synced > offset:
+            raise self._damage(number, offset, "a frame does not follow the one before it")
+        data, at = window.view(offset, seal.length)
+        try:
+            batch = frame.decode(data, at, seal)
+        except (CorruptionError, InvariantError) as error:
+            raise self._damage(number, offset, str(error)) from None
+        self._frames += 1
+        return ScannedFrame(number, offset, seal, batch, base)
 
     def _advance(self, seal: frame.Seal) -> None:
         """Take a sound frame in. The mark was made at the end of a frame, so it must be met exactly, with the same
@@ -153,12 +178,12 @@ class Scan:
             raise self._damage(tail.segment, start, "a frame is not the one that was synced here")
         tail.durable = tail.end
 
-    def _header(self, window: Window, number: int, chain: int) -> frame.Seal | None:
+    def _header(self, window: Window, number: int, chain: int | None) -> frame.Seal | None:
         path = segment_path(number)
         seal = window.find_frame(number, 0, frame.METADATA_BYTES_MAX)
         if seal is None:
             return None
-        if seal.chain != chain:
+        if chain is not None and seal.chain != chain:
             raise self._damage(number, 0, "the segment does not follow the one before it, which may have lost its end")
         data, at = window.view(0, seal.length)
         schema = pa.ipc.read_schema(pa.py_buffer(data[at : at + seal.length]))
@@ -180,16 +205,18 @@ class Scan:
         return seal
 
     def _check_numbers(self, numbers: list[int]) -> None:
-        for expected, number in enumerate(numbers, start=1):
+        for expected, number in enumerate(numbers, start=numbers[0] if numbers else 1):
             if number != expected:
                 raise self._damage(expected, 0, "a segment is missing")
-        if self.mark is not None and self.mark.segment > len(numbers):
+        if self.mark is not None and self.mark.segment > (numbers[-1] if numbers else 0):
             raise self._damage(self.mark.segment, 0, "a segment that had been synced is missing")
 
     def _judge(self, window: Window, number: int, offset: int, is_last: bool) -> None:
         """The bytes from `offset` on are no sound frame: return if they are a tail that may be cut, else raise."""
         if not is_last:
             raise self._damage(number, offset, "damage in a segment that had been complete")
+        if number == self.first_segment > 1 and self.tail.end == 0:
+            raise self._damage(number, offset, "damage in a segment for which the ones before it were purged")
         mark = self.mark
         if mark is not None and mark.segment == number and offset < mark.offset <= window.size:
             raise self._damage(number, offset, "damage in a part of the log that had been synced")
@@ -231,7 +258,7 @@ class Scan:
         self.report = RecoveryReport(
             segments=len(numbers),
             frames=self._frames,
-            bytes=self.nbytes_before_tail + tail.end,
+            bytes=sum(self.sealed.values()) + tail.end,
             cut_path=self._files.describe(segment_path(tail.segment)) if cut else None,
             cut_offset=tail.end if cut else 0,
             cut_bytes=tail.size - tail.end,
