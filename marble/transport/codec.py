@@ -1,15 +1,17 @@
 """Messages between nodes as bytes. The layout is documented to the byte in ``docs/transport.md``.
 
 A packet is what one Flight chunk carries: ``app_metadata`` (a header and fixed-size message structs, little-endian)
-and, if one of the messages brings entries, those entries as the chunk's record batch.
+and, if one of the messages brings rows, those as the chunk's record batch: entries, or the row of a snapshot.
 
 Rule 1: nothing that arrives is trusted. What is wrong in any way is a `ProtocolError`, raised before any of it is used.
 
 Invariants:
-- At most one message of a packet brings entries, and it brings all rows of the packet's batch.
+- At most one message of a packet brings rows, and it brings all rows of the packet's batch.
+- APPEND_ENTRIES brings its entries, INSTALL_SNAPSHOT and SNAPSHOT_PIECE one row (`marble.transport.snapshot_rows`; a
+  piece that is refused, none), and no other kind brings any.
 - The order of messages is kept, within a packet and from packet to packet.
-- The header's checksum covers every byte of the metadata and the index, term and checksum of every row; the row's
-  checksum covers the rest of the row. So no flipped bit goes unnoticed.
+- The header's checksum covers every byte of the metadata and the index, term, time and checksum of every row; the
+  row's checksum covers the rest of the row. So no flipped bit goes unnoticed.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from marble._core.checksum import xxh3_64
 from marble._core.term_index import EntrySpan
 from marble.errors import ProtocolError, UsageError, check
 from marble.raft.messages import Message, MessageKind
-from marble.types import NODE_ID_MAX
+from marble.transport.snapshot_rows import offer_of, piece_of
+from marble.types import NODE_ID_MAX, Members, Position
 
 PROTOCOL_VERSION: Final = 1
 CLUSTER_ID_BYTES_MAX: Final = 255
@@ -36,7 +39,7 @@ _HEADER: Final = struct.Struct("<4sHHQQIIII")
 """magic, version, zero, checksum; cluster, sender, to, messages, rows. The checksum covers what follows it."""
 _COVERED: Final = 16
 _MESSAGE: Final = struct.Struct("<IBBHQQQQQQ")
-"""group, kind, flags, zero, term, log_index, log_term, commit, reject_hint, context."""
+"""group, kind, flags, priority, term, log_index, log_term, commit, reject_hint, context."""
 _HELLO: Final = struct.Struct("<4sHHQIII")
 """magic, version, zero, checksum; sender, to, length of the cluster id, which follows as UTF-8."""
 _PACKET_MAGIC: Final = b"MBLP"
@@ -44,11 +47,12 @@ _HELLO_MAGIC: Final = b"MBLH"
 _REJECT: Final = 1
 _ROWS: Final = 2
 _KINDS: Final = {int(kind): kind for kind in MessageKind}
+_SNAPSHOTS: Final = frozenset({MessageKind.INSTALL_SNAPSHOT, MessageKind.SNAPSHOT_PIECE})
 MESSAGE_BYTES: Final = _MESSAGE.size
 
 
 class Envelope(NamedTuple):
-    """A message, the group it belongs to, and the rows of its entries (None unless it brings entries)."""
+    """A message, the group it belongs to, and the rows that it brings, if any."""
 
     group: int
     message: Message
@@ -57,7 +61,9 @@ class Envelope(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes that count against the limits of a queue."""
-        return MESSAGE_BYTES + (0 if self.message.entries is None else self.message.entries.bytes)
+        if self.message.entries is not None:
+            return MESSAGE_BYTES + self.message.entries.bytes
+        return MESSAGE_BYTES + (0 if self.batch is None else entry_batch.payload(self.batch, 0).size)
 
 
 class Packet(NamedTuple):
@@ -131,8 +137,8 @@ class Codec:
         for envelope in envelopes:
             message = envelope.message
             check(message.sender == self.node_id and message.to == to, f"{message} is not for the stream to {to}")
-            rows = 0 if message.entries is None else len(message.entries)
-            check(rows == (0 if envelope.batch is None else envelope.batch.num_rows), f"{message} lacks its entries")
+            rows = _rows_of(message)
+            check(rows == (0 if envelope.batch is None else envelope.batch.num_rows), f"{message} lacks its rows")
             if len(structs) >= MESSAGES_PER_PACKET_MAX or (rows and batch is not None):
                 packets.append(self._packet(to, structs, batch))
                 structs, batch = [], None
@@ -143,7 +149,7 @@ class Codec:
                     envelope.group,
                     message.kind,
                     (_REJECT if message.reject else 0) | (_ROWS if rows else 0),
-                    0,
+                    message.priority,
                     message.term,
                     message.log_index,
                     message.log_term,
@@ -171,24 +177,21 @@ class Codec:
         ProtocolError
             Anything at all is wrong with the packet; nothing of it may be used.
         """
-        rows = self._check_header(sender, metadata, batch)
+        self._check_header(sender, metadata, batch)
+        structs = memoryview(metadata)[_HEADER.size :]
         if batch is not None:
-            batch = entry_batch.admit(batch, self.entry_bytes_max)
+            # Nothing is believed of these kinds yet: the checksum and each message's own check come below.
+            bringing = [fields[1] for fields in _MESSAGE.iter_unpack(structs) if fields[2] & _ROWS]
+            if len(bringing) != 1:
+                raise ProtocolError(f"{len(bringing)} messages of a packet bring its {batch.num_rows} rows")
+            batch = entry_batch.admit(batch, self.entry_bytes_max, snapshot=bringing[0] in _SNAPSHOTS)
         seed = 0 if batch is None else entry_batch.places_checksum(batch)
         if xxh3_64(memoryview(metadata)[_COVERED:], seed) != _HEADER.unpack_from(metadata)[3]:
             raise ProtocolError(f"a packet from node {sender} does not match its checksum")
-        envelopes = []
-        brought = 0
-        for fields in _MESSAGE.iter_unpack(memoryview(metadata)[_HEADER.size :]):
-            envelope = self._message(sender, fields, batch)
-            brought += envelope.batch is not None
-            envelopes.append(envelope)
-        if brought != (1 if rows else 0):
-            raise ProtocolError(f"{brought} messages of a packet bring its {rows} entries")
-        return envelopes
+        return [self._message(sender, fields, batch) for fields in _MESSAGE.iter_unpack(structs)]
 
-    def _check_header(self, sender: int, metadata: bytes, batch: pa.RecordBatch | None) -> int:
-        """Check lengths and names; return the number of rows."""
+    def _check_header(self, sender: int, metadata: bytes, batch: pa.RecordBatch | None) -> None:
+        """Check lengths and names."""
         if len(metadata) < _HEADER.size:
             raise ProtocolError(f"a packet with {len(metadata)} bytes of metadata")
         magic, version, zero, _, cluster, from_, to, count, rows = _HEADER.unpack_from(metadata)
@@ -199,27 +202,68 @@ class Codec:
         if count > MESSAGES_PER_PACKET_MAX or len(metadata) != _HEADER.size + count * _MESSAGE.size:
             raise ProtocolError(f"a packet with {count} messages in {len(metadata)} bytes")
         if rows != (0 if batch is None else batch.num_rows) or (rows == 0) != (batch is None):
-            raise ProtocolError(f"a packet announces {rows} entries and brings others")
-        return int(rows)
+            raise ProtocolError(f"a packet announces {rows} rows and brings others")
 
     def _message(self, sender: int, fields: tuple[int, ...], batch: pa.RecordBatch | None) -> Envelope:
-        group, number, flags, zero, term, log_index, log_term, commit, reject_hint, context = fields
+        group, number, flags, priority, term, log_index, log_term, commit, reject_hint, context = fields
         kind = _KINDS.get(number)
-        if kind is None or zero != 0 or flags & ~(_REJECT | _ROWS):
+        if kind is None or flags & ~(_REJECT | _ROWS):
             raise ProtocolError(f"a message of unknown kind {number} or flags {flags}")
         rows: pa.RecordBatch | None = None
         entries: EntrySpan | None = None
+        members: Members | None = None
+        changes: tuple[int, ...] = ()
         if flags & _ROWS:
-            if batch is None or kind is not MessageKind.APPEND_ENTRIES:
-                raise ProtocolError(f"a {kind.name} cannot bring entries")
+            if batch is None or (kind is not MessageKind.APPEND_ENTRIES and kind not in _SNAPSHOTS):
+                raise ProtocolError(f"a {kind.name} cannot bring rows")
             if entry_batch.group_of(batch) != group:
-                raise ProtocolError(f"a message of group {group} with entries of group {entry_batch.group_of(batch)}")
+                raise ProtocolError(f"a message of group {group} with rows of group {entry_batch.group_of(batch)}")
             rows = batch
-            entries = entry_batch.span(batch)
+            if kind is MessageKind.APPEND_ENTRIES:
+                entries, changes = entry_batch.span(batch), entry_batch.changes(batch)
+            else:
+                members = _check_snapshot(kind, batch, Position(log_index, log_term), term)
         elif kind is MessageKind.APPEND_ENTRIES:
             entries = EntrySpan.of(log_index + 1, [])
-        reject = bool(flags & _REJECT)
         message = Message(
-            kind, sender, self.node_id, term, log_index, log_term, commit, entries, reject, reject_hint, context
+            kind,
+            sender,
+            self.node_id,
+            term,
+            log_index,
+            log_term,
+            commit,
+            entries,
+            bool(flags & _REJECT),
+            reject_hint,
+            context,
+            priority,
+            members,
+            changes,
         )
+        if _rows_of(message) != (0 if rows is None else rows.num_rows):
+            raise ProtocolError(f"{message} with {0 if rows is None else rows.num_rows} rows")
         return Envelope(group, message, rows)
+
+
+def _rows_of(message: Message) -> int:
+    """How many rows `message` brings."""
+    if message.entries is not None:
+        return len(message.entries)
+    if message.kind is MessageKind.SNAPSHOT_PIECE:
+        return 0 if message.reject else 1
+    return 1 if message.kind is MessageKind.INSTALL_SNAPSHOT else 0
+
+
+def _check_snapshot(kind: MessageKind, batch: pa.RecordBatch, position: Position, term: int) -> Members | None:
+    """Check that `batch` fits a message about the snapshot at `position`; the members that an offer brings."""
+    if kind is MessageKind.INSTALL_SNAPSHOT:
+        meta = offer_of(batch).meta
+        found, members = Position(meta.index, meta.term), meta.members
+        if meta.term > term:
+            raise ProtocolError(f"the offer of a snapshot of term {meta.term} by a leader of term {term}")
+    else:
+        found, members = piece_of(batch).position, None
+    if found != position:
+        raise ProtocolError(f"a {kind.name} of {position} with a row of {found}")
+    return members
