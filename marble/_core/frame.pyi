@@ -1,5 +1,6 @@
 """Frames of the log. Layout, ownership, thread safety and invariants: head of ``frame.pyx``."""
 
+from collections.abc import Sequence
 from typing import Final, final
 
 import pyarrow as pa
@@ -66,7 +67,7 @@ def encode(
     position: int,
     synced: int,
     chain: int,
-    snapshots: list[tuple[int, int, int, int]] = ...,
+    snapshots: Sequence[tuple[int, int, int, int]] = ...,
 ) -> tuple[pa.Buffer, pa.RecordBatch, int]:
     """One frame of all the rows: first the hard states, then the snapshots' positions, then the ranges.
 

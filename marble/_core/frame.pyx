@@ -157,7 +157,7 @@ def encode_header(str version, uint64_t segment, uint64_t chain):
 
 
 def encode(list hard_states, list ranges, uint64_t segment, uint64_t position, uint64_t synced, uint64_t chain,
-           list snapshots=[]):
+           snapshots=()):
     cdef vector[StateRow] states
     cdef vector[RowRange] rows
     cdef StateRow state

@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -59,7 +59,7 @@ class OnDisk:
     segment than is needed, never a younger one.)
     """
 
-    hard_state: HardState = HardState()
+    hard_state: HardState = field(default_factory=HardState)
     purged_index: int = 0
     purged_term: int = 0
     last_index: int = 0

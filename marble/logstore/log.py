@@ -300,7 +300,7 @@ class Log:
             self._continue()
         plans = plan_frames(work.states, work.starts, work.items, self._options.frame_bytes_max)
         end, estimate = self._tail.end, sum(plan.nbytes for plan in plans)
-        if end > self._tail.opening and end + estimate > self._options.segment_bytes_max:
+        if end > max(self._tail.opening, frame.METADATA_BYTES_MAX) and end + estimate > self._options.segment_bytes_max:
             self._roll()
         file, tail = self._file, self._tail
         assert file is not None

@@ -71,9 +71,7 @@ def _opening(number: int, chain: int, groups: Mapping[int, OnDisk]) -> tuple[pa.
     return pa.py_buffer(header.to_pybytes() + base.to_pybytes()), Tail(number, end, end, checksum, end, end)
 
 
-def repair(
-    files: Files, tail: Tail, groups: Mapping[int, OnDisk], *, mark_is_ahead: bool
-) -> tuple[AppendFile, Tail]:
+def repair(files: Files, tail: Tail, groups: Mapping[int, OnDisk], *, mark_is_ahead: bool) -> tuple[AppendFile, Tail]:
     """Cut what is torn at `tail`, make the rest durable, and open it to be continued.
 
     Parameters

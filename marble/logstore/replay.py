@@ -247,5 +247,7 @@ def _start(batch: pa.RecordBatch, row: int) -> Start:
 
 
 def _check_start(start: Start) -> None:
-    in_range = start.index <= start.last <= INDEX_MAX and start.term <= INDEX_MAX and (start.term > 0) == (start.index > 0)
+    in_range = (
+        start.index <= start.last <= INDEX_MAX and start.term <= INDEX_MAX and (start.term > 0) == (start.index > 0)
+    )
     check(in_range, f"{start} is out of range")

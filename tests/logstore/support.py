@@ -12,20 +12,22 @@ from marble.env import SystemRandom
 from marble.logstore.log import Log, LogOptions
 from marble.schema import ENTRY_SCHEMA
 from marble.testing.disk import SimulatedFiles
-from marble.types import HardState
+from marble.types import EntryKind, HardState
 
 SEGMENT = "log/{:016d}.arrows".format
 SYNCED = "log/SYNCED"
 SMALL = LogOptions(segment_bytes_max=8192, cache_bytes_max=4096)
 
 
-def entries(first: int, terms: Sequence[int], group: int = 1, size: int = 64, mark: int = 0) -> pa.RecordBatch:
-    """Writes from index `first` on, one for each term; `size` and `mark` vary the payloads."""
+def entries(
+    first: int, terms: Sequence[int], group: int = 1, size: int = 64, mark: int = 0, kind: int = EntryKind.WRITE
+) -> pa.RecordBatch:
+    """Entries from index `first` on, one for each term; `size` and `mark` vary the payloads."""
     rows = []
     for index, term in enumerate(terms, start=first):
         payload = (f"{group}/{index}/{term}/{mark};".encode() * (size // 8 + 1))[:size]
-        checksum = entry_batch.entry_checksum(3, mark, index, 1, pa.py_buffer(payload))
-        rows.append((group, index, term, 3, mark, index, 10 * index + mark, 1, checksum, payload))
+        checksum = entry_batch.entry_checksum(kind, mark, index, 1, pa.py_buffer(payload))
+        rows.append((group, index, term, kind, mark, index, 10 * index + mark, 1, checksum, payload))
     columns = list(zip(*rows, strict=True))
     arrays = [pa.array(column, field.type) for column, field in zip(columns, ENTRY_SCHEMA, strict=True)]
     return pa.record_batch(arrays, schema=ENTRY_SCHEMA)
@@ -49,7 +51,11 @@ def contents(log: Log) -> dict[int, tuple[HardState, list[dict[str, Any]]]]:
             terms = state.term_index.span(state.first_index, state.last_index + 1)
             assert terms.terms() == [row["term"] for row in rows]
             assert terms.sizes() == [len(row["payload"]) for row in rows]
-            assert state.last_term == rows[-1]["term"]
+        assert state.last_term == (rows[-1]["term"] if rows else state.purged_term)
+        assert (state.first_index, state.term_index.first_index) == (state.purged_index + 1,) * 2
+        assert state.term_index.last_index == state.last_index
+        assert state.term_index.term_at(state.purged_index) == state.purged_term
+        assert state.changes == [row["index"] for row in rows if row["kind"] == EntryKind.MEMBERSHIP]
         found[group] = (state.hard_state, rows)
     return found
 

@@ -1,67 +1,26 @@
 """Power lost, or the disk failing, at every single operation; and long random lives against a model.
 
-The model of a log is what its user may rely on: after a crash each group holds what it held at the last sync that
-returned, or what it would have held after the one that was under way; and what a restarted log has shown, it keeps.
+The model is `logstore.model`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logstore.support import SEGMENT, SMALL, contents, disk, entries, reopened
+from logstore.model import Contents, Group, Model, Step, append, group_contents, purge, start_after, sync
+from logstore.support import SEGMENT, SMALL, disk, entries, reopened
 
 from marble.env import SystemRandom
 from marble.errors import InvariantError
 from marble.logstore.log import Log
+from marble.logstore.segment import segment_numbers
 from marble.testing.disk import DiskCrash, SimulatedFiles
 from marble.types import HardState
-
-Group = tuple[HardState, list[dict[str, Any]]]
-Contents = dict[int, Group]
-
-
-class Model:
-    """The contents of a log: as synced, and as appended."""
-
-    def __init__(self, synced: Contents | None = None) -> None:
-        self.synced: Contents = {} if synced is None else synced
-        self.appended: Contents = dict(self.synced)
-
-    def append(self, group: int, hard_state: HardState | None, batch: Any) -> None:
-        old_state, rows = self.appended.get(group, (HardState(), []))
-        if batch is not None:
-            added = batch.to_pylist()
-            rows = rows[: added[0]["index"] - 1] + added
-        self.appended[group] = (hard_state or old_state, rows)
-
-    def sync(self) -> None:
-        self.synced = dict(self.appended)
-
-    def allows(self, found: Contents) -> bool:
-        return found in (self.synced, self.appended)
-
-
-Step = Callable[[Log, Model], None]
-
-
-def append(group: int, hard_state: HardState | None, batch: Any) -> Step:
-    def step(log: Log, model: Model) -> None:
-        # The model first: what a crash in the append leaves is for the next sync to write, or nothing.
-        model.append(group, hard_state, batch)
-        log.append(group, hard_state, batch)
-
-    return step
-
-
-def sync(log: Log, model: Model) -> None:
-    log.sync()
-    model.sync()
-
 
 SCRIPT: tuple[Step, ...] = (
     append(1, HardState(1, 1, 0), entries(1, [1, 1], size=64)),
@@ -79,8 +38,47 @@ SCRIPT: tuple[Step, ...] = (
     sync,
 )
 
+ONE = tuple(HardState(1, 1, commit) for commit in range(100))
 
-def run(files: SimulatedFiles, model: Model, script: tuple[Step, ...] = SCRIPT) -> None:
+PURGING: tuple[Step, ...] = (
+    append(1, ONE[0], entries(1, [1] * 4, size=900)),
+    append(2, HardState(1, 2, 1), entries(1, [1, 1], group=2)),
+    sync,
+    append(1, ONE[4], entries(5, [1] * 4, size=900)),
+    sync,
+    append(1, ONE[8], entries(9, [1] * 4, size=900)),
+    append(3, HardState(7, 3, 0), None),
+    sync,
+    # Two snapshots in quick succession, each purged at once, as far as group 2 allows (etcd#18055).
+    start_after(1, 6, 1),
+    purge,
+    sync,
+    purge,
+    start_after(1, 8, 1),
+    start_after(2, 2, 1),
+    append(1, None, entries(13, [1], size=900)),
+    sync,
+    purge,
+    purge,
+    # A snapshot of another node's takes the place of everything, of group 2's beyond its end.
+    append(1, HardState(2, 0, 8), entries(12, [2, 2], mark=1)),
+    append(2, HardState(5, 3, 50), None),
+    start_after(2, 50, 4),
+    start_after(1, 13, 2),
+    append(2, None, entries(51, [4, 5], group=2, size=3000)),
+    sync,
+    purge,
+    append(1, HardState(2, 2, 13), entries(14, [2] * 3, size=2000)),
+    sync,
+    start_after(1, 15, 9),
+    append(1, HardState(9, 2, 15), entries(16, [9], size=4000)),
+    start_after(2, 52, 5),
+    sync,
+    purge,
+)
+
+
+def run(files: SimulatedFiles, model: Model, script: tuple[Step, ...]) -> None:
     """Live until the end of `script` or until the power goes or the disk fails."""
     with contextlib.suppress(DiskCrash, InvariantError):
         log = Log.open(files, SMALL)
@@ -90,67 +88,80 @@ def run(files: SimulatedFiles, model: Model, script: tuple[Step, ...] = SCRIPT) 
 
 
 def operations_of(script: tuple[Step, ...]) -> int:
-    files = disk()
-    run(files, Model(), script)
-    assert len([name for name in files.list("log") if name.endswith(".arrows")]) >= 2
+    files, model = disk(), Model()
+    run(files, model, script)
+    numbers = segment_numbers(files)
+    assert len(numbers) >= 2 if script is SCRIPT else numbers[0] >= 4
+    assert model.allows(groups_of(files)), "the script came to its end"
     return files.operations
 
 
+def groups_of(files: SimulatedFiles, *, writable: bool = False) -> Contents:
+    log = Log.open(files, SMALL, writable)
+    try:
+        return group_contents(log)
+    finally:
+        log.close()
+
+
 @pytest.mark.parametrize("seed", range(8))
-def test_power_lost_at_every_operation(seed: int) -> None:
-    for operation in range(1, operations_of(SCRIPT) + 1):
+@pytest.mark.parametrize("script", [SCRIPT, PURGING], ids=["writing", "purging"])
+def test_power_lost_at_every_operation(script: tuple[Step, ...], seed: int) -> None:
+    for operation in range(1, operations_of(script) + 1):
         files, model = disk(1000 * seed + operation), Model()
         files.lose_power_at = operation
-        run(files, model)
+        run(files, model, script)
         files.crash()
         log = Log.open(files, SMALL)
         assert log.report.lost_durable_bytes == 0
-        found = contents(log)
+        found = group_contents(log)
         assert model.allows(found), f"operation {operation}"
         # What it has shown it keeps, and it can go on from there.
         files.crash()
-        assert reopened(files, writable=True) == found
+        assert groups_of(files, writable=True) == found
         log = Log.open(files, SMALL)
         log.append(9, HardState(1, 1, 0), entries(1, [1], group=9))
         log.sync()
         files.crash()
-        after = reopened(files)
-        assert after.pop(9)[0] == HardState(1, 1, 0)
+        after = groups_of(files)
+        assert after.pop(9).hard_state == HardState(1, 1, 0)
         assert after == found
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_power_lost_again_at_every_operation_of_the_recovery(seed: int) -> None:
-    for operation in range(1, operations_of(SCRIPT) + 1, 3):
+@pytest.mark.parametrize("script", [SCRIPT, PURGING], ids=["writing", "purging"])
+def test_power_lost_again_at_every_operation_of_the_recovery(script: tuple[Step, ...], seed: int) -> None:
+    for operation in range(1, operations_of(script) + 1, 3):
         for second in range(1, 12):
             files, model = disk(1000 * seed + operation), Model()
             files.lose_power_at = operation
-            run(files, model)
+            run(files, model, script)
             files.crash()
             shown: Contents | None = None
             files.lose_power_at = files.operations + second
             with contextlib.suppress(DiskCrash):
-                shown = reopened(files, writable=True)
+                shown = groups_of(files, writable=True)
             files.crash()
-            found = reopened(files, writable=True)
+            found = groups_of(files, writable=True)
             assert model.allows(found)
             assert shown is None or found == shown
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kill_first", [False, True])
-def test_disk_fails_at_every_operation(seed: int, kill_first: bool) -> None:
+@pytest.mark.parametrize("script", [SCRIPT, PURGING], ids=["writing", "purging"])
+def test_disk_fails_at_every_operation(script: tuple[Step, ...], seed: int, kill_first: bool) -> None:
     """After a failed sync data may look sound and be nowhere: what a restarted process shows must be on the disk."""
-    for operation in range(1, operations_of(SCRIPT) + 1):
+    for operation in range(1, operations_of(script) + 1):
         files, model = disk(1000 * seed + operation), Model()
         files.fail_at = operation
-        run(files, model)
+        run(files, model, script)
         shown = None
         if kill_first:
-            shown = reopened(files, writable=True)
+            shown = groups_of(files, writable=True)
             assert model.allows(shown)
         files.crash()
-        found = reopened(files, writable=True)
+        found = groups_of(files, writable=True)
         assert model.allows(found)
         assert shown is None or found == shown, f"operation {operation}"
 
@@ -176,10 +187,14 @@ def test_failed_sync_leaves_data_that_looks_sound() -> None:
     assert len(reopened(files)[1][1]) == 2
 
 
+ACTIONS = ["entries", "entries", "replace", "state", "start", "install", "purge", "sync", "sync"]
+ACTIONS += ["reopen", "kill", "power", "fail"]
+
+
 @st.composite
 def lives(draw: st.DrawFn) -> list[tuple[str, int, int, int]]:
     action = st.tuples(
-        st.sampled_from(["entries", "entries", "replace", "state", "sync", "sync", "reopen", "kill", "power", "fail"]),
+        st.sampled_from(ACTIONS),
         st.integers(1, 3),
         st.integers(0, 6),
         st.sampled_from([0, 64, 640, 3000]),
@@ -198,18 +213,28 @@ class Life:
 
     def act(self, what: str, group: int, number: int, size: int) -> None:
         self.count += 1
-        state, rows = self.model.appended.get(group, (HardState(), []))
-        term = max(state.term, rows[-1]["term"] if rows else 0, 1)
+        old = self.model.appended.get(group, Group())
+        state, last = old.hard_state, old.last_index
+        settled = max(state.commit, old.purged_index)
+        term = max(state.term, old.last_term, 1)
         if what == "entries":
-            self.append(group, None, entries(len(rows) + 1, [term] * (number + 1), group, size, self.count))
-        elif what == "replace" and len(rows) > state.commit:
-            first = max(state.commit + 1, len(rows) - number)
+            self.append(group, None, entries(last + 1, [term] * (number + 1), group, size, self.count))
+        elif what == "replace" and last > settled:
+            first = max(settled + 1, last - number)
             self.append(
                 group, HardState(term + 1, 0, state.commit), entries(first, [term + 1], group, size, self.count)
             )
         elif what == "state":
-            commit = max(state.commit, min(len(rows), state.commit + number))
+            commit = max(state.commit, min(last, state.commit + number))
             self.append(group, HardState(term + number % 2, state.vote if not number % 2 else number, commit), None)
+        elif what == "start" and last > old.purged_index:
+            index = min(last, old.purged_index + 1 + number)
+            self.start_after(group, index, old.term_at(index))
+        elif what == "install":
+            self.start_after(group, max(settled, last - 2) + 1 + number, term + number % 2)
+        elif what == "purge":
+            with self.crashing():
+                purge(self.log, self.model)
         elif what == "sync":
             with self.crashing():
                 self.log.sync()
@@ -229,6 +254,10 @@ class Life:
     def append(self, group: int, hard_state: HardState | None, batch: Any) -> None:
         self.log.append(group, hard_state, batch)
         self.model.append(group, hard_state, batch)
+
+    def start_after(self, group: int, index: int, term: int) -> None:
+        self.log.start_after(group, index, term)
+        self.model.start_after(group, index, term)
 
     @contextlib.contextmanager
     def crashing(self) -> Iterator[None]:
@@ -250,15 +279,19 @@ class Life:
             except InvariantError:
                 continue
         assert self.log.report.lost_durable_bytes == 0
-        found = contents(self.log)
+        found = group_contents(self.log)
         assert self.model.allows(found)
         self.model = Model(found)
 
     def check(self) -> None:
-        for group, (_, rows) in self.model.appended.items():
-            assert self.log.last_index(group) == len(rows)
-            if rows:
-                assert self.log.read(group, 1, len(rows) + 1).to_pylist() == rows
+        for group, expected in self.model.appended.items():
+            first, end = expected.purged_index + 1, expected.last_index + 1
+            assert self.log.last_index(group) == end - 1
+            if first < end:
+                assert self.log.read(group, first, end).to_pylist() == expected.rows
+            if expected.purged_index:
+                with pytest.raises(InvariantError, match="were asked for"):
+                    self.log.read(group, first - 1, end)
 
 
 @given(lives(), st.integers(0, 2**32))
@@ -277,7 +310,7 @@ def test_same_seed_gives_the_same_disk() -> None:
     def history(seed: int) -> list[bytes]:
         files = disk(seed)
         files.lose_power_at = 20
-        run(files, Model())
+        run(files, Model(), SCRIPT)
         files.crash()
         return [files.read(f"log/{name}") for name in files.list("log")]
 
@@ -287,7 +320,8 @@ def test_same_seed_gives_the_same_disk() -> None:
 
 def test_random_lives_that_go_on_for_long() -> None:
     random = SystemRandom(11)
-    kinds = ["entries", "replace", "state", "sync", "sync", "sync", "reopen", "kill", "power", "fail"]
+    kinds = ["entries", "entries", "replace", "state", "start", "purge", "sync", "sync", "sync"]
+    kinds += ["install", "reopen", "kill", "power", "fail"]
     life = Life(3)
     for _ in range(400):
         kind = kinds[random.randrange(0, len(kinds))]
@@ -295,4 +329,5 @@ def test_random_lives_that_go_on_for_long() -> None:
     life.check()
     life.files.crash()
     life.restart()
-    assert len([name for name in life.files.list("log") if name.endswith(".arrows")]) > 10
+    assert segment_numbers(life.files)[0] > 3
+    assert segment_numbers(life.files)[-1] > 10

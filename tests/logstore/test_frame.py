@@ -15,6 +15,7 @@ from reference import frame as twin
 from marble._core import entry_batch, frame
 from marble.errors import CorruptionError, InvariantError
 from marble.schema import ENTRY_SCHEMA
+from marble.types import EntryKind
 
 LIMIT = 1 << 30
 
@@ -24,18 +25,27 @@ def hard_state_row(group: int, term: int, vote: int, commit: int) -> dict[str, A
     return {**row, "time_us": 0, "table": 0, "checksum": entry_batch.entry_checksum(1, vote, 0, 0), "payload": b""}
 
 
+def snapshot_row(group: int, index: int, term: int, last: int) -> dict[str, Any]:
+    return entry_batch.snapshot_row(group, index, term, 0, last).to_pylist()[0]
+
+
 def sound(data: bytes, segment: int = 3, position: int = 768, offset: int = 0) -> frame.Seal:
     seal = frame.check(data, offset, segment, position, LIMIT)
     assert isinstance(seal, frame.Seal)
     return seal
 
 
+States = list[tuple[int, int, int, int]]
+
+
 @st.composite
-def parts(draw: st.DrawFn) -> tuple[list[tuple[int, int, int, int]], list[tuple[pa.RecordBatch, int, int]]]:
+def parts(draw: st.DrawFn) -> tuple[States, States, list[tuple[pa.RecordBatch, int, int]]]:
     number = st.integers(0, 2**63 - 1)
+    start = st.tuples(st.integers(0, 2**32 - 1), st.integers(1, 2**40), st.integers(1, 2**40), number)
+    starts = draw(st.lists(start, max_size=2))
     states = draw(st.lists(st.tuples(st.integers(0, 2**32 - 1), number, st.integers(0, 2**32 - 1), number), max_size=3))
     ranges = []
-    for _ in range(draw(st.integers(0 if states else 1, 3))):
+    for _ in range(draw(st.integers(0 if states or starts else 1, 3))):
         first, count = draw(st.integers(1, 2**40)), draw(st.integers(1, 40))
         terms = sorted(draw(st.lists(st.integers(1, 2**40), min_size=count, max_size=count)))
         size = draw(st.sampled_from([0, 64, 128, 1000]))
@@ -44,17 +54,17 @@ def parts(draw: st.DrawFn) -> tuple[list[tuple[int, int, int, int]], list[tuple[
         # A slice has offsets of its own in every column, which the copy must respect.
         start = draw(st.integers(0, row))
         ranges.append((batch.slice(start), row - start, draw(st.integers(row - start + 1, count - start))))
-    return states, ranges
+    return states, starts, ranges
 
 
 @given(parts(), st.integers(0, 2**63), st.integers(0, 2**64 - 1))
 @settings(max_examples=60, deadline=None)
 def test_frame_has_exactly_the_documented_bytes(drawn: Any, position: int, chain: int) -> None:
-    states, ranges = drawn
-    rows = [hard_state_row(*state) for state in states]
+    states, starts, ranges = drawn
+    rows = [hard_state_row(*state) for state in states] + [snapshot_row(*start) for start in starts]
     for batch, row, end in ranges:
         rows += batch.slice(row, end - row).to_pylist()
-    data, batch, checksum = frame.encode(states, ranges, 7, position, position // 2, chain)
+    data, batch, checksum = frame.encode(states, ranges, 7, position, position // 2, chain, starts)
     assert data.to_pybytes() == twin.encode(rows, 7, position, position // 2, chain)
     assert twin.is_sound(data.to_pybytes())
     assert batch.to_pylist() == rows
@@ -169,6 +179,7 @@ def test_check_entries_accepts_a_run() -> None:
         (replaced(entries(1, [1, 1]), "term", [0, 1]), "term"),
         (replaced(entries(1, [1, 1]), "kind", [1, 3]), "kind"),
         (replaced(entries(1, [1, 1]), "kind", [3, 0]), "kind"),
+        (replaced(entries(1, [1, 1]), "kind", [3, 11]), "kind"),
         (entries(1, [1]).slice(1), "no entries"),
         (entries(1, [1]).drop_columns(["table"]), "schema"),
         (replaced(entries(1, [1, 1]), "payload", [b"", None]), "nulls"),
@@ -189,20 +200,23 @@ def test_check_entries_refuses_offsets_that_validate_lets_pass() -> None:
             frame.check_entries(bad, 1)
 
 
-def test_runs_split_by_group_hard_state_and_gap() -> None:
+def test_runs_split_by_group_gap_and_rows_that_are_no_entries() -> None:
     ranges = [
         (entries(4, [1, 1]), 0, 2),
         (entries(6, [2]), 0, 1),
         (entries(5, [3]), 0, 1),
         (entries(6, [1], group=2), 0, 1),
     ]
-    _, batch, _ = frame.encode([(1, 1, 2, 9), (2, 1, 0, 0)], ranges, 1, 0, 0, 0)
+    starts = [(1, 8, 2, 8), (1, 9, 2, 9)]
+    _, batch, _ = frame.encode([(1, 1, 2, 9), (2, 1, 0, 0)], ranges, 1, 0, 0, 0, starts)
     assert frame.runs(batch) == [
-        (1, True, 0, 1, 9),
-        (2, True, 1, 2, 0),
-        (1, False, 2, 5, 4),
-        (1, False, 5, 6, 5),
-        (2, False, 6, 7, 6),
+        (1, EntryKind.HARD_STATE, 0, 1, 9),
+        (2, EntryKind.HARD_STATE, 1, 2, 0),
+        (1, EntryKind.SNAPSHOT, 2, 3, 8),
+        (1, EntryKind.SNAPSHOT, 3, 4, 9),
+        (1, 0, 4, 7, 4),
+        (1, 0, 7, 8, 5),
+        (2, 0, 8, 9, 6),
     ]
 
 

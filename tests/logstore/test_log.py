@@ -173,8 +173,8 @@ def test_cache_is_bounded_and_spares_the_disk() -> None:
     for first in range(1, 30):
         log.append(1, None, entries(first, [1], size=1024))
         log.sync()
-    assert 0 < log._cache_bytes <= 8192
-    assert log._cache_bytes == sum(length for _, length in log._cache.values())
+    assert 0 < log._cache.nbytes <= 8192
+    assert log._cache.nbytes == sum(length for _, length in log._cache._frames.values())
     # The newest frames come from memory, though their bytes on disk are gone.
     size = files.size(SEGMENT(1))
     files.cut(SEGMENT(1), size - 2000)
