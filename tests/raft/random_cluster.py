@@ -76,7 +76,7 @@ class RandomCluster:
 
     def step(self) -> None:
         """One random event."""
-        self.now_us += self.random.randrange(TICK_US // 2)
+        self.now_us += self.random.randrange(TICK_US // 6)
         node = self.nodes[self.random.choice(list(self.nodes))]
         if not node.alive:
             if self.random.random() < 0.2:
