@@ -42,13 +42,13 @@ class Place(NamedTuple):
 
 
 class Start(NamedTuple):
-    """A SNAPSHOT row: everything up to ``index``, whose term is ``term``, is in a snapshot, and of the entries that
-    stand before the row in the log, those in ``(index, last]`` stay."""
+    """A SNAPSHOT row: everything up to ``purged_index``, whose term is ``purged_term``, is in a snapshot, and of the
+    entries that stand before the row in the log, those in ``(purged_index, last_index]`` stay."""
 
     group: int
-    index: int
-    term: int
-    last: int
+    purged_index: int
+    purged_term: int
+    last_index: int
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ class OnDisk:
 
     def start(self, start: Start) -> None:
         """The SNAPSHOT row `start` is durable."""
-        self.purged_index, self.purged_term, self.last_index = start.index, start.term, start.last
+        self.purged_index, self.purged_term, self.last_index = start[1:]
 
 
 def term_runs(terms: pa.UInt64Array, first: int, first_term: int, last_term: int) -> list[tuple[int, int]]:

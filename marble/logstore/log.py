@@ -27,18 +27,18 @@ import pyarrow as pa
 
 from marble._core import frame
 from marble.env import AppendFile, Files
-from marble.errors import CorruptionError, InvariantError, UsageError, check
+from marble.errors import InvariantError, UsageError, check
 from marble.logstore.cache import FrameCache
 from marble.logstore.extents import Extents, OnDisk, Pending, Place, Start, term_runs
 from marble.logstore.plan import Item, Plan, Work, plan_frames
+from marble.logstore.reader import Reader
 from marble.logstore.repair import create_segment, prepare_directory, repair
 from marble.logstore.replay import GroupState, Replay, check_hard_state
 from marble.logstore.scan import RecoveryReport, Scan, Tail
-from marble.logstore.segment import DIRECTORY, FRAME_BYTES_LIMIT, WINDOW_BYTES, MarkFile, Window, segment_path
+from marble.logstore.segment import DIRECTORY, FRAME_BYTES_LIMIT, WINDOW_BYTES, MarkFile, segment_path
 from marble.types import INDEX_MAX, HardState
 
 _MIB = 1024 * 1024
-_READ_WINDOW_BYTES = 256 * 1024
 _READ_BYTES_MAX = 1024 * _MIB
 """A batch has 32-bit offsets; no read makes a larger one, whatever it was asked for."""
 
@@ -169,8 +169,8 @@ class Log:
             self._check_writable()
             extents = self._extents.get(group)
             old = HardState() if extents is None else extents.hard_state
-            if hard_state is not None:
-                check_hard_state(group, old, hard_state)
+            last, purged = (0, 0) if extents is None else (extents.last_index, extents.purged_index)
+            end = last
             if entries is not None:
                 first, first_term, last_term, nbytes, largest = frame.check_entries(entries, group)
                 limit = self._options.entry_bytes_max
@@ -178,7 +178,6 @@ class Log:
                     raise UsageError(
                         f"an entry of {largest} bytes does not fit a frame: at most {limit}; write smaller batches"
                     )
-                last, purged = (0, 0) if extents is None else (extents.last_index, extents.purged_index)
                 check(first <= last + 1, f"entries from {first} on would leave a gap behind {last} in group {group}")
                 check(
                     first > max(min(old.commit, last), purged),
@@ -186,6 +185,11 @@ class Log:
                 )
                 if extents is not None:
                     check(first_term >= extents.term_at(first - 1), f"terms fall at entry {first} of group {group}")
+                end = first + entries.num_rows - 1
+            if hard_state is not None:
+                check_hard_state(group, old, hard_state)
+                # A crash may keep this and not what comes after it: it must not call an older log committed.
+                check(hard_state.commit <= end, f"{hard_state} of group {group} passes the log, which ends at {end}")
             if extents is None:
                 extents = self._extents[group] = Extents()
             if hard_state is not None:
@@ -195,13 +199,23 @@ class Log:
                 pending = extents.add(first, first + entries.num_rows, runs, entries)
                 self._queue.append((extents, pending, nbytes))
 
-    def start_after(self, group: int, index: int, term: int) -> None:
+    def start_after(self, group: int, index: int, term: int, hard_state: HardState | None = None) -> None:
         """Forget the entries of `group` up to `index`, whose term is `term`: a durable snapshot holds what they did.
 
         If entry `index` is in the log, those after it stay. Otherwise the snapshot comes from another node, all entries
         of the group go, and the log goes on behind `index`, which may be beyond its end. It takes effect at once and is
-        durable after the next `sync`: together with the hard states appended before that, and before all entries.
-        Nothing happens if the log goes on behind `index` already.
+        durable after the next `sync`, before any entry appended since the last one. If the log goes on behind `index`
+        already, that stays so.
+
+        Parameters
+        ----------
+        group
+            Number of the Raft group, a uint32.
+        index, term
+            Where the snapshot stands.
+        hard_state
+            Replaces the group's, as in `append`, in one step with the rest: the commit index that a snapshot brings must
+            not be durable without it, and another thread may sync between two calls.
 
         Raises
         ------
@@ -220,10 +234,16 @@ class Log:
             if purged <= index <= min(max(purged, on_disk.hard_state.commit), extents.last_index):
                 found = extents.term_at(index)
                 check(found == term, f"committed entry {index} of group {group} has term {found}, not {term}")
+            if hard_state is not None:
+                check_hard_state(group, extents.hard_state, hard_state)
+                end = max(index, extents.last_index)
+                check(hard_state.commit <= end, f"{hard_state} of group {group} passes the log, which ends at {end}")
+            self._extents[group] = extents
             if index > purged:
-                self._extents[group] = extents
                 extents.start_after(index, term)
                 self._starts.add(group)
+            if hard_state is not None:
+                extents.hard_state = self._states[group] = hard_state
 
     def sync(self) -> None:
         """Make everything appended so far durable. Returns at once if nothing is waiting.
@@ -322,24 +342,8 @@ class Log:
                     item.extents.settle(item.pending, place)
                     at += stop - row
                 self._cache.remember(segment, offset, batch, length)
-            self._note_durable(work, segment)
+            work.note_durable(self._extents, segment)
         self._mark.write(segment, end, chain)
-
-    def _note_durable(self, work: Work, segment: int) -> None:
-        for group, state in work.states.items():
-            on_disk = self._extents[group].on_disk
-            on_disk.hard_state, on_disk.known = state, True
-        for start in work.starts:
-            on_disk = self._extents[start.group].on_disk
-            on_disk.start(start)
-            on_disk.known = True
-        for item in work.items:
-            on_disk = item.extents.on_disk
-            on_disk.last_index, on_disk.known = item.first + item.rows - 1, True
-        for extents, oldest in work.touched.items():
-            on_disk = extents.on_disk
-            # What was written now is in `segment`, and nothing older counts unless it did before.
-            on_disk.oldest_segment = (oldest or segment) if on_disk.last_index > on_disk.purged_index else 0
 
     def _groups_on_disk(self) -> dict[int, OnDisk]:
         with self._lock:
@@ -424,7 +428,7 @@ class Log:
             An index is not in the log, or a sync failed.
         """
         bytes_left = min(bytes_max, _READ_BYTES_MAX)
-        window: tuple[int, Window] | None = None
+        reader = Reader(self._files, group, bytes_max)
         parts: list[pa.RecordBatch] = []
         index = first
         while index < end and (bytes_left > 0 or not parts):
@@ -440,14 +444,14 @@ class Log:
             if rows is None:
                 assert isinstance(found, Place)
                 try:
-                    if window is None or window[0] != found.segment:
-                        window = found.segment, self._window(found.segment, bytes_max)
-                    rows = self._load(window[1], group, found)
+                    rows, batch = reader.load(found)
                 except OSError as error:
                     with self._lock:
                         # Whoever reads what another thread purges has asked for what is not there.
                         self._find(group, index, end)
                     raise InvariantError(f"the log could not be read ({error}): mend the disk") from error
+                with self._lock:
+                    self._cache.remember(found.segment, found.offset, batch, found.length)
             stop, nbytes = frame.clip(rows, 0, rows.num_rows, bytes_left)
             if nbytes > bytes_left and parts:
                 break
@@ -472,27 +476,3 @@ class Log:
             have = "nothing" if extents is None else f"{extents.first_index} to {extents.last_index}"
             raise InvariantError(f"entries {index} to {end - 1} of group {group} were asked for; the log has {have}")
         return extents.find(index, end)
-
-    def _window(self, segment: int, bytes_max: int) -> Window:
-        path = segment_path(segment)
-        window_bytes = min(max(bytes_max, _READ_WINDOW_BYTES), WINDOW_BYTES)
-        return Window(self._files, path, self._files.size(path), window_bytes)
-
-    def _load(self, window: Window, group: int, place: Place) -> pa.RecordBatch:
-        """The entries at `place`, verified as at recovery: the disk may have changed its mind since."""
-        where = self._files.describe(segment_path(place.segment))
-        seal = window.find_frame(place.segment, place.offset, place.length)
-        if seal is None or seal.length != place.length:
-            raise CorruptionError("the log was damaged after it had been opened", where, place.offset)
-        data, at = window.view(place.offset, place.length)
-        try:
-            batch = frame.decode(data, at, seal)
-            rows = batch.slice(place.row, place.end - place.first)
-            check(frame.check_entries(rows, group)[0] == place.first, "entries of other indexes")
-            check(rows.num_rows == place.end - place.first, "fewer entries")
-        except (CorruptionError, InvariantError) as error:
-            what = f"a frame does not hold the entries that it had held ({error})"
-            raise CorruptionError(what, where, place.offset) from None
-        with self._lock:
-            self._cache.remember(place.segment, place.offset, batch, place.length)
-        return rows

@@ -7,7 +7,7 @@ Rule 2: it is one frame as long as it fits: a crash keeps all or nothing of one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -59,6 +59,23 @@ class Work:
     starts: list[Start]
     items: list[Item]
     touched: dict[Extents, int]
+
+    def note_durable(self, groups: Mapping[int, Extents], segment: int) -> None:
+        """All of it has been written to `segment` and synced."""
+        for group, state in self.states.items():
+            on_disk = groups[group].on_disk
+            on_disk.hard_state, on_disk.known = state, True
+        for start in self.starts:
+            on_disk = groups[start.group].on_disk
+            on_disk.start(start)
+            on_disk.known = True
+        for item in self.items:
+            on_disk = item.extents.on_disk
+            on_disk.last_index, on_disk.known = item.first + item.rows - 1, True
+        for extents, oldest in self.touched.items():
+            on_disk = extents.on_disk
+            # What was written now is in `segment`, and nothing older counts unless it did before.
+            on_disk.oldest_segment = (oldest or segment) if on_disk.last_index > on_disk.purged_index else 0
 
 
 def plan_frames(

@@ -146,10 +146,10 @@ class _Group:
         group = _Group()
         group.extents.hard_state = state
         _check_start(start)
-        if start.index:
-            group.extents.start_after(start.index, start.term)
-        group.extents.last_index = group.absent_last = start.last
-        group._restart(start.last)
+        if start.purged_index:
+            group.extents.start_after(start.purged_index, start.purged_term)
+        group.extents.last_index = group.absent_last = start.last_index
+        group._restart(start.last_index)
         return group
 
     def take_hard_state(self, number: int, state: HardState) -> None:
@@ -159,26 +159,28 @@ class _Group:
     def take_start(self, start: Start) -> None:
         extents = self.extents
         _check_start(start)
-        check(start.index > extents.purged_index, f"the log began behind {extents.purged_index} before")
-        if start.last == start.index:
+        check(start.purged_index > extents.purged_index, f"the log began behind {extents.purged_index} before")
+        if start.last_index == start.purged_index:
             # No entry stays. Where there is one at this index, it is of another history.
             extents.truncate(extents.first_index)
-            extents.start_after(start.index, start.term)
-            self._restart(start.index)
+            extents.start_after(start.purged_index, start.purged_term)
+            self._restart(start.purged_index)
             self.changes.clear()
             return
-        check(start.last <= extents.last_index, f"entries up to {start.last} stay of {extents.last_index}")
-        self._truncate(start.last + 1)
-        if start.index <= self.absent_last:
+        check(start.last_index <= extents.last_index, f"entries up to {start.last_index} stay of {extents.last_index}")
+        self._truncate(start.last_index + 1)
+        if start.purged_index <= self.absent_last:
             # The entry that would tell its own term is gone, and there is nothing else to purge.
-            extents.purged_index, extents.purged_term = start.index, start.term
-            if start.index == self.absent_last:
-                self._restart(start.index, self.terms)
+            extents.purged_index, extents.purged_term = start.purged_index, start.purged_term
+            if start.purged_index == self.absent_last:
+                self._restart(start.purged_index, self.terms)
             return
-        check(self.terms.term_at(start.index) == start.term, f"entry {start.index} has another term")
-        self.terms.purge(start.index + 1)
-        extents.start_after(start.index, start.term)
-        del self.changes[: bisect_right(self.changes, start.index)]
+        check(
+            self.terms.term_at(start.purged_index) == start.purged_term, f"entry {start.purged_index} has another term"
+        )
+        self.terms.purge(start.purged_index + 1)
+        extents.start_after(start.purged_index, start.purged_term)
+        del self.changes[: bisect_right(self.changes, start.purged_index)]
 
     def take_entries(self, place: Place, batch: pa.RecordBatch) -> None:
         extents, end = self.extents, place.row + place.end - place.first
@@ -248,6 +250,8 @@ def _start(batch: pa.RecordBatch, row: int) -> Start:
 
 def _check_start(start: Start) -> None:
     in_range = (
-        start.index <= start.last <= INDEX_MAX and start.term <= INDEX_MAX and (start.term > 0) == (start.index > 0)
+        start.purged_index <= start.last_index <= INDEX_MAX
+        and start.purged_term <= INDEX_MAX
+        and (start.purged_term > 0) == (start.purged_index > 0)
     )
     check(in_range, f"{start} is out of range")

@@ -58,11 +58,11 @@ class Model:
             rows = rows[: added[0]["index"] - 1 - group.purged_index] + added
         self.appended[number] = replace(group, hard_state=hard_state or group.hard_state, rows=rows)
 
-    def start_after(self, number: int, index: int, term: int) -> None:
+    def start_after(self, number: int, index: int, term: int, hard_state: HardState | None) -> None:
         group = self.appended.get(number, Group())
         keeps = index <= group.last_index and group.term_at(index) == term
         rows = group.rows[index - group.purged_index :] if keeps else []
-        self.appended[number] = replace(group, purged_index=index, purged_term=term, rows=rows)
+        self.appended[number] = Group(hard_state or group.hard_state, index, term, rows)
 
     def sync(self) -> None:
         self.synced = dict(self.appended)
@@ -94,10 +94,10 @@ def append(group: int, hard_state: HardState | None, batch: Any) -> Step:
     return step
 
 
-def start_after(group: int, index: int, term: int) -> Step:
+def start_after(group: int, index: int, term: int, hard_state: HardState | None = None) -> Step:
     def step(log: Log, model: Model) -> None:
-        model.start_after(group, index, term)
-        log.start_after(group, index, term)
+        model.start_after(group, index, term, hard_state)
+        log.start_after(group, index, term, hard_state)
 
     return step
 

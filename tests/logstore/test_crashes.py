@@ -62,8 +62,7 @@ PURGING: tuple[Step, ...] = (
     purge,
     # A snapshot of another node's takes the place of everything, of group 2's beyond its end.
     append(1, HardState(2, 0, 8), entries(12, [2, 2], mark=1)),
-    append(2, HardState(5, 3, 50), None),
-    start_after(2, 50, 4),
+    start_after(2, 50, 4, HardState(5, 3, 50)),
     start_after(1, 13, 2),
     append(2, None, entries(51, [4, 5], group=2, size=3000)),
     sync,
@@ -231,7 +230,8 @@ class Life:
             index = min(last, old.purged_index + 1 + number)
             self.start_after(group, index, old.term_at(index))
         elif what == "install":
-            self.start_after(group, max(settled, last - 2) + 1 + number, term + number % 2)
+            index, term = max(settled, last - 2) + 1 + number, term + number % 2
+            self.start_after(group, index, term, HardState(term, 0 if term > state.term else state.vote, index))
         elif what == "purge":
             with self.crashing():
                 purge(self.log, self.model)
@@ -255,9 +255,9 @@ class Life:
         self.log.append(group, hard_state, batch)
         self.model.append(group, hard_state, batch)
 
-    def start_after(self, group: int, index: int, term: int) -> None:
-        self.log.start_after(group, index, term)
-        self.model.start_after(group, index, term)
+    def start_after(self, group: int, index: int, term: int, hard_state: HardState | None = None) -> None:
+        self.log.start_after(group, index, term, hard_state)
+        self.model.start_after(group, index, term, hard_state)
 
     @contextlib.contextmanager
     def crashing(self) -> Iterator[None]:
