@@ -17,10 +17,12 @@ from marble.types import EntryKind
 
 @dataclass(frozen=True, slots=True)
 class LogRow:
-    """One row of the log. Of a HARD_STATE, ``index`` is the commit index and ``session`` the vote.
+    """One row of the log. Of a HARD_STATE, ``index`` is the commit index and ``session`` the vote; of a SNAPSHOT, the log
+    goes on behind ``index``, and ``sequence`` is the last entry before the row that stays.
 
     ``segment`` is the file's number, ``offset`` where the row's frame starts in it; ``bytes`` counts the payload.
-    ``truncates`` counts the entries before it in the log that it replaced.
+    ``truncates`` counts the entries before it in the log whose place it takes: those from its index on, or those that a
+    SNAPSHOT does not let stay.
     """
 
     segment: int
@@ -62,8 +64,9 @@ def rows(files: Files, report: Callable[[RecoveryReport], None] | None = None) -
             found = entry_batch.entry_checksum(kind, row["session"], row["sequence"], row["table"], payload)
             truncates = 0
             if kind != EntryKind.HARD_STATE:
-                truncates = max(0, last.get(group, 0) + 1 - index)
-                last[group] = index
+                stays = row["sequence"] if kind == EntryKind.SNAPSHOT else index - 1
+                truncates = max(0, last.get(group, 0) - stays)
+                last[group] = max(stays, index)
             yield LogRow(
                 segment=scanned.segment,
                 offset=scanned.offset,
