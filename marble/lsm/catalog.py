@@ -15,7 +15,7 @@ from typing import Final
 
 import pyarrow as pa
 
-from marble.errors import UsageError
+from marble.errors import UsageError, check
 from marble.schema import TableInfo, nearest
 
 TABLES_MAX: Final = 4096
@@ -29,6 +29,15 @@ class Catalog:
     next_id: int = 1
     by_name: Mapping[str, TableInfo] = field(default_factory=lambda: MappingProxyType({}))
     by_id: Mapping[int, TableInfo] = field(default_factory=lambda: MappingProxyType({}))
+
+    @staticmethod
+    def of(next_id: int, tables: Sequence[TableInfo]) -> Catalog:
+        """A catalog of these tables, whose names and ids differ and whose ids are below `next_id`."""
+        by_name = {info.name: info for info in tables}
+        by_id = {info.id: info for info in tables}
+        check(len(by_name) == len(by_id) == len(tables), "tables of a catalog share a name or an id")
+        check(all(id_ < next_id for id_ in by_id), "the next id of a catalog has been used")
+        return Catalog(next_id, MappingProxyType(by_name), MappingProxyType(by_id))
 
     def create(self, name: str, schema: pa.Schema, key: Sequence[str]) -> tuple[Catalog, TableInfo]:
         """This catalog with one more table, whose definition `marble.schema.check_table` has returned.
