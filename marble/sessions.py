@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from marble.errors import ERROR_CODES, CorruptionError, OutcomeUnknownError, check
+from marble.errors import ERROR_CODES, CorruptionError, InvariantError, OutcomeUnknownError, check
 from marble.machine import Result
 
 SESSION_TTL_US: Final = 3_600_000_000
@@ -41,6 +41,7 @@ sessions that were not used for longest go."""
 
 _ANSWER_BYTES: Final = 32
 _BATCH_COST_MAX: Final = 65_536
+_DROP_TOGETHER: Final = 512
 
 
 def _column(name: str, type_: pa.DataType) -> pa.Field:
@@ -71,17 +72,19 @@ class _Session:
 
     - ``sequences`` ascends; ``floor`` is the highest number whose answer was dropped, and below all of them.
     - ``indexes[i]`` and ``values[i]`` belong to ``sequences[i]``; ``errors`` has those among them that are errors.
+    - Items below ``start`` were dropped: they are taken away many at a time, since that moves all the others.
     - ``capture`` is the number of captures that had been made when this object was: it may change only while no further
       one was made, see `Sessions.state`.
     """
 
-    __slots__ = ("active_us", "capture", "errors", "floor", "id", "indexes", "sequences", "values")
+    __slots__ = ("active_us", "capture", "errors", "floor", "id", "indexes", "sequences", "start", "values")
 
     def __init__(self, id_: int, active_us: int, capture: int) -> None:
         self.id = id_
         self.active_us = active_us
         self.capture = capture
         self.floor = 0
+        self.start = 0
         self.sequences: array[int] = array("Q")
         self.indexes: array[int] = array("Q")
         self.values: array[int] = array("q")
@@ -90,14 +93,21 @@ class _Session:
     def copy(self, capture: int) -> _Session:
         other = _Session(self.id, self.active_us, capture)
         other.floor = self.floor
-        other.sequences, other.indexes, other.values = self.sequences[:], self.indexes[:], self.values[:]
+        other.sequences, other.indexes, other.values = self.kept()
         other.errors = dict(self.errors)
         return other
+
+    def kept(self) -> tuple[array[int], array[int], array[int]]:
+        """Copies of ``sequences``, ``indexes`` and ``values`` without what was dropped."""
+        return self.sequences[self.start :], self.indexes[self.start :], self.values[self.start :]
+
+    def __len__(self) -> int:
+        return len(self.sequences) - self.start
 
     @property
     def cost(self) -> int:
         """What it counts against `ANSWERS_MAX`; at least 1."""
-        return 1 + len(self.sequences) + sum(_error_cost(message) for _, message in self.errors.values())
+        return 1 + len(self) + sum(_error_cost(message) for _, message in self.errors.values())
 
 
 class Sessions:
@@ -172,7 +182,7 @@ class Sessions:
         session.active_us = self._time_us
         self._sessions.move_to_end(id)
         sequences = session.sequences
-        at = bisect_left(sequences, sequence)
+        at = bisect_left(sequences, sequence, session.start)
         if at < len(sequences) and sequences[at] == sequence:
             code, message = session.errors.get(sequence, (None, ""))
             return Result(session.values[at], code, message, session.indexes[at])
@@ -196,10 +206,10 @@ class Sessions:
             What executing it gave; an error is an answer too.
         """
         session = self._sessions.get(id)
-        check(session is not None and sequence > session.floor, f"write {sequence} of session {id} was not recalled")
-        assert session is not None
+        if session is None or sequence <= session.floor:
+            raise InvariantError(f"write {sequence} of session {id} was not recalled")
         session = self._own(session)
-        at = bisect_left(session.sequences, sequence)
+        at = bisect_left(session.sequences, sequence, session.start)
         session.sequences.insert(at, sequence)
         session.indexes.insert(at, index)
         session.values.insert(at, result.value)
@@ -207,7 +217,7 @@ class Sessions:
         if result.error_code is not None:
             session.errors[sequence] = (result.error_code, result.message)
             self._cost += _error_cost(result.message)
-        if len(session.sequences) > SESSION_ANSWERS_MAX:
+        if len(session) > SESSION_ANSWERS_MAX:
             self._drop_lowest(session)
         self._make_room()
 
@@ -266,9 +276,11 @@ class Sessions:
         return session
 
     def _drop_lowest(self, session: _Session) -> None:
-        session.floor = session.sequences.pop(0)
-        session.indexes.pop(0)
-        session.values.pop(0)
+        session.floor = session.sequences[session.start]
+        session.start += 1
+        if session.start == _DROP_TOGETHER:
+            session.sequences, session.indexes, session.values = session.kept()
+            session.start = 0
         self._cost -= 1
         error = session.errors.pop(session.floor, None)
         if error is not None:
@@ -297,7 +309,7 @@ def _batch(sessions: list[_Session]) -> pa.RecordBatch:
         values = array("q" if type_ == pa.int64() else "Q")
         offsets = array("i", [0])
         for session in sessions:
-            values.extend(getattr(session, name))
+            values.extend(getattr(session, name)[session.start :])
             offsets.append(len(values))
         items = pa.Array.from_buffers(type_, len(values), [None, pa.py_buffer(values)])
         starts = pa.Array.from_buffers(pa.int32(), len(offsets), [None, pa.py_buffer(offsets)])

@@ -322,6 +322,7 @@ def test_against_a_model_that_forgets_nothing(steps: list[tuple[str, int, int, i
         patch.setattr(module, "SESSION_TTL_US", model.ttl)
         patch.setattr(module, "SESSIONS_MAX", model.sessions_max)
         patch.setattr(module, "SESSION_ANSWERS_MAX", model.answers_max)
+        patch.setattr(module, "_DROP_TOGETHER", 2)
         for index, (what, which, sequence, passed, good) in enumerate(steps, start=1):
             time_us += passed - 3
             id_ = ids[-1 - which] if which < len(ids) else 999
