@@ -1,55 +1,50 @@
-"""One turn of the engine: step the core, then carry out what it decided, in the order that makes it safe.
+"""What the core decides, carried out in the order that makes it safe, in steps that several threads may share.
 
-Rule 1, the durability rule, is `turn` and nothing else decides order:
+Rule 1, the durability rule, is kept here and nothing else decides order. Of one Ready:
 
-1. send ``messages``;
-2. persist hard state and entries, of all groups, under one sync;
-3. only then send ``messages_after_persist`` (votes granted, append acknowledgements);
-4. apply ``committed``, then tell the core.
+1. `Driver.begin` sends ``messages`` and hands hard state and entries to the log;
+2. whoever drives syncs the log, once for all groups that have begun;
+3. only then `Driver.persisted` sends ``messages_after_persist`` (votes granted, append acknowledgements);
+4. ``committed`` is applied by an `ApplyJob`, and `Driver.finish_apply` tells the core.
 
-There is no thread, clock or socket here: the node and the simulator drive the same code. A `turn` that raises has left the
+Between 1 and 3 further Readys may begin, and their writes share a later sync; 4 runs beside all of it, since the core
+hands out as committed only what is durable here.
+
+There is no thread, clock or socket here: the node and the simulator drive the same code. A step that raises has left the
 disk in doubt; whoever drives stops this node (a failed sync is never retried).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 
 import pyarrow as pa
 
 from marble._core import entry_batch
 from marble._core.entry_batch import Proposal
 from marble._core.term_index import TermIndex
-from marble.errors import check
-from marble.machine import Result, StateMachine
+from marble.errors import ProtocolError, UnavailableError, UsageError, check
+from marble.jobs import Applied, ApplyJob, Due, FileJob, Log, MachineJob, Pace, RestoreJob, WriteJob
+from marble.logstore.snapshots import SnapshotStore
+from marble.machine import StateMachine
+from marble.members import check_endpoints, encode_members
 from marble.raft.core import Raft
-from marble.raft.messages import Message, MessageKind, ReadState, Ready, RoleChanged, Span
+from marble.raft.messages import MembershipProposed, Message, MessageKind, ReadState, RoleChanged, Span
 from marble.raft.progress import ProgressState
+from marble.snapshotting import SnapshotPolicy, Snapshots
 from marble.transport.codec import Envelope
-from marble.types import INDEX_MAX, EntryKind, HardState, Members, Position, Role, SnapshotMeta
-
-APPLY_BYTES_MAX: Final = 16 * 1024 * 1024
-"""How much of the log one call of apply gets at most: bounds the memory of a replay."""
+from marble.types import INDEX_MAX, Change, EntryKind, HardState, Members, Position, Role, SnapshotMeta, Transition
 
 Send = Callable[[int, list[Envelope]], bool]
 """Hand messages to the transport; False if the peer's queue would not take them."""
 
 
-class Log(Protocol):
-    """What the driver needs of the durable log (`marble.logstore.log.Log` offers more)."""
-
-    def append(self, group: int, hard_state: HardState | None, entries: pa.RecordBatch | None) -> None: ...
-
-    def sync(self) -> None: ...
-
-    def read(self, group: int, first: int, end: int, bytes_max: int) -> pa.RecordBatch: ...
-
-
 @dataclass(frozen=True, slots=True)
 class DurableState:
-    """What a core starts from: a `marble.raft.config.Storage` made of what the log recovered."""
+    """What a core starts from: a `marble.raft.config.Storage` made of what was recovered (`marble.recovery`)."""
 
     hard_state: HardState
     members: Members
@@ -59,29 +54,30 @@ class DurableState:
     changes: Sequence[int] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Applied:
-    """Entries that one call of apply took: ``results[i]`` belongs to ``first + i``, which was proposed in ``terms[i]``."""
-
-    first: int
-    terms: Sequence[int]
-    results: Sequence[Result]
-
-
 @dataclass(slots=True)
 class Outcome:
-    """What a turn gave to those who wait above: in the order in which it happened."""
+    """What was given to those who wait above: each list in the order in which it happened."""
 
     applied: list[Applied] = field(default_factory=list)
     reads: list[ReadState] = field(default_factory=list)
     events: list[RoleChanged] = field(default_factory=list)
+    snapshots: list[int | Exception] = field(default_factory=list)
+    """Where snapshots were taken, or why they could not be."""
+    members_changed: bool = False
+    """Whether other nodes take part, or are reached elsewhere."""
+    refused: int = 0
+    """Messages of peers that the core refused when their turn came."""
+
+
+_OF_SNAPSHOTS: Final = frozenset({MessageKind.INSTALL_SNAPSHOT, MessageKind.SNAPSHOT_FETCH, MessageKind.SNAPSHOT_PIECE})
 
 
 class Driver:
     """Drives one Raft group of one node. Not thread-safe: one thread owns it.
 
-    - An entry is staged from the moment the core may take it until the log has it; staging never outlives a turn's begin.
-    - ``machine.applied_index == raft.applied_index`` between turns.
+    - An entry is staged from the moment the core may take it until the log has it; staging never outlives a `begin`.
+    - Writes are begun and persisted in the order of their numbers.
+    - ``machine.applied_index == raft.applied_index`` while no apply job is out; one at most is.
 
     Parameters
     ----------
@@ -95,19 +91,75 @@ class Driver:
         What committed entries are applied to.
     send
         Takes the messages for a peer. Losing them is allowed, blocking is not.
+    store
+        The group's snapshots on disk. None: none are taken, and none are taken in.
+    policy
+        When they are taken.
+    configured, replicated
+        Where nodes are reached, by their ids: as this node's configuration says, and, which counts more, as the log or a
+        snapshot said.
+    wall_us
+        What time it is, for the entries that this node takes in as leader.
+    pace
+        Slows down the writing of snapshots.
     """
 
-    def __init__(self, group: int, raft: Raft, log: Log, machine: StateMachine, send: Send) -> None:
+    def __init__(
+        self,
+        group: int,
+        raft: Raft,
+        log: Log,
+        machine: StateMachine,
+        send: Send,
+        *,
+        store: SnapshotStore | None = None,
+        policy: SnapshotPolicy | None = None,
+        configured: Mapping[int, str] | None = None,
+        replicated: Mapping[int, str] | None = None,
+        wall_us: Callable[[], int] = lambda: 0,
+        pace: Pace | None = None,
+    ) -> None:
         self.group = group
         self.raft = raft
         self.machine = machine
         self.outcome = Outcome()
+        self.snapshots = (
+            None
+            if store is None
+            else Snapshots(group, raft, log, machine, store, policy or SnapshotPolicy(), self._send_one, pace)
+        )
         self._log = log
         self._send = send
+        self._wall_us = wall_us
+        self._configured = dict(configured or {})
+        self._replicated = dict(replicated or {})
+        self._offered: tuple[Position, Mapping[int, str]] | None = None
+        """The membership that this leader proposed last, and where it was told that nodes of it are reached."""
         self._staged: list[pa.RecordBatch] = []
         self._late: dict[int, Message] = {}
         """Peer -> the last message to it that tells nothing but a commit index, held back (see `_may_wait`)."""
-        self._ready: Ready | None = None
+        self._waiting: deque[tuple[int, Sequence[Message]]] = deque()
+        """(number of a write under way, what may be sent when it is durable), oldest first."""
+        self._persisted = 0
+        self._committed_end = raft.applied_index + 1
+        """Index after the last entry that the core has handed out as committed."""
+        self._applying: MachineJob | None = None
+
+    @property
+    def endpoints(self) -> dict[int, str]:
+        """Where the members are reached, as far as this node knows; all that it knows of while there are no members."""
+        known = {**self._configured, **self._replicated}
+        members = self.raft.members.all
+        return {node: known[node] for node in members if node in known} if members else known
+
+    @property
+    def peers(self) -> dict[int, str]:
+        """Whom this node may have to talk to, and where: the members, and while it is none of them, all that it knows of."""
+        receiving = None if self.snapshots is None else self.snapshots.transfer.receiving
+        others = {} if receiving is None else dict(receiving.endpoints)
+        if self.raft.id not in self.raft.members.all:
+            others = {**self._configured, **others}
+        return {**others, **self.endpoints}
 
     def propose(self, proposals: Sequence[Proposal]) -> Position:
         """Offer `proposals` to the core, as consecutive entries.
@@ -116,52 +168,216 @@ class Driver:
         UnavailableError, and then none of them is in the log.
         """
         first = self.raft.propose([proposal.nbytes for proposal in proposals])
-        self._staged.append(entry_batch.build(self.group, first.index, first.term, proposals))
+        self._staged.append(entry_batch.build(self.group, first.index, first.term, proposals, self._wall_us()))
         return first
 
-    def receive(self, envelope: Envelope) -> None:
-        """Step a peer's message; its entries were checked by the transport."""
-        if envelope.batch is not None:
-            self._staged.append(envelope.batch)
-        self.raft.step(envelope.message)
+    def propose_membership(
+        self,
+        changes: Sequence[Change],
+        endpoints: Mapping[int, str] | None = None,
+        transition: Transition = Transition.AUTO,
+    ) -> Position:
+        """Offer a change of the membership to the core. See `Raft.propose_membership`.
 
-    def tick(self) -> None:
-        """One tick of the clock."""
+        Parameters
+        ----------
+        endpoints
+            Where nodes that come are reached, ``host:port`` by id. All members get to know it with the entry.
+
+        Raises
+        ------
+        UsageError
+            The changes make no sense, or an endpoint is not like one.
+        NotLeaderError, UnavailableError
+            As the core says. Nothing was proposed.
+        """
+        offered = dict(endpoints or {})
+        try:
+            check_endpoints(Members(tuple(sorted(offered))), offered)
+        except ProtocolError as error:
+            raise UsageError(str(error)) from None
+        position = self.raft.propose_membership(changes, transition)
+        self._offered = position, offered
+        return position
+
+    def request_snapshot(self) -> None:
+        """Take a snapshot soon; the outcome says when. Raises UsageError if this driver has nowhere to put it."""
+        if self.snapshots is None:
+            raise UsageError(f"group {self.group} keeps no snapshots")
+        if not self.snapshots.want():
+            self.outcome.snapshots.append(self.snapshots.index)
+
+    def receive(self, envelope: Envelope) -> None:
+        """Take a peer's message; its rows were checked by the transport. Raises ProtocolError if it is at fault."""
+        message: Message | None = envelope.message
+        if envelope.message.kind in _OF_SNAPSHOTS:
+            if self.snapshots is None:
+                raise ProtocolError(f"a {envelope.message.kind.name}, but this node keeps no snapshots")
+            message = self.snapshots.receive(envelope)
+            self.outcome.members_changed = True  # An offer may say where nodes are reached.
+        elif envelope.batch is not None:
+            self._staged.append(envelope.batch)
+        if message is not None:
+            self.raft.step(message)
+
+    def tick(self, now_us: int = 0) -> None:
+        """One tick of the clock; `now_us` as in `Raft.tick`."""
         late, self._late = self._late, {}
         self._post([message for message in late.values() if self._is_current(message)], hold=False)
-        self.raft.tick()
+        self.raft.tick(now_us)
+        if self.snapshots is not None:
+            for peer in self.snapshots.tick():
+                self.raft.report_snapshot(peer, False)
 
-    def begin(self) -> bool:
-        """Take the core's Ready, hand its entries to the log and send what may go at once. True if a sync must follow."""
-        check(self._ready is None, "a turn began before the last one had finished")
-        self._ready = ready = self.raft.ready()
+    def has_ready(self) -> bool:
+        """Whether `begin` would do anything."""
+        return self.raft.has_ready() or self._may_install
+
+    @property
+    def _may_install(self) -> bool:
+        return self.snapshots is not None and self.snapshots.has_install and self._applying is None
+
+    def begin(self) -> int:
+        """Take one Ready of the core: hand its entries to the log, send what may go at once, queue the rest.
+
+        Returns
+        -------
+        int
+            The number of the write that was handed to the log: a sync must follow, and then a call of `persisted`. 0 if
+            nothing needs a sync.
+        """
+        if self._may_install:
+            self._step_install()
+        ready = self.raft.ready()
         for event in ready.events:
             if event.noop_index:
                 noop = Proposal(EntryKind.NOOP, 0, None)
-                self._staged.append(entry_batch.build(self.group, event.noop_index, event.term, [noop]))
+                self._staged.append(
+                    entry_batch.build(self.group, event.noop_index, event.term, [noop], self._wall_us())
+                )
+        for proposed in ready.memberships:
+            self._staged.append(self._membership_entry(proposed))
         entries = self._take_staged(ready.append) if ready.append is not None else None
         self._staged.clear()
-        if entries is not None or ready.hard_state is not None:
+        if ready.snapshot is not None:
+            self._install(ready.snapshot, ready.hard_state, ready.number)
+            self._log.append(self.group, None, entries)
+        elif entries is not None or ready.hard_state is not None:
             self._log.append(self.group, ready.hard_state, entries)
         self._post(ready.messages)
-        return ready.must_sync
-
-    def finish(self) -> None:
-        """Go on after the sync: acknowledge, apply, tell the core."""
-        ready, self._ready = self._ready, None
-        check(ready is not None, "a turn finished that had not begun")
-        assert ready is not None
-        self.raft.persisted(ready.number)
-        self._post(ready.messages_after_persist)
+        if ready.number:
+            self._waiting.append((ready.number, ready.messages_after_persist))
+        else:
+            # They assert nothing that is not durable already: the core holds back what does.
+            self._post(ready.messages_after_persist)
         if ready.committed is not None:
-            self._apply(ready.committed)
+            check(ready.committed.first == self._committed_end, f"{ready.committed} leaves a gap to what was committed")
+            self._committed_end = ready.committed.end
         self.outcome.events.extend(ready.events)
         self.outcome.reads.extend(ready.reads)
+        return ready.number
+
+    def persisted(self, number: int) -> None:
+        """A sync has made durable all that was handed to the log up to when `begin` returned `number`: acknowledge it."""
+        self.raft.persisted(number)
+        self._persisted = max(self._persisted, number)
+        while self._waiting and self._waiting[0][0] <= number:
+            self._post(self._waiting.popleft()[1])
+
+    def take_apply(self) -> MachineJob | None:
+        """What the machine is to do next, to be run and then finished; None if there is nothing, or a job is out."""
+        if self._applying is not None:
+            return None
+        first, end = self.raft.applied_index + 1, self._committed_end
+        snapshots, due = self.snapshots, Due()
+        if snapshots is not None:
+            if snapshots.installing:
+                # The log no longer has what would be applied before.
+                self._applying = None if snapshots.has_install else snapshots.take_restore(self._persisted)
+                return self._applying
+            due = snapshots.due()
+        if first < end or (snapshots is not None and snapshots.wanted):
+            nbytes = self.raft.log.bytes(first, end)
+            self._applying = ApplyJob(self.group, self._log, self.machine, first, end, nbytes, due)
+        return self._applying
+
+    def finish_apply(self, job: MachineJob) -> None:
+        """`job` has run: tell the core, and those who wait."""
+        check(job is self._applying, "a job of the machine finished that is not out")
+        self._applying = None
+        if isinstance(job, RestoreJob):
+            assert self.snapshots is not None
+            self.snapshots.restored(job)
+            self._replicated = dict(job.info.endpoints)
+            self.outcome.members_changed = True
+            self.raft.applied(job.info.index)
+            return
+        for applied in job.memberships:
+            self._replicated = dict(applied.endpoints)
+            self.outcome.members_changed = True
+            self.raft.apply_membership(applied.members)
+        if job.applied is not None:
+            self.outcome.applied.append(job.applied)
+            self.raft.applied(job.first + len(job.applied.results) - 1)
+        if self.snapshots is not None:
+            self.snapshots.applied(job, self._replicated)
+
+    def take_snapshot(self) -> FileJob | None:
+        """What is to be done with files of snapshots next, to be run and then finished; None as for `take_apply`."""
+        return None if self.snapshots is None else self.snapshots.take_job()
+
+    def finish_snapshot(self, job: FileJob) -> None:
+        """`job` has run."""
+        assert self.snapshots is not None
+        self.snapshots.finish_job(job)
+        if isinstance(job, WriteJob):
+            self.outcome.snapshots.append(job.error or job.meta.index)
+
+    def take_purged(self) -> bool:
+        """Whether the log was told since the last call that entries of it are superfluous: they go with `Log.purge`, after
+        the next sync.
+        """
+        if self.snapshots is None or not self.snapshots.purged:
+            return False
+        self.snapshots.purged = False
+        return True
 
     def take_outcome(self) -> Outcome:
         """What happened since the last call."""
         outcome, self.outcome = self.outcome, Outcome()
         return outcome
+
+    def _step_install(self) -> None:
+        """Let the core see the leader's INSTALL_SNAPSHOT, of which everything is here."""
+        assert self.snapshots is not None
+        message = self.snapshots.take_install()
+        assert message is not None
+        try:
+            self.raft.step(message)
+        except ProtocolError:
+            # What has come to be known since it was sent proves it wrong; it changed nothing.
+            self.outcome.refused += 1
+
+    def _install(self, meta: SnapshotMeta, hard_state: HardState | None, number: int) -> None:
+        """Let the log go on behind a snapshot, with the sync of this write."""
+        assert self.snapshots is not None
+        self._log.append(self.group, hard_state, None)
+        self._log.start_after(self.group, meta.index, meta.term)
+        self.snapshots.install(meta, number)
+        self._committed_end = meta.index + 1
+
+    def _membership_entry(self, proposed: MembershipProposed) -> pa.RecordBatch:
+        known = {**self._configured, **self._replicated}
+        if self._offered is not None and self._offered[0] == Position(proposed.index, proposed.term):
+            known.update(self._offered[1])
+        members = proposed.members
+        payload = encode_members(members, {node: known[node] for node in members.all if node in known})
+        proposal = Proposal(EntryKind.MEMBERSHIP, 0, payload)
+        return entry_batch.build(self.group, proposed.index, proposed.term, [proposal], self._wall_us())
+
+    def _send_one(self, envelope: Envelope) -> None:
+        """Send what has no part in the order of things."""
+        self._send(envelope.message.to, [envelope])
 
     def _take_staged(self, span: Span) -> pa.RecordBatch:
         """The batch of exactly the entries that the core appended.
@@ -213,6 +429,9 @@ class Driver:
             if held is not None and message.kind is not MessageKind.APPEND_ENTRIES and self._is_current(held):
                 # What follows may make the peer read: it must have heard what is committed before.
                 by_peer.setdefault(message.to, []).append(Envelope(self.group, held, None))
+            if message.kind is MessageKind.INSTALL_SNAPSHOT:
+                self._post_offer(message)
+                continue
             batch = None
             if message.kind is MessageKind.APPEND_ENTRIES and message.entries:
                 key = (message.entries.first, message.entries.end)
@@ -224,26 +443,42 @@ class Driver:
             if not self._send(peer, by_peer[peer]):
                 self.raft.report_unreachable(peer)
 
-    def _apply(self, span: Span) -> None:
-        first = span.first
-        while first < span.end:
-            batch = self._log.read(self.group, first, span.end, APPLY_BYTES_MAX)
-            results = self.machine.apply(batch)
-            check(len(results) == batch.num_rows, "apply must answer every entry")
-            self.outcome.applied.append(Applied(first, entry_batch.span(batch).terms(), results))
-            first += batch.num_rows
-        self.raft.applied(span.end - 1)
+    def _post_offer(self, message: Message) -> None:
+        """Send an INSTALL_SNAPSHOT with what describes the snapshot."""
+        assert self.snapshots is not None
+        try:
+            envelope = self.snapshots.transfer.offer(message)
+        except UnavailableError:
+            # A newer one has taken its place since the core chose it.
+            self.raft.report_snapshot(message.to, False)
+        else:
+            self._send_one(envelope)
 
 
 def turn(drivers: Iterable[Driver], log: Log) -> None:
-    """Run the groups of one node until none has anything left to do. One sync serves all of them.
+    """Run the groups of one node inline until none has anything left to do. One sync serves all of them.
 
     Raises whatever the log or the machine raised: the node must then stop.
     """
     drivers = list(drivers)
-    while busy := [driver for driver in drivers if driver.raft.has_ready()]:
-        must_sync = [driver.begin() for driver in busy]
-        if any(must_sync):
+    busy = True
+    while busy:
+        begun = [(driver, driver.begin()) for driver in drivers if driver.has_ready()]
+        purged = [driver for driver in drivers if driver.take_purged()]
+        if purged or any(number for _, number in begun):
             log.sync()
-        for driver in busy:
-            driver.finish()
+        if purged:
+            log.purge()
+        for driver, number in begun:
+            if number:
+                driver.persisted(number)
+        busy = bool(begun)
+        for driver in drivers:
+            while (job := driver.take_apply()) is not None:
+                job.run()
+                driver.finish_apply(job)
+                busy = True
+            while (file_job := driver.take_snapshot()) is not None:
+                file_job.run()
+                driver.finish_snapshot(file_job)
+                busy = True

@@ -19,10 +19,14 @@ from marble.errors import UnavailableError, UsageError
 
 
 class Clock(Protocol):
-    """Monotonic time in seconds. Only differences mean anything."""
+    """Time, of two kinds: one to measure with, and one to write down."""
 
     def monotonic(self) -> float:
-        """Seconds since some fixed moment; never goes back."""
+        """Seconds since some fixed moment; never goes back. Only differences mean anything."""
+        ...
+
+    def wall_us(self) -> int:
+        """Microseconds since 1970 UTC, as far as this machine knows. May jump, both ways."""
         ...
 
 
@@ -114,10 +118,13 @@ class Files(Protocol):
 
 
 class SystemClock:
-    """The operating system's monotonic clock."""
+    """The operating system's clocks."""
 
     def monotonic(self) -> float:
         return time.monotonic()
+
+    def wall_us(self) -> int:
+        return time.time_ns() // 1000
 
 
 class SystemRandom:

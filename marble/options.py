@@ -10,7 +10,8 @@ from dataclasses import dataclass
 class NodeOptions:
     """What a node is made of, checked by `marble.config` or by the caller.
 
-    - ``endpoints`` holds every voter, this node (``node_id``) included.
+    - ``endpoints`` holds every voter that the cluster has when it is new, this node (``node_id``) included unless ``join``.
+      Later it only says where nodes are reached of which the log does not say so.
     - ``election_ticks`` and ``heartbeat_ticks`` count ticks of ``tick_ms`` milliseconds.
     """
 
@@ -41,3 +42,21 @@ class NodeOptions:
     propose_timeout_s: float = 10.0
     """After this an undecided proposal ends in OutcomeUnknownError."""
     read_timeout_s: float = 5.0
+    snapshot_distance: int = 10_000
+    """A snapshot is taken when so many entries were applied since the last."""
+    snapshot_log_bytes: int = 256 * 1024 * 1024
+    """Or so many bytes of them; what stays of the log behind a snapshot is no more than this either."""
+    purge_tail: int | None = None
+    """How many entries before a snapshot stay for followers that lag. None: ``snapshot_distance``."""
+    snapshot_piece_bytes: int = 1024 * 1024
+    """What one message carries of a snapshot; at most ``append_bytes_max`` counts."""
+    snapshot_bytes_per_s: int = 64 * 1024 * 1024
+    """How fast a snapshot is written at most: unbridled, it would hold up the log's syncs on the same disk."""
+    priority: int = 0
+    """Of several nodes that could lead, the one with the highest does (`marble.raft.config.RaftConfig`)."""
+    lease_reads: bool = False
+    """The leader may answer reads from a lease, without asking a majority: rests on clocks that drift less than 1 %."""
+    quiesce_ticks: int = 0
+    """A group that had nothing to do for so long sleeps. 0: never."""
+    join: bool = False
+    """An empty directory becomes a node that waits to be added to a cluster which is there, and has no vote until then."""

@@ -51,6 +51,7 @@ class _Read:
 
     future: Future[int]
     deadline: float
+    lease: bool = False
     index: int = 0
     ticks: int = 0
 
@@ -73,13 +74,13 @@ class Promises:
     write_timeout_s, read_timeout_s
         How long one may stay undecided.
     ask
-        Asks the core for a read index under a new number.
+        Asks the core for a read index under a new number; by lease if the second argument says so.
     ask_again_ticks
         A read that the core has not answered for so long is asked again: question or answer was lost.
     """
 
     def __init__(
-        self, write_timeout_s: float, read_timeout_s: float, ask: Callable[[int], None], ask_again_ticks: int
+        self, write_timeout_s: float, read_timeout_s: float, ask: Callable[[int, bool], None], ask_again_ticks: int
     ) -> None:
         self._write_timeout_s = write_timeout_s
         self._read_timeout_s = read_timeout_s
@@ -96,9 +97,14 @@ class Promises:
         for index, future in enumerate(futures, first):
             self._writes.setdefault(index, []).append(_Write(term, future, deadline))
 
-    def add_read(self, future: Future[int], now: float) -> None:
-        """Ask the core for a read index."""
-        self._begin(_Read(future, now + self._read_timeout_s))
+    def add_read(self, future: Future[int], now: float, lease: bool = False) -> None:
+        """Ask the core for a read index; `lease`: one that rests on a lease will do."""
+        self._begin(_Read(future, now + self._read_timeout_s, lease))
+
+    @property
+    def any(self) -> bool:
+        """Whether anybody waits."""
+        return bool(self._writes or self._reads)
 
     def applied(self, first: int, terms: Sequence[int], results: Sequence[Result]) -> None:
         """These entries were applied here: whoever waits at their indexes, or in an older term, gets an answer."""
@@ -181,7 +187,7 @@ class Promises:
         request, self._next_request = self._next_request, self._next_request + 1
         read.ticks = 0
         self._reads[request] = read
-        self._ask(request)
+        self._ask(request, read.lease)
 
 
 def _overtaken() -> UnavailableError:

@@ -18,7 +18,7 @@ from marble.raft.messages import Message, MessageKind
 from marble.raft.progress import ProgressState
 from marble.testing.disk import DiskCrash, SimulatedFiles
 from marble.transport.codec import Envelope
-from marble.types import EntryKind, HardState, Role
+from marble.types import EntryKind, HardState, Members, Role
 
 
 class Bench:
@@ -30,7 +30,7 @@ class Bench:
         self.queues_full = False
         self.log = Log.open(self.files, LogOptions())
         config = RaftConfig(1, 10, 2, random=Random(1), pre_vote=False)
-        raft = Raft(config, DurableState(HardState(), [1, 2, 3], TermIndex()))
+        raft = Raft(config, DurableState(HardState(), Members((1, 2, 3)), TermIndex()))
         self.driver = Driver(0, raft, self.log, TableMachine(), self.send)
 
     def send(self, to: int, envelopes: list[Envelope]) -> bool:

@@ -158,10 +158,13 @@ def test_calls_after_close_say_so(tmp_path: Path) -> None:
 def test_no_thread_is_left_behind(tmp_path: Path) -> None:
     with marble.open(tmp_path) as db:
         db.create_table("t", SCHEMA, key=["id"]).write(rows(0, 1))
-        assert [thread.name for thread in threading.enumerate() if thread.name.startswith("marble-")] == [
-            "marble-engine-1"
-        ]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("marble-engine")]
+        assert {thread.name for thread in threading.enumerate() if thread.name.startswith("marble-")} == {
+            "marble-engine-1",
+            "marble-log-1",
+            "marble-apply-1",
+            "marble-snapshot-1",
+        }
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("marble-")]
 
 
 def test_a_forked_child_is_told_instead_of_hanging(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -32,6 +33,9 @@ class Silence:
     def send(self, to: int, envelopes: list[Envelope]) -> bool:
         self.sent.extend(envelope.message for envelope in envelopes)
         return True
+
+    def set_peers(self, endpoints: Mapping[int, str]) -> None:
+        self.peers = dict(endpoints)
 
 
 def make(path: Path, network: Silence | None = None, **options: object) -> Node:
@@ -76,12 +80,12 @@ def elect(node: Node) -> int:
     return term
 
 
-def test_a_message_that_no_member_would_send_is_dropped_and_counted(tmp_path: Path) -> None:
+def test_a_message_that_nobody_would_send_is_dropped_and_counted(tmp_path: Path) -> None:
     node = make(tmp_path, Silence())
     try:
-        stranger = Message(MessageKind.REQUEST_VOTE_RESPONSE, 9, 1, 1)
+        impossible = Message(MessageKind.HEARTBEAT, 2, 1, 0)
         misdirected = Message(MessageKind.HEARTBEAT, 2, 3, 1)
-        node.receive([Envelope(0, stranger), Envelope(0, misdirected), Envelope(7, stranger)])
+        node.receive([Envelope(0, impossible), Envelope(0, misdirected), Envelope(7, impossible)])
         counters = node.status()["metrics"]
         assert counters["messages_refused"] == 1
         assert counters["messages_misdirected"] == 2

@@ -14,7 +14,7 @@ from marble.raft.messages import ReadState
 
 def _promises(asked: list[int] | None = None) -> Promises:
     asked = [] if asked is None else asked
-    return Promises(10.0, 5.0, asked.append, 3)
+    return Promises(10.0, 5.0, lambda request, lease: asked.append(request), 3)
 
 
 def _write(promises: Promises, first: int, term: int, count: int = 1, now: float = 0.0) -> list[Future[Committed]]:

@@ -48,12 +48,19 @@ def run_many() -> None:
 
 def test_acknowledging_before_the_sync_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def turn(drivers: list, log: Log) -> None:
-        while busy := [driver for driver in drivers if driver.raft.has_ready()]:
-            must_sync = [driver.begin() for driver in busy]
-            for driver in busy:
-                driver.finish()
-            if any(must_sync):
+        busy = True
+        while busy:
+            numbers = [driver.begin() for driver in drivers if driver.has_ready()]
+            for driver, number in zip(drivers, numbers, strict=False):
+                driver.persisted(number)
+            if any(numbers):
                 log.sync()
+            busy = bool(numbers)
+            for driver in drivers:
+                while (job := driver.take_apply()) is not None:
+                    job.run()
+                    driver.finish_apply(job)
+                    busy = True
 
     monkeypatch.setattr(cluster, "turn", turn)
     with pytest.raises((MarbleError, AssertionError)):

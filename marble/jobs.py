@@ -1,0 +1,223 @@
+"""Work that a driver hands out because it may take long: applying entries, and everything about files of snapshots.
+
+Rule 1: a job is made and finished by the thread that owns the driver, and run in between by any one thread. While it runs
+it touches nothing of the driver's: only the log (which may be read by several threads), the machine's writing side and
+files of its own.
+Rule 2: of one group at most one job that touches the machine and one that touches files of snapshots are out at a time, so
+the machine sees the entries in order and by one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import pyarrow as pa
+
+from marble._core import entry_batch
+from marble.errors import CorruptionError, MarbleError, ProtocolError, UnavailableError, check
+from marble.logstore.snapshots import SnapshotInfo, SnapshotStore
+from marble.machine import MachineState, Result, StateMachine
+from marble.members import decode_members
+from marble.types import HardState, Members, SnapshotMeta
+
+APPLY_BYTES_MAX: Final = 16 * 1024 * 1024
+"""How much of the log one call of apply gets at most: bounds the memory of a replay."""
+
+NEVER: Final = 2**63
+"""More than any index or number of bytes."""
+
+Pace = Callable[[int], None]
+"""Called with the bytes that were written to a snapshot; may wait."""
+
+
+class Log(Protocol):
+    """What the driver needs of the durable log (`marble.logstore.log.Log` offers more)."""
+
+    def append(self, group: int, hard_state: HardState | None, entries: pa.RecordBatch | None) -> None: ...
+
+    def start_after(self, group: int, index: int, term: int) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def purge(self) -> int: ...
+
+    def read(self, group: int, first: int, end: int, bytes_max: int) -> pa.RecordBatch: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """Entries that one call of apply took: ``results[i]`` belongs to ``first + i``, which was proposed in ``terms[i]``."""
+
+    first: int
+    terms: Sequence[int]
+    results: Sequence[Result]
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipApplied:
+    """Entry ``index`` made the group consist of ``members``, who are reached at ``endpoints``."""
+
+    index: int
+    members: Members
+    endpoints: Mapping[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """When the state is to be captured: after entry ``index``, or once ``nbytes`` more of the log were applied."""
+
+    index: int = NEVER
+    nbytes: int = NEVER
+
+
+class ApplyJob:
+    """Committed entries on their way into the machine: as many of ``[first, end)`` as one call of apply takes.
+
+    None at all if ``first == end``: then only a capture is due.
+    """
+
+    def __init__(
+        self, group: int, log: Log, machine: StateMachine, first: int, end: int, nbytes: int, due: Due
+    ) -> None:
+        self.group = group
+        self.first = first
+        self.end = end
+        self.nbytes = nbytes
+        """Bytes of the entries ``[first, end)``: at least as much as what one call takes."""
+        self.applied_bytes = 0
+        self.applied: Applied | None = None
+        """What was applied, if anything."""
+        self.memberships: list[MembershipApplied] = []
+        self.state: MachineState | None = None
+        """The state behind the last entry, if that was due."""
+        self._log = log
+        self._machine = machine
+        self._due = due
+
+    def run(self) -> None:
+        """Read the entries and apply them. Raises what the log or the machine raises: the node must then stop."""
+        if self.first < self.end:
+            batch = self._log.read(self.group, self.first, self.end, APPLY_BYTES_MAX)
+            results = self._machine.apply(batch)
+            check(len(results) == batch.num_rows, "apply must answer every entry")
+            for index in entry_batch.changes(batch):
+                payload = entry_batch.payload(batch, index - self.first)
+                self.memberships.append(MembershipApplied(index, *decode_members(payload)))
+            span = entry_batch.span(batch)
+            self.applied_bytes = span.bytes
+            self.applied = Applied(self.first, span.terms(), results)
+        if self._machine.applied_index >= self._due.index or self.applied_bytes >= self._due.nbytes:
+            self.state = self._machine.capture()
+
+
+class RestoreJob:
+    """A snapshot from the leader takes the place of the machine's state."""
+
+    def __init__(self, store: SnapshotStore, machine: StateMachine, info: SnapshotInfo) -> None:
+        self.group = info.group
+        self.nbytes = info.nbytes
+        self.info = info
+        self._store = store
+        self._machine = machine
+
+    def run(self) -> None:
+        """Raises CorruptionError if the file is not what it was: the node must then stop."""
+        self._machine.restore(self.info.index, self._store.read(self.info))
+
+
+class WriteJob:
+    """A captured state becomes a snapshot's file."""
+
+    def __init__(
+        self,
+        group: int,
+        store: SnapshotStore,
+        meta: SnapshotMeta,
+        endpoints: Mapping[int, str],
+        state: MachineState,
+        pace: Pace | None,
+    ) -> None:
+        self.group = group
+        self.meta = meta
+        self.error: Exception | None = None
+        """Why there is no snapshot, if there is none. All else is as before."""
+        self._store = store
+        self._endpoints = endpoints
+        self._state: MachineState | None = state
+        self._pace = pace
+        self._given_up = False
+
+    def give_up(self) -> None:
+        """End `run` soon, without a snapshot. May be called on another thread."""
+        self._given_up = True
+
+    def run(self) -> None:
+        """Write the file, which takes long, then remove those that it supersedes."""
+        state, self._state = self._state, None  # What it holds of memory goes when the file is written.
+        assert state is not None
+        try:
+            self._store.write(self.meta, self._endpoints, state.batches(), self._wait)
+            self._store.prune(self.meta.index)
+        except (OSError, UnavailableError) as error:
+            self.error = error
+
+    def _wait(self, nbytes: int) -> None:
+        if self._given_up:
+            raise UnavailableError("something more urgent is to be done with snapshots")
+        if self._pace is not None:
+            self._pace(nbytes)
+
+
+class ReceiveJob:
+    """One step of receiving a snapshot: begin or go on, take in a piece, and if that was the last, verify all of it.
+
+    After `run` either ``offset`` says where the next piece starts, or ``complete`` holds, or ``error`` says why it ended.
+    """
+
+    def __init__(self, store: SnapshotStore, info: SnapshotInfo, piece: tuple[int, pa.Buffer] | None) -> None:
+        self.group = info.group
+        self.info = info
+        self.offset = 0
+        self.complete = False
+        self.error: Exception | None = None
+        self._store = store
+        self._piece = piece
+
+    def run(self) -> None:
+        """Raises nothing that a full disk or a wrong piece could cause."""
+        piece, self._piece = self._piece, None
+        try:
+            receiver = self._store.receive(self.info)
+            if piece is not None:
+                offset, data = piece
+                receiver.write(offset, memoryview(data))
+            self.offset = receiver.offset
+            if receiver.complete:
+                receiver.finish()
+                self.complete = True
+        except (OSError, MarbleError) as error:
+            if not isinstance(error, OSError | ProtocolError | CorruptionError | UnavailableError):
+                raise
+            self.error = error
+
+
+class DiscardJob:
+    """What has arrived of a snapshot is not wanted any more."""
+
+    def __init__(self, group: int, store: SnapshotStore) -> None:
+        self.group = group
+        self.error: Exception | None = None
+        self._store = store
+
+    def run(self) -> None:
+        """Raises nothing that a failing disk could cause: nobody relies on these files."""
+        try:
+            self._store.discard_partial()
+        except OSError as error:
+            self.error = error
+
+
+MachineJob = ApplyJob | RestoreJob
+FileJob = WriteJob | ReceiveJob | DiscardJob

@@ -1,0 +1,245 @@
+"""Snapshots of one group on this node: when one is taken, what of the log it makes superfluous, how one from the leader
+takes the place of the state.
+
+Rule 1: the log is purged only up to what a durable snapshot covers, less a tail for followers that lag a little, and never
+past what a peer needs that is fetching a snapshot.
+Rule 2: a snapshot of the leader reaches the core only when its file is whole, and only while no job works on the machine:
+what the core then throws out of the log nobody is reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from marble.errors import check
+from marble.jobs import NEVER, ApplyJob, Due, FileJob, Log, Pace, RestoreJob, WriteJob
+from marble.logstore.snapshots import SnapshotStore
+from marble.machine import StateMachine
+from marble.raft.core import Raft
+from marble.raft.messages import Message, MessageKind
+from marble.transfer import Transfer
+from marble.transport.codec import Envelope
+from marble.types import SnapshotMeta
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotPolicy:
+    """When snapshots are taken and what stays behind them."""
+
+    distance: int = 10_000
+    """One is due when so many entries were applied since the last."""
+    log_bytes: int = 256 * 1024 * 1024
+    """Or when the payloads of those are so many bytes. What stays of the log behind it has no more, either."""
+    tail: int | None = None
+    """How many entries before a snapshot stay, for followers that lag. None: ``distance``."""
+    piece_bytes_max: int = 1024 * 1024
+    """What one message carries of a snapshot."""
+    patience_ticks: int = 10
+    """How long an answer may take before a piece is asked for again."""
+
+
+class Snapshots:
+    """Owned by the driver of the group, and its thread.
+
+    Parameters
+    ----------
+    group, raft, log, machine
+        The driver's.
+    store
+        The group's snapshots on disk.
+    policy
+        See there.
+    post
+        Sends an envelope.
+    pace
+        Slows down the writing of a snapshot; None: as fast as the disk takes it.
+    """
+
+    def __init__(
+        self,
+        group: int,
+        raft: Raft,
+        log: Log,
+        machine: StateMachine,
+        store: SnapshotStore,
+        policy: SnapshotPolicy,
+        post: Callable[[Envelope], None],
+        pace: Pace | None,
+    ) -> None:
+        self.transfer = Transfer(group, raft.id, store, post, policy.piece_bytes_max, policy.patience_ticks)
+        self.purged = False
+        """Whether the log was told of a purge since somebody set this to False."""
+        self._group = group
+        self._raft = raft
+        self._log = log
+        self._machine = machine
+        self._store = store
+        self._policy = policy
+        self._post = post
+        self._pace = pace
+        self._wanted = False
+        self._not_before = 0
+        self._bytes = 0
+        self._write: WriteJob | None = None
+        self._out: FileJob | None = None
+        self._install: Message | None = None
+        self._restore: tuple[int, RestoreJob] | None = None
+
+    # -- taking one --------------------------------------------------------------------------------------------------
+
+    @property
+    def index(self) -> int:
+        """Where the newest snapshot stands; 0 without one."""
+        return 0 if self._raft.snapshot is None else self._raft.snapshot.index
+
+    def want(self) -> bool:
+        """Take one now, whatever the policy. False if that would be the one that is there."""
+        if self._raft.applied_index in (0, self.index):
+            return False
+        self._wanted = True
+        return True
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a capture is due even if there is nothing to be applied."""
+        return self._wanted and self._write is None and self._install is None and self._restore is None
+
+    def due(self) -> Due:
+        """When the next apply job is to capture the state."""
+        if self._write is not None:
+            return Due(NEVER, NEVER)
+        if self._wanted:
+            return Due(0)
+        return Due(max(self.index + self._policy.distance, self._not_before), self._policy.log_bytes - self._bytes)
+
+    def applied(self, job: ApplyJob, endpoints: Mapping[int, str]) -> None:
+        """`job` has run, and the core knows. If it captured the state, that is to be written."""
+        self._bytes += job.applied_bytes
+        if job.state is None:
+            return
+        check(job.state.applied_index == self._raft.applied_index, "a state was captured at another index")
+        index = job.state.applied_index
+        meta = SnapshotMeta(index, self._raft.log.term_at(index), self._raft.members)
+        self._write = WriteJob(self._group, self._store, meta, endpoints, job.state, self._pace)
+        self._wanted, self._bytes = False, 0
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def take_job(self) -> FileJob | None:
+        """What is to be done with files next; None if there is nothing, or a job is out."""
+        if self._out is not None:
+            return None
+        # Receiving goes first: without what is being received this node is of no use.
+        self._out = self.transfer.take_job() or self._write
+        return self._out
+
+    def finish_job(self, job: FileJob) -> None:
+        """`job` has run."""
+        check(job is self._out, "a job on snapshots finished that is not out")
+        self._out = None
+        if isinstance(job, WriteJob):
+            self._write = None
+            if job.error is None:
+                self._raft.snapshot_taken(job.meta)
+                self.purge()
+            else:
+                # The disk may be full: not at once again.
+                self._not_before = self._raft.applied_index + max(1, self._policy.distance // 4)
+            return
+        answer = self.transfer.finish_job(job)
+        if answer is not None and answer.kind is MessageKind.INSTALL_SNAPSHOT:
+            self._install = answer
+        elif answer is not None:
+            self._post(Envelope(self._group, answer))
+
+    # -- the log -----------------------------------------------------------------------------------------------------
+
+    def purge(self) -> None:
+        """Let go of the log that the newest snapshot makes superfluous."""
+        raft, policy = self._raft, self._policy
+        log, tail = raft.log, policy.distance if policy.tail is None else policy.tail
+        end = self.index - tail
+        pinned = self.transfer.pinned_index
+        if pinned is not None:
+            end = min(end, pinned)
+        # A tail of a few large entries may be more than what is worth keeping.
+        low, high = max(end, log.first_index - 1), self.index if pinned is None else min(self.index, pinned)
+        while low < high:
+            middle = (low + high) // 2
+            if log.bytes(middle + 1, self.index + 1) > policy.log_bytes:
+                low = middle + 1
+            else:
+                high = middle
+        end = max(end, low)
+        if end >= log.first_index:
+            self._log.start_after(self._group, end, log.term_at(end))
+            raft.purge(end)
+            self.purged = True
+
+    # -- one from the leader -----------------------------------------------------------------------------------------
+
+    def receive(self, envelope: Envelope) -> Message | None:
+        """A message of another driver, or an INSTALL_SNAPSHOT. Returns what the core is to see of it, if anything.
+
+        Raises ProtocolError if the message is at fault.
+        """
+        message, raft = envelope.message, self._raft
+        match message.kind:
+            case MessageKind.SNAPSHOT_FETCH:
+                self.transfer.serve(message, raft.term)
+                return None
+            case MessageKind.SNAPSHOT_PIECE:
+                refusal = self.transfer.arrived(envelope)
+                if refusal is not None:
+                    self._post(Envelope(self._group, refusal))
+                return None
+            case _:
+                pass
+        useless = message.log_index <= raft.commit_index or raft.log.matches(message.log_index, message.log_term)
+        if message.term < raft.term or useless:
+            return message
+        self._install = self.transfer.offered(envelope) or self._install
+        if isinstance(self._out, WriteJob):
+            self._out.give_up()
+        return None
+
+    @property
+    def installing(self) -> bool:
+        """Whether a snapshot from the leader waits for the machine to be idle, or for its turn there."""
+        return self._install is not None or self._restore is not None
+
+    @property
+    def has_install(self) -> bool:
+        """Whether the core is to see an INSTALL_SNAPSHOT as soon as no job works on the machine."""
+        return self._install is not None
+
+    def take_install(self) -> Message | None:
+        """What the core is to see now that no job works on the machine, if anything."""
+        message, self._install = self._install, None
+        return message
+
+    def install(self, meta: SnapshotMeta, number: int) -> None:
+        """The core's write `number` starts the log anew behind the snapshot `meta`: restore it when that is durable."""
+        info = next((info for info in self._store.infos() if info.meta == meta), None)
+        check(info is not None, f"the core installs a snapshot at {meta.index} that is not here")
+        assert info is not None
+        self._store.pin(info.index)
+        self._restore = number, RestoreJob(self._store, self._machine, info)
+
+    def take_restore(self, persisted: int) -> RestoreJob | None:
+        """The job that restores, once write number `persisted` is durable."""
+        return self._restore[1] if self._restore is not None and self._restore[0] <= persisted else None
+
+    def restored(self, job: RestoreJob) -> None:
+        """`job` has run."""
+        check(self._restore is not None and job is self._restore[1], "a restore finished that was not under way")
+        self._restore = None
+        self._store.unpin(job.info.index)
+        self._bytes = 0
+
+    # -- time --------------------------------------------------------------------------------------------------------
+
+    def tick(self) -> list[int]:
+        """A tick has passed. Returns peers that fetch no longer what they were offered."""
+        return self.transfer.tick(self._raft.progress)
