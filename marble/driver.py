@@ -261,7 +261,8 @@ class Driver:
         self._staged.clear()
         if ready.snapshot is not None:
             self._install(ready.snapshot, ready.hard_state, ready.number)
-            self._log.append(self.group, None, entries)
+            if entries is not None:
+                self._log.append(self.group, None, entries)
         elif entries is not None or ready.hard_state is not None:
             self._log.append(self.group, ready.hard_state, entries)
         self._post(ready.messages)
@@ -361,8 +362,7 @@ class Driver:
     def _install(self, meta: SnapshotMeta, hard_state: HardState | None, number: int) -> None:
         """Let the log go on behind a snapshot, with the sync of this write."""
         assert self.snapshots is not None
-        self._log.append(self.group, hard_state, None)
-        self._log.start_after(self.group, meta.index, meta.term)
+        self._log.start_after(self.group, meta.index, meta.term, hard_state)
         self.snapshots.install(meta, number)
         self._committed_end = meta.index + 1
 
