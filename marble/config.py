@@ -11,7 +11,6 @@ what it may hold and, for a key that does not exist, the nearest one that does.
 from __future__ import annotations
 
 import difflib
-import logging
 import re
 import tomllib
 import types
@@ -26,12 +25,13 @@ from marble.types import NODE_ID_MAX
 NODES_MAX: Final = 31
 """Every write waits for a majority, every heartbeat goes to all: many voters only make a cluster slower."""
 
-_log = logging.getLogger("marble.config")
-
 DEFAULT_PORT: Final = 5001
 
 ENTRY_BYTES_MAX: Final = 60 * 2**20
 """An entry must fit a frame of the log (`marble.logstore.log.LogOptions`), which never grows beyond 64 MiB."""
+
+PRIORITY_MAX: Final = 65_535
+"""A node's priority travels as uint16."""
 
 HEARTBEAT_TICKS: Final = 3
 """Ticks between two heartbeats. Finer ticks spread the randomised election timeouts of the nodes further apart."""
@@ -163,11 +163,11 @@ class RaftClusterConfig:
     heartbeat_interval_ms
         How often a leader shows that it lives; 10 to 60000.
     snapshot_distance
-        Known from MarbleDB. Snapshots are not built yet: another value than the default is accepted, has no effect, and
-        logs a warning that says so.
+        Entries between two snapshots of a node's state; 1 to 2**62. A snapshot also comes when the log has grown by
+        256 MiB. Behind it the log keeps this many entries for followers that are a little slow, and forgets the rest.
     max_log_size
-        Bytes of log at which a node refuses further writes with `UnavailableError`, as the log is kept whole until
-        snapshots are built. None: no limit.
+        Bytes of log at which a node refuses further writes with `UnavailableError`, until a snapshot lets it forget
+        some. Leave room for two snapshot distances of what is written. None: no limit.
     max_entry_size
         Bytes of one entry's payload, that is of one written batch, at most; 4 KiB to 60 MiB.
     enable_pre_vote
@@ -175,6 +175,10 @@ class RaftClusterConfig:
         not disturb the others.
     enable_ssl
         Not built yet: only False is accepted.
+    lease_reads
+        Let a leader answer linearizable reads without asking the others, while they have confirmed it recently enough.
+        Such a read is linearizable only while no node's monotonic clock runs more than 1 % faster or slower than real
+        time; without it, reads need no clock at all.
     append_bytes_max
         Payload bytes that one AppendEntries carries, unless a single entry is larger.
     inflight_messages_max
@@ -204,6 +208,7 @@ class RaftClusterConfig:
     max_entry_size: int = 16 * _MIB
     enable_pre_vote: bool = True
     enable_ssl: bool = False
+    lease_reads: bool = False
     append_bytes_max: int = 4 * _MIB
     inflight_messages_max: int = 256
     inflight_bytes_max: int = 64 * _MIB
@@ -227,7 +232,7 @@ class RaftClusterConfig:
         object.__setattr__(self, "endpoints", types.MappingProxyType(endpoints))
         self._check_times()
         self._check_limits()
-        self._check_not_built()
+        self._check_switches()
 
     def _check_times(self) -> None:
         _check_int("heartbeat_interval_ms", self.heartbeat_interval_ms, 10, 60_000)
@@ -247,6 +252,7 @@ class RaftClusterConfig:
         _check_int("uncommitted_bytes_max", self.uncommitted_bytes_max, 1, 2**40)
         _check_int("segment_bytes_max", self.segment_bytes_max, 4096, 2**40)
         _check_int("cache_bytes_max", self.cache_bytes_max, 0, 2**40)
+        _check_int("snapshot_distance", self.snapshot_distance, 1, 2**62)
         if self.max_log_size is not None:
             _check_int("max_log_size", self.max_log_size, 1, 2**62)
             self._check_at_least("max_log_size", "max_entry_size")
@@ -257,19 +263,11 @@ class RaftClusterConfig:
         if getattr(self, name) < getattr(self, least):
             raise UsageError(f"{name} {getattr(self, name)} must not be below {least} {getattr(self, least)}")
 
-    def _check_not_built(self) -> None:
-        _check_bool("enable_pre_vote", self.enable_pre_vote)
-        _check_bool("enable_ssl", self.enable_ssl)
+    def _check_switches(self) -> None:
+        for name in ("enable_pre_vote", "enable_ssl", "lease_reads"):
+            _check_bool(name, getattr(self, name))
         if self.enable_ssl:
             raise UsageError("enable_ssl = true: encrypted connections are not built yet; run inside a trusted network")
-        _check_int("snapshot_distance", self.snapshot_distance, 1, 2**62)
-        if self.snapshot_distance != 10_000:
-            # Configs of MarbleDB name it: they work here, and their owner is told what they do not get.
-            _log.warning(
-                "snapshot_distance = %d has no effect: snapshots are not built yet and the log is kept whole "
-                "(max_log_size limits it)",
-                self.snapshot_distance,
-            )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str = "cluster") -> RaftClusterConfig:
@@ -378,24 +376,38 @@ class NodeConfig:
     listen
         ``host:port`` to bind, where that differs from where others find the node; port 0 takes any free one.
         None: the node's endpoint.
+    priority
+        Of several nodes that could lead, the one with the highest is to; 0 to `PRIORITY_MAX`.
+    join
+        Whether the node is to be added to a cluster that runs already: it starts without members and waits until
+        somebody adds it (``marble members URL --add``). ``node_endpoints`` then says where to find the others.
+    joining_endpoint
+        ``host:port`` where others will find a joining node; needed unless ``node_endpoints`` has it.
 
     Raises
     ------
     UsageError
-        If the cluster has no node `id`, or a value is malformed.
+        If the cluster has no node `id` and it is not to join, or a value is malformed.
     """
 
     id: int
     data_dir: Path
     cluster: RaftClusterConfig
     listen: str | None = None
+    priority: int = 0
+    join: bool = False
+    joining_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         _check_int("[node] id", self.id, 1, NODE_ID_MAX)
-        if self.id not in self.cluster.endpoints:
-            raise UsageError(
-                f"[node] id is {self.id}, but the cluster's nodes are {', '.join(map(str, self.cluster.voters))}"
-            )
+        _check_int("[node] priority", self.priority, 0, PRIORITY_MAX)
+        _check_bool("[node] join", self.join)
+        if self.joining_endpoint is not None:
+            self._check_joining(self.joining_endpoint)
+        elif self.id not in self.cluster.endpoints:
+            advice = "[node] endpoint must say where others find it" if self.join else "set [node] join to add another"
+            nodes = ", ".join(map(str, self.cluster.voters))
+            raise UsageError(f"[node] id is {self.id}, but the cluster's nodes are {nodes}: {advice}")
         if not isinstance(self.data_dir, str | Path) or not str(self.data_dir):
             raise UsageError(f"[node] data_dir must name a directory, not {_shown(self.data_dir)}")
         object.__setattr__(self, "data_dir", Path(self.data_dir))
@@ -403,10 +415,21 @@ class NodeConfig:
             listen = format_endpoint(*parse_endpoint(self.listen, what="[node] listen", free_port=True))
             object.__setattr__(self, "listen", listen)
 
+    def _check_joining(self, given: str) -> None:
+        endpoint = format_endpoint(*parse_endpoint(given, what="[node] endpoint"))
+        if not self.join:
+            raise UsageError(f"[node] endpoint {endpoint!r} beside an id is for a node with join = true")
+        for node, other in self.cluster.endpoints.items():
+            if (node == self.id) != (other == endpoint):
+                raise UsageError(
+                    f"[node] {self.id} is to join at {endpoint}, but in node_endpoints node {node} is at {other}"
+                )
+        object.__setattr__(self, "joining_endpoint", endpoint)
+
     @property
     def endpoint(self) -> str:
         """Where others find this node."""
-        return self.cluster.endpoints[self.id]
+        return self.joining_endpoint or self.cluster.endpoints[self.id]
 
     @property
     def listen_endpoint(self) -> str:
@@ -435,13 +458,25 @@ def parse_config(text: str, directory: Path) -> NodeConfig:
             raise UsageError(f"the table [{key}] is missing")
     cluster = RaftClusterConfig.from_mapping(tables["cluster"])
     node = tables["node"]
-    _check_keys(node, ("id", "endpoint", "data_dir", "listen"), required=("data_dir",), where="node")
-    if ("id" in node) == ("endpoint" in node):
+    _check_keys(
+        node, ("id", "endpoint", "data_dir", "listen", "priority", "join"), required=("data_dir",), where="node"
+    )
+    join = node.get("join", False)
+    if join is True and "id" not in node:
+        raise UsageError("[node] needs an 'id' to join with: one that no node of the cluster has ever had")
+    if join is not True and ("id" in node) == ("endpoint" in node):
         raise UsageError("[node] needs one of 'id' and 'endpoint': which node of the cluster this is")
     if not isinstance(node["data_dir"], str) or not node["data_dir"]:
         raise UsageError(f"[node] data_dir must name a directory, not {_shown(node['data_dir'])}")
-    identity = node["id"] if "id" in node else cluster.find_node(node["endpoint"])
-    return NodeConfig(identity, directory / node["data_dir"], cluster, node.get("listen"))
+    return NodeConfig(
+        id=node["id"] if "id" in node else cluster.find_node(node["endpoint"]),
+        data_dir=directory / node["data_dir"],
+        cluster=cluster,
+        listen=node.get("listen"),
+        priority=node.get("priority", 0),
+        join=join,
+        joining_endpoint=node.get("endpoint") if join is True else None,
+    )
 
 
 def load_config(path: str | Path) -> NodeConfig:

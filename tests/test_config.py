@@ -120,6 +120,9 @@ def test_a_message_may_hold_a_full_append_or_one_large_entry() -> None:
         ({"enable_pre_vote": 1}, "enable_pre_vote must be true or false, not int"),
         ({"enable_ssl": True}, "enable_ssl .* not built yet"),
         ({"enable_ssl": "no"}, "enable_ssl must be true or false"),
+        ({"lease_reads": "on"}, "lease_reads must be true or false, not str 'on'"),
+        ({"snapshot_distance": 0}, "snapshot_distance is 0: it must be within 1"),
+        ({"snapshot_distance": 1e4}, "snapshot_distance must be a whole number, not float"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(changes: dict[str, object], words: str) -> None:
@@ -298,9 +301,51 @@ def test_a_node_config_from_python_is_checked_too() -> None:
         NodeConfig(1, None, cluster)  # type: ignore[arg-type]
 
 
-def test_another_snapshot_distance_is_accepted_and_said_to_have_no_effect(caplog: pytest.LogCaptureFixture) -> None:
-    assert RaftClusterConfig("c", ["h:1"], snapshot_distance=5_000).snapshot_distance == 5_000
-    assert "snapshot_distance = 5000 has no effect" in caplog.text
-    caplog.clear()
-    RaftClusterConfig("c", ["h:1"])
-    assert not caplog.text
+def joining(cluster_line: str = "", **changes: str) -> NodeConfig:
+    keys = {"id": "4", "endpoint": '"h:5004"', "data_dir": '"four"', "join": "true"} | changes
+    lines = "\n".join(f"{key} = {value}" for key, value in keys.items() if value)
+    endpoints = ", ".join(f'"{endpoint}"' for endpoint in THREE)
+    cluster = f'cluster_id = "orders"\nnode_endpoints = [{endpoints}]\n{cluster_line}'
+    return parse_config(f"[node]\n{lines}\n[cluster]\n{cluster}\n", Path("/etc/marble"))
+
+
+def test_a_node_that_joins_need_not_be_among_the_nodes_it_is_told_of() -> None:
+    config = joining()
+    assert (config.id, config.join, config.endpoint, config.listen_endpoint) == (4, True, "h:5004", "h:5004")
+    assert joining(listen='"0.0.0.0:0"').listen_endpoint == "0.0.0.0:0"
+    # Once it has joined, the list may be brought up to date.
+    assert joining(id="2", endpoint="").endpoint == THREE[1]
+    assert joining(id="2", endpoint=f'"{THREE[1]}"').endpoint == THREE[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"id": ""}, "needs an 'id' to join with"),
+        ({"endpoint": ""}, "endpoint must say where others find it"),
+        ({"endpoint": '"h"'}, "endpoint 'h' has no port"),
+        ({"endpoint": f'"{THREE[1]}"'}, "4 is to join at .*5002, but in node_endpoints node 2 is at .*5002"),
+        ({"id": "2"}, "2 is to join at h:5004, but in node_endpoints node 2 is at"),
+        ({"join": '"yes"', "endpoint": ""}, "join must be true or false, not str 'yes'"),
+        ({"join": "false", "endpoint": ""}, "set .node. join to add another"),
+        ({"join": "false"}, "needs one of 'id' and 'endpoint'"),
+        ({"priority": "-1"}, "priority is -1"),
+        ({"priority": "65536"}, "priority is 65536"),
+        ({"priority": "true"}, "priority must be a whole number, not bool"),
+    ],
+)
+def test_a_node_that_cannot_join_like_that_is_refused(changes: dict[str, str], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        joining(**changes)
+
+
+def test_an_endpoint_beside_an_id_is_for_a_node_that_joins() -> None:
+    with pytest.raises(UsageError, match="is for a node with join = true"):
+        NodeConfig(4, Path("d"), RaftClusterConfig("orders", THREE), joining_endpoint="h:5004")
+
+
+def test_switches_are_off_unless_asked_for() -> None:
+    config = RaftClusterConfig("orders", THREE)
+    assert not config.lease_reads
+    assert dataclasses.replace(config, lease_reads=True, snapshot_distance=1).lease_reads
+    assert NodeConfig(1, Path("d"), config).priority == 0
