@@ -30,6 +30,7 @@ from marble.errors import (
     NotLeaderError,
     OutcomeUnknownError,
     ProtocolError,
+    SessionExpiredError,
     UnavailableError,
     UsageError,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "RaftClusterConfig",
     "RaftServer",
     "Scan",
+    "SessionExpiredError",
     "Table",
     "UnavailableError",
     "UsageError",

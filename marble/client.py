@@ -1,7 +1,11 @@
 """A cluster seen from outside: `marble.connect` finds the leader, follows it, and retries what is safe to retry.
 
-Rule 1: reads are repeated freely until their deadline; writes only as `marble.transport.put` allows; an action that changes
-something is repeated only if it was refused, or if doing it twice is doing it once.
+Rule 1: reads are repeated freely until their deadline. What changes something carries a stamp: its number in a session, which the
+replicas know. It is repeated under the same stamp until its deadline, over lost answers and changes of leader, and takes effect once.
+`OutcomeUnknownError` is left for what has no answer even then.
+
+There is a session for each stream of writes (a table, or its deletes) and one for actions, so that none waits for another. They open
+with the first write, are closed by `close`, and end by themselves when nothing was written for an hour: a new one is then opened.
 """
 
 from __future__ import annotations
@@ -23,7 +27,15 @@ import pyarrow.flight as fl
 from marble._core.entry_batch import decode_payload, encode_payload
 from marble.config import parse_url
 from marble.database import Database
-from marble.errors import MarbleError, NotLeaderError, OutcomeUnknownError, ProtocolError, UnavailableError, UsageError
+from marble.errors import (
+    MarbleError,
+    NotLeaderError,
+    OutcomeUnknownError,
+    ProtocolError,
+    SessionExpiredError,
+    UnavailableError,
+    UsageError,
+)
 from marble.filters import columns_read, filter_batches
 from marble.schema import TableInfo
 from marble.transport.faults import from_flight_error
@@ -34,7 +46,9 @@ from marble.transport.wire import (
     GET,
     UPSERT,
     Ack,
+    Stamp,
     call_options,
+    check_number,
     decode_json,
     decode_table_info,
     decode_tables,
@@ -60,6 +74,9 @@ SCAN_TIMEOUT_S: Final = 3600.0
 FOLLOW_MAX: Final = 3
 """How often a node's word about who leads is followed before all are asked anew."""
 
+CLOSE_SESSION_TIMEOUT_S: Final = 1.0
+"""How long `close` waits for the end of a session, which would also end by itself."""
+
 WATCH_WAIT_MAX_S: Final = 1.0
 """How late the deadline of a stream may be noticed."""
 
@@ -69,7 +86,7 @@ class ClientOptions:
     """Deadlines of a client, in seconds."""
 
     timeout_s: float = 30.0
-    """After this a read ends in UnavailableError, and a write in UnavailableError (never sent) or OutcomeUnknownError."""
+    """After this a read ends in UnavailableError, and a write in UnavailableError (nothing was written) or OutcomeUnknownError."""
 
 
 class _Backoff:
@@ -111,6 +128,9 @@ class RemoteBackend:
         self._clients = ClientPool()
         self._puts: dict[tuple[int, str], PutStream] = {}
         self._scans: dict[fl.FlightStreamReader, float] = {}
+        self._session_lock = threading.Lock()
+        self._session = 0
+        self._sequence = 0
         self._leader: str | None = None
         self._silent: set[str] = set()
         self._closed = threading.Event()
@@ -130,7 +150,13 @@ class RemoteBackend:
             self._check_open()
             stream = self._puts.get((table.id, verb))
             if stream is None:
-                stream = PutStream((table.name, verb), schema, self._locate, self._options.timeout_s)
+                stream = PutStream(
+                    (table.name, verb),
+                    schema,
+                    self._locate,
+                    self._options.timeout_s,
+                    open_session=self._open_session,
+                )
                 self._puts[table.id, verb] = stream
             self._start_watch()
         answer: Future[int] = Future()
@@ -182,12 +208,10 @@ class RemoteBackend:
 
     def create_table(self, name: str, schema: pa.Schema, key: Sequence[str]) -> TableInfo:
         body = encode_json({"name": name, "key": list(key), "schema": encode_schema(schema)})
-        # Creating the same table twice is creating it once, so this may be repeated.
-        return decode_table_info(self._call(lambda endpoint, left: self._action(endpoint, "create_table", body, left)))
+        return decode_table_info(self._change("create_table", body))
 
     def drop_table(self, name: str) -> int:
-        answer = self._call_once("drop_table", encode_json({"name": name}))
-        return int(_object(answer)["index"])
+        return int(_object(self._change("drop_table", encode_json({"name": name})))["index"])
 
     def tables(self) -> Sequence[TableInfo]:
         return decode_tables(self._call(lambda endpoint, left: self._action(endpoint, "tables", b"", left)))
@@ -266,14 +290,25 @@ class RemoteBackend:
             if self._closed.is_set():
                 return
             puts, watch = list(self._puts.values()), self._watch
+        deadline = time.monotonic() + self._options.timeout_s
         for put in puts:
-            put.close(self._options.timeout_s)
+            put.close(max(0.0, deadline - time.monotonic()))
+        self._close_sessions([*(put.session for put in puts), self._session])
         self._closed.set()
         if watch is not None:
             # A Ctrl-C may have come while it was being started; then there is nothing to wait for.
             with contextlib.suppress(RuntimeError):
                 watch.join()
         self._clients.close()
+
+    def _close_sessions(self, sessions: Sequence[int]) -> None:
+        leader = self._leader
+        if leader is None:
+            return
+        # The first that fails is the last: they all end by themselves, and nobody is to wait for them.
+        with contextlib.suppress(MarbleError):
+            for session in filter(None, sessions):
+                self._action(leader, "close_session", encode_json({"session": session}), CLOSE_SESSION_TIMEOUT_S)
 
     def _check_open(self) -> None:
         if os.getpid() != self._process:
@@ -328,13 +363,7 @@ class RemoteBackend:
 
     def _action(self, endpoint: str, name: str, body: bytes, timeout_s: float) -> bytes:
         """One action at one node; what Flight raises comes out as a MarbleError."""
-        try:
-            answers = list(self._client(endpoint).do_action(fl.Action(name, body), call_options(timeout_s)))
-        except STREAM_ERRORS as error:
-            raise from_flight_error(error) from None
-        if len(answers) != 1:
-            raise ProtocolError(f"{endpoint} answered {name} {len(answers)} times")
-        return bytes(answers[0].body.to_pybytes())
+        return _act(self._client(endpoint), name, body, timeout_s)
 
     def _call(self, attempt: Callable[[str, float], T], only: Sequence[str] | None = None) -> T:
         """Run `attempt`, which may be repeated, at one node after the other until one answers or the time is up.
@@ -365,24 +394,65 @@ class RemoteBackend:
                     self._leader = None if endpoint == self._leader else self._leader
             backoff.wait(error)
 
-    def _call_once(self, name: str, body: bytes) -> bytes:
-        """Run an action that must not be repeated: again only after a refusal; a lost answer is OutcomeUnknownError."""
+    # -- changes -----------------------------------------------------------------------------------------------------
+
+    def _change(self, name: str, body: bytes) -> bytes:
+        """Run an action that changes something at the leader: once, however often it has to be sent."""
         deadline = time.monotonic() + self._options.timeout_s
         backoff = _Backoff(deadline, self._closed)
-        failed = False
+        stamp: Stamp | None = None
+        failed = unresolved = False
+        why: MarbleError
         while True:
-            client = self._locate(deadline, failed)
             try:
-                (answer,) = client.do_action(
-                    fl.Action(name, body), call_options(max(RETRY_WAIT_MIN_S, deadline - time.monotonic()))
-                )
-                return bytes(answer.body.to_pybytes())
-            except STREAM_ERRORS as failure:
-                error = from_flight_error(failure, changes=True)
-                if not isinstance(error, UnavailableError | NotLeaderError):
-                    raise error from None
+                client = self._locate(deadline, failed)
+                stamp = stamp or self._next_stamp(client, deadline)
+                return _act(client, name, body, min(_left(deadline), ATTEMPT_TIMEOUT_S), stamp)
+            except SessionExpiredError as error:
+                self._end_session(stamp)
+                if unresolved:
+                    raise
+                stamp, why = None, UnavailableError(str(error))
+            except (NotLeaderError, UnavailableError, OutcomeUnknownError) as error:
+                unresolved = unresolved or isinstance(error, OutcomeUnknownError)
+                why = OutcomeUnknownError(f"{name} was sent and has no answer: {error}") if unresolved else error
             failed = True
-            backoff.wait(error)
+            backoff.wait(why)
+
+    def _next_stamp(self, client: fl.FlightClient, deadline: float) -> Stamp:
+        with self._session_lock:
+            if not self._session:
+                self._session, self._sequence = self._open_session(client, deadline), 0
+            self._sequence += 1
+            return Stamp(self._session, self._sequence)
+
+    def _end_session(self, stamp: Stamp | None) -> None:
+        with self._session_lock:
+            if stamp is not None and stamp.session == self._session:
+                self._session = 0
+
+    def _open_session(self, client: fl.FlightClient, deadline: float) -> int:
+        # Opening another one in place of one whose number was lost is harmless.
+        answer = _act(client, "open_session", b"", min(_left(deadline), ATTEMPT_TIMEOUT_S))
+        try:
+            return check_number(_object(answer).get("session"), "session")
+        except UsageError as error:
+            raise ProtocolError(str(error)) from None
+
+
+def _left(deadline: float) -> float:
+    return max(RETRY_WAIT_MIN_S, deadline - time.monotonic())
+
+
+def _act(client: fl.FlightClient, name: str, body: bytes, timeout_s: float, stamp: Stamp | None = None) -> bytes:
+    """One action; what Flight raises comes out as a MarbleError. With a stamp, a lost answer is an OutcomeUnknownError."""
+    try:
+        answers = list(client.do_action(fl.Action(name, body), call_options(timeout_s, stamp=stamp)))
+    except STREAM_ERRORS as error:
+        raise from_flight_error(error, changes=stamp is not None) from None
+    if len(answers) != 1:
+        raise ProtocolError(f"a node answered {name} {len(answers)} times")
+    return bytes(answers[0].body.to_pybytes())
 
 
 def _object(answer: bytes) -> dict[str, Any]:

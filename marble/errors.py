@@ -48,10 +48,20 @@ class UnavailableError(MarbleError):
 class OutcomeUnknownError(MarbleError):
     """The write was handed on and its answer is lost: it may or may not take effect.
 
-    Read before deciding, or repeat it only if repeating is harmless.
+    Read before deciding, or repeat it only with the same session and sequence, or if repeating is harmless.
     """
 
     code = "outcome_unknown"
+
+
+class SessionExpiredError(OutcomeUnknownError):
+    """The session that this write belongs to is over, or no longer knows it: this attempt was not carried out.
+
+    If it was the first attempt, nothing was written: open another session and write again. If there was an earlier one, that
+    one may or may not have taken effect.
+    """
+
+    code = "session_expired"
 
 
 class ProtocolError(MarbleError):
@@ -95,6 +105,7 @@ ERROR_CODES: dict[str, type[MarbleError]] = {
         NotLeaderError,
         UnavailableError,
         OutcomeUnknownError,
+        SessionExpiredError,
         ProtocolError,
         CorruptionError,
         InvariantError,

@@ -26,6 +26,7 @@ from marble.node import Node
 from marble.options import NodeOptions
 from marble.promises import Committed, promise
 from marble.schema import TableInfo, conform, conform_keys
+from marble.transport.wire import Stamp
 from marble.types import EntryKind
 
 ANSWER_MARGIN_S: Final = 2.0
@@ -70,18 +71,30 @@ class LocalBackend:
         self.machine = machine
         self._closed = False
 
-    def propose(self, kind: EntryKind, table_id: int, body: pa.Buffer, term: int | None = None) -> Future[Committed]:
-        """Offer one entry of `kind` for the log; see `Node.propose` for `term`."""
+    def propose(
+        self,
+        kind: EntryKind,
+        table_id: int,
+        body: pa.Buffer | None,
+        term: int | None = None,
+        stamp: Stamp | None = None,
+    ) -> Future[Committed]:
+        """Offer one entry of `kind` for the log; see `Node.propose` for `term`. `stamp`: the client's, if it gave one."""
         self._check_open()
-        return self.node.propose(Proposal(kind, table_id, body), term)
+        session, sequence = (0, 0) if stamp is None else (stamp.session, stamp.sequence)
+        return self.node.propose(Proposal(kind, table_id, body, session, sequence), term)
 
-    def write_entry(self, table: TableInfo, batch: pa.RecordBatch, term: int | None = None) -> Future[Committed]:
+    def write_entry(
+        self, table: TableInfo, batch: pa.RecordBatch, term: int | None = None, stamp: Stamp | None = None
+    ) -> Future[Committed]:
         """Upsert the rows of `batch`, whoever it came from, as one entry."""
-        return self.propose(EntryKind.WRITE, table.id, payload.encode_rows(conform(batch, table)), term)
+        return self.propose(EntryKind.WRITE, table.id, payload.encode_rows(conform(batch, table)), term, stamp)
 
-    def delete_entry(self, table: TableInfo, keys: pa.RecordBatch, term: int | None = None) -> Future[Committed]:
+    def delete_entry(
+        self, table: TableInfo, keys: pa.RecordBatch, term: int | None = None, stamp: Stamp | None = None
+    ) -> Future[Committed]:
         """Delete the rows with these `keys`, whoever they came from, as one entry."""
-        return self.propose(EntryKind.DELETE, table.id, payload.encode_rows(conform_keys(keys, table)), term)
+        return self.propose(EntryKind.DELETE, table.id, payload.encode_rows(conform_keys(keys, table)), term, stamp)
 
     def write(self, table: TableInfo, batch: pa.RecordBatch) -> Future[int]:
         # `Table` has conformed what it hands over.

@@ -13,6 +13,7 @@ The verbs (see `marble.transport.wire` for the JSON in them):
 - DoGet: a ticket, or the name of a table.
 - DoExchange ``[table, "get"]`` or ``[table, "get", "local"]``: for each batch of keys one batch of rows; with
   "upsert" or "delete" like DoPut, the acks as metadata without rows.
+  With a stamp (`marble.transport.wire.Stamp`) as its ``app_metadata`` a batch takes effect once, however often it comes.
 - ListFlights, GetFlightInfo and GetSchema of ``[table]``; ListActions; DoAction of `ACTIONS`.
 
 What changes something is relayed to the leader if this node does not lead, unless the call has the header
@@ -68,8 +69,10 @@ KEYS_MAX: Final = 1024 * 1024
 
 ACTIONS: Final = {
     "campaign": "Let this node stand for election now. No body.",
+    "close_session": 'Body {"session"}: its answers are forgotten, and what it still sends is refused.',
     "create_table": 'Body {"name", "key": [..], "schema": base64 of Schema.serialize()}; answers the table.',
     "drop_table": 'Body {"name"}; answers {"index"}.',
+    "open_session": 'Begin a session, for the stamps of what is to take effect once. No body; answers {"session"}.',
     "ping": "Answers {}.",
     "propose": 'Body: any bytes, replicated as one operation; answers {"index", "term"}.',
     "status": "This node's picture of itself and its cluster.",
@@ -119,8 +122,10 @@ class TablesService:
         self._streams = threading.BoundedSemaphore(STREAMS_MAX)
         self._actions: dict[str, Callable[[flight.ServerCallContext, bytes | pa.Buffer], bytes]] = {
             "campaign": self._campaign,
+            "close_session": self._close_session,
             "create_table": self._create_table,
             "drop_table": self._drop_table,
+            "open_session": self._open_session,
             "ping": lambda context, body: b"{}",
             "propose": self._propose,
             "status": lambda context, body: wire.encode_json(self._node.status()),
@@ -182,14 +187,14 @@ class TablesService:
 
         term = 0
 
-        def offer(batch: pa.RecordBatch, begins: bool) -> Future[wire.Ack]:
+        def offer(batch: pa.RecordBatch, stamp: wire.Stamp | None, begins: bool) -> Future[wire.Ack]:
             nonlocal term
             if begins:
                 # All that is under way at once belongs to one leadership, so that none of it can pass what was refused.
                 term = self._node.leading_term
             if not term:
                 raise self._not_leader()
-            return then(write(self._table(name), batch, term), _ack)
+            return then(write(self._table(name), batch, term, stamp), _ack)
 
         ways = Ways(
             offer=offer,
@@ -198,11 +203,15 @@ class TablesService:
             timeout_s=self._timeout_s + ANSWER_MARGIN_S,
         )
         with self._stream(), Intake(name, ways, answer, acks_max) as intake, self._listed(intake):
-            for batch in _batches(reader):
-                if batch is None:
-                    intake.refuse(UsageError(f"table {name!r}: there is a message without rows in the stream"))
+            for chunk in _chunks(reader):
+                try:
+                    if chunk.data is None:
+                        raise UsageError(f"table {name!r}: there is a message without rows in the stream")
+                    stamp = None if chunk.app_metadata is None else wire.decode_stamp(chunk.app_metadata)
+                except UsageError as error:
+                    intake.refuse(error)
                 else:
-                    intake.take(batch)
+                    intake.take(chunk.data, stamp)
         self.check_running()
 
     @contextlib.contextmanager
@@ -230,8 +239,9 @@ class TablesService:
 
     def _look_up(self, name: str, consistency: str, reader: Any, writer: Any) -> None:
         schema: pa.Schema | None = None
-        for keys in _batches(reader):
+        for chunk in _chunks(reader):
             self.check_running()
+            keys = chunk.data
             if keys is None or keys.num_rows > KEYS_MAX:
                 raise UsageError(f"table {name!r}: look up 1 to {KEYS_MAX} keys with each batch")
             view = self._view(name, consistency)
@@ -325,18 +335,22 @@ class TablesService:
         asked = wire.decode_object(body, "create_table", wire.TABLE_BYTES_MAX, ("name", "key", "schema"))
         encoded = payload.encode_create_table(asked["name"], wire.decode_schema(asked["schema"]), asked["key"])
 
+        stamp = _stamp(context)
+
         def create() -> bytes:
-            committed = self._commit(EntryKind.CREATE_TABLE, encoded)
+            committed = self._commit(EntryKind.CREATE_TABLE, encoded, stamp)
             return wire.encode_table_info(self._machine.table(committed.value))
 
-        return self._at_leader(context, "create_table", body, create, repeatable=True)
+        return self._at_leader(context, "create_table", body, create, repeatable=stamp is None)
 
     def _drop_table(self, context: Any, body: bytes | pa.Buffer) -> bytes:
         asked = wire.decode_object(body, "drop_table", wire.TICKET_BYTES_MAX, ("name",))
         encoded = payload.encode_drop_table(asked["name"])
 
+        stamp = _stamp(context)
+
         def drop() -> bytes:
-            return wire.encode_json({"index": self._commit(EntryKind.DROP_TABLE, encoded).index})
+            return wire.encode_json({"index": self._commit(EntryKind.DROP_TABLE, encoded, stamp).index})
 
         return self._at_leader(context, "drop_table", body, drop, repeatable=False)
 
@@ -345,11 +359,30 @@ class TablesService:
         if len(body) > limit:
             raise UsageError(f"the operation has {len(body)} bytes, more than max_entry_size ({limit})")
 
+        stamp = _stamp(context)
+
         def propose() -> bytes:
-            committed = self._commit(EntryKind.COMMAND, payload.encode_command(bytes(body)))
+            committed = self._commit(EntryKind.COMMAND, payload.encode_command(bytes(body)), stamp)
             return wire.encode_json({"index": committed.index, "term": committed.term})
 
         return self._at_leader(context, "propose", body, propose, repeatable=False)
+
+    def _open_session(self, context: Any, body: bytes | pa.Buffer) -> bytes:
+        def open_session() -> bytes:
+            return wire.encode_json({"session": self._commit(EntryKind.OPEN_SESSION, None).value})
+
+        # A session that was opened and whose number was lost costs a little memory until it expires.
+        return self._at_leader(context, "open_session", body, open_session, repeatable=True)
+
+    def _close_session(self, context: Any, body: bytes | pa.Buffer) -> bytes:
+        asked = wire.decode_object(body, "close_session", wire.STAMP_BYTES_MAX, ("session",))
+        session = wire.check_number(asked["session"], "session")
+
+        def close_session() -> bytes:
+            future = self._backend.propose(EntryKind.CLOSE_SESSION, 0, None, stamp=wire.Stamp(session, 0))
+            return wire.encode_json({"index": self._result(future, self._timeout_s, OutcomeUnknownError).index})
+
+        return self._at_leader(context, "close_session", body, close_session, repeatable=True)
 
     def _campaign(self, context: Any, body: bytes | pa.Buffer) -> bytes:
         self._node.campaign()
@@ -375,12 +408,12 @@ class TablesService:
         except NotLeaderError:
             if not _may_forward(context):
                 raise
-        return self._relays.action(name, bytes(body), repeatable=repeatable)
+        return self._relays.action(name, bytes(body), repeatable=repeatable, stamp=_stamp(context))
 
     # -- waiting -----------------------------------------------------------------------------------------------------
 
-    def _commit(self, kind: EntryKind, body: pa.Buffer) -> Committed:
-        return self._result(self._backend.propose(kind, 0, body), self._timeout_s, OutcomeUnknownError)
+    def _commit(self, kind: EntryKind, body: pa.Buffer | None, stamp: wire.Stamp | None = None) -> Committed:
+        return self._result(self._backend.propose(kind, 0, body, stamp=stamp), self._timeout_s, OutcomeUnknownError)
 
     def _result(self, future: Future[T], timeout_s: float, late: type[MarbleError]) -> T:
         """The result of `future`. If the engine is silent or the server stops, raises `late`."""
@@ -417,19 +450,23 @@ def _path(descriptor: flight.FlightDescriptor, verbs: Sequence[str]) -> tuple[st
     return name, verb, wire.check_consistency(rest[1]) if len(rest) == 2 else "linearizable"
 
 
-def _batches(reader: Any) -> Iterator[pa.RecordBatch | None]:
-    """The batches that a client sends; None for a message without rows."""
+def _chunks(reader: Any) -> Iterator[Any]:
+    """The messages that a client sends."""
     while True:
         try:
-            chunk = reader.read_chunk()
+            yield reader.read_chunk()
         except StopIteration:
             return
-        yield chunk.data
 
 
 def _may_forward(context: Any) -> bool:
     headers = context.get_middleware(wire.CallHeaders.KEY)
     return headers is None or bool(headers.forward)
+
+
+def _stamp(context: Any) -> wire.Stamp | None:
+    headers: wire.CallHeaders | None = context.get_middleware(wire.CallHeaders.KEY)
+    return None if headers is None else headers.stamp()
 
 
 def _ack(committed: Committed) -> wire.Ack:

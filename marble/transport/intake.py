@@ -3,6 +3,8 @@
 Rule 1: acks leave in the order in which the batches came, one for each. Batches go either to this node's log or,
 through a relay, to the leader. The way changes only when nothing is under way, or when what is under way was refused
 and none of it has taken effect: a batch never overtakes an earlier one of its stream.
+Rule 2: once a batch was refused, all that come after it in its stream are; so it is when the outcome of a batch with a stamp
+cannot be told. Its client then sends them again, in order, in another stream.
 
 Threads: the Flight handler reads and calls `Intake.take`; one thread of the intake's own ("marble-ack-…") waits for
 outcomes and writes acks. It ends with the ``with`` block that the handler puts around the intake.
@@ -22,8 +24,15 @@ from typing import Final, Protocol
 
 import pyarrow as pa
 
-from marble.errors import InvariantError, MarbleError, NotLeaderError, OutcomeUnknownError, UnavailableError
-from marble.transport.wire import Ack, encode_acks
+from marble.errors import (
+    InvariantError,
+    MarbleError,
+    NotLeaderError,
+    OutcomeUnknownError,
+    SessionExpiredError,
+    UnavailableError,
+)
+from marble.transport.wire import Ack, Stamp, encode_acks
 
 UNDER_WAY_BATCHES_MAX: Final = 1024
 """Batches of one stream that wait for their outcome; the next one is not read before one of them has it."""
@@ -42,7 +51,7 @@ class StreamEndedError(Exception):
 class Relay(Protocol):
     """The way to the leader (`marble.transport.put.PutStream`)."""
 
-    def write(self, batch: pa.RecordBatch) -> Future[Ack]: ...
+    def write(self, batch: pa.RecordBatch, stamp: Stamp | None) -> Future[Ack]: ...
 
     def abort(self) -> None: ...
 
@@ -56,8 +65,8 @@ class Ways:
     Attributes
     ----------
     offer
-        Puts a batch into this node's log; raises what the caller did wrong. Its second argument says that nothing of the
-        stream is under way, so that a new leadership may begin with this batch.
+        Puts a batch, with its stamp if it has one, into this node's log; raises what the caller did wrong. Its last argument
+        says that nothing of the stream is under way, so that a new leadership may begin with this batch.
     leads
         Whether this node leads, as far as it knows.
     open_relay
@@ -66,7 +75,7 @@ class Ways:
         After this an outcome is taken for lost. Above the deadlines of the log and the relay, which say more.
     """
 
-    offer: Callable[[pa.RecordBatch, bool], Future[Ack]]
+    offer: Callable[[pa.RecordBatch, Stamp | None, bool], Future[Ack]]
     leads: Callable[[], bool]
     open_relay: Callable[[], Relay] | None
     timeout_s: float
@@ -77,6 +86,7 @@ class _Item:
     """One batch under way; ``batch`` is None if it was refused before it went anywhere."""
 
     batch: pa.RecordBatch | None
+    stamp: Stamp | None
     size: int
     future: Future[Ack]
     deadline: float
@@ -149,7 +159,7 @@ class Intake:
             self._relay.close(RELAY_END_TIMEOUT_S)
         return ended
 
-    def take(self, batch: pa.RecordBatch) -> None:
+    def take(self, batch: pa.RecordBatch, stamp: Stamp | None = None) -> None:
         """Send `batch` on its way. Waits while too much is under way.
 
         Raises
@@ -162,13 +172,14 @@ class Intake:
         with self._route:
             if not self._window:
                 self._relayed = self._ways.open_relay is not None and not self._ways.leads()
-            self._append(_Item(batch, size, self._send(batch), time.monotonic() + self._ways.timeout_s))
+            sent = self._send(batch, stamp)
+            self._append(_Item(batch, stamp, size, sent, time.monotonic() + self._ways.timeout_s))
 
     def refuse(self, error: MarbleError) -> None:
         """Answer `error` in the place of a batch that cannot be taken."""
         self._wait_for_room(0)
         with self._route:
-            self._append(_Item(None, 0, _failed(error), 0.0))
+            self._append(_Item(None, None, 0, _failed(error), 0.0))
 
     def stop(self) -> None:
         """The server stops: answer OutcomeUnknownError to what is under way and take no more."""
@@ -192,7 +203,7 @@ class Intake:
             if self._stopping or self._broken:
                 raise StreamEndedError
 
-    def _send(self, batch: pa.RecordBatch) -> Future[Ack]:
+    def _send(self, batch: pa.RecordBatch, stamp: Stamp | None) -> Future[Ack]:
         """Start `batch` on the present way. Called under ``_route``.
 
         A refusal holds for all that follows in the stream: whatever was taken after it would have passed it.
@@ -201,8 +212,8 @@ class Intake:
             return _failed(self._refusal)
         try:
             if not self._relayed:
-                return self._ways.offer(batch, not self._window)
-            return self._the_relay().write(batch)
+                return self._ways.offer(batch, stamp, not self._window)
+            return self._the_relay().write(batch, stamp)
         except MarbleError as error:
             if isinstance(error, NotLeaderError | UnavailableError):
                 self._refusal = error
@@ -239,8 +250,8 @@ class Intake:
                 if self._may_mend(item):
                     self._mend()
                     self._await(item)
-                refusal = item.error()
-                if isinstance(refusal, NotLeaderError | UnavailableError):
+                refusal = self._refusal_after(item)
+                if refusal is not None:
                     with self._route:
                         self._refusal = refusal
                 items = [item, *self._succeeded()]
@@ -255,6 +266,21 @@ class Intake:
             with self._state:
                 self._broken = True
                 self._state.notify_all()
+
+    @staticmethod
+    def _refusal_after(item: _Item) -> MarbleError | None:
+        """What all that follows `item` in the stream is told, if the end of `item` forbids that it be taken."""
+        error = item.error()
+        if isinstance(error, NotLeaderError | UnavailableError):
+            return error
+        known = item.future.done() and (
+            not isinstance(error, OutcomeUnknownError) or isinstance(error, SessionExpiredError)
+        )
+        if known or item.stamp is None:
+            return None
+        return UnavailableError(
+            "the outcome of an earlier batch of this stream is not known: send it again in another one"
+        )
 
     def _head(self) -> _Item | None:
         """The next batch to answer; None when the stream is over."""
@@ -310,7 +336,7 @@ class Intake:
             self._relayed = True
             self._refusal = None
             for item in refused:
-                item.future = self._send(item.batch)
+                item.future = self._send(item.batch, item.stamp)
                 item.deadline = time.monotonic() + self._ways.timeout_s
                 item.future.add_done_callback(self._wake)
 

@@ -1,7 +1,12 @@
 """A client's stream of writes to one table: pipelined, in order, and honest about what it does not know.
 
-Rule 1: a write is sent again only if the server said that nothing was replicated, and only if no later write of this stream
-may have taken effect, since a repeat must not overtake. What was sent and never answered ends in `OutcomeUnknownError`.
+Rule 1: no write of this stream takes effect after a later one. What is sent again goes out before what was not sent yet, and is given
+up if a later write may have passed it.
+Rule 2: without a session, a write is sent again only if the server said that nothing was replicated; what was sent and never answered
+ends in `OutcomeUnknownError`.
+Rule 3: with a session, it is sent again under the same number until its deadline: the replicas carry it out once. A number is never
+changed while an attempt under it may still take effect. The other end helps with rule 1: after one write of a stream whose outcome it
+cannot tell, it refuses all that follow in that stream (`marble.transport.intake`), so that they come again in order.
 
 It is a DoExchange and not a DoPut because only an exchange can be cancelled, which is what makes deadlines hold when a server
 falls silent. The acknowledgements are the same.
@@ -28,12 +33,13 @@ from marble.errors import (
     NotLeaderError,
     OutcomeUnknownError,
     ProtocolError,
+    SessionExpiredError,
     UnavailableError,
     UsageError,
     check,
 )
 from marble.transport.faults import from_flight_error
-from marble.transport.wire import Ack, decode_acks
+from marble.transport.wire import Ack, Stamp, decode_acks, encode_stamp
 
 STREAM_ERRORS: Final = (pa.ArrowException, OSError)
 """What Flight raises when a stream breaks: some breaks come as Arrow's IOError, which is Python's OSError."""
@@ -48,20 +54,31 @@ REFUSED_PAUSE_MIN_S: Final = 0.01
 REFUSED_PAUSE_MAX_S: Final = 0.5
 """Before what was refused, or could not be sent, is sent again; doubling while that goes on."""
 
+SILENCE_MAX_S: Final = 8.0
+"""A stream with a session that owes answers and gives none for so long is given up, and its writes go to whoever leads then."""
+
 
 @dataclass(slots=True, eq=False)
 class _Item:
-    """One batch on its way. ``refusal`` is set when the server said that it was not replicated."""
+    """One batch on its way.
+
+    - ``refusal``: the server said that the last attempt was not replicated; None while that is not known.
+    - ``open``: some attempt under ``stamp`` may have taken effect, or may do so still.
+    """
 
     batch: pa.RecordBatch
     size: int
     future: Future[Ack]
     deadline: float
+    stamp: Stamp | None = None
     refusal: MarbleError | None = None
+    open: bool = False
 
-    def refuse(self) -> None:
-        assert self.refusal is not None
-        self.future.set_exception(self.refusal)
+    def give_up(self, why: MarbleError) -> None:
+        """End it with what is known: `why` if nothing was replicated."""
+        if self.open:
+            why = OutcomeUnknownError(f"the write was sent and its answer was lost ({why})")
+        self.future.set_exception(why)
 
 
 def _longer(pause_s: float) -> float:
@@ -74,6 +91,10 @@ class PutStream:
     - Writes are sent in the order in which `write` was called, and answered in that order.
     - ``_sent`` holds what the current stream owes an answer for, ``_backlog`` what the next stream has to send.
     - ``_order`` is held while sending, so that order on the wire is order in ``_sent``; never take it while holding ``_state``.
+    - ``_order`` is never waited for by the thread that reads: a sender that holds it may wait for the other end, which waits for
+      its acknowledgements to be read.
+    - ``_session`` and ``_sequence`` number what is sent for the first time, under ``_state``; a stream is open only with a session.
+    - ``_dead``, once set, stays: a stream of somebody else's stamps has an outcome that it cannot tell, and takes no more.
 
     Parameters
     ----------
@@ -88,6 +109,9 @@ class PutStream:
         How long a write may take before its outcome is unknown.
     options
         Of the Flight call; it must not carry a deadline, as the stream lives as long as it is used.
+    open_session
+        Opens a session at the node that it is given, until the given moment. None: writes are not repeated, or carry
+        the stamps of somebody who repeats them himself.
     """
 
     def __init__(
@@ -97,12 +121,19 @@ class PutStream:
         locate: Callable[[float, bool], fl.FlightClient],
         timeout_s: float,
         options: fl.FlightCallOptions | None = None,
+        open_session: Callable[[fl.FlightClient, float], int] | None = None,
     ) -> None:
         self._path = path
         self._schema = schema
         self._locate = locate
         self._timeout_s = timeout_s
         self._options = options
+        self._open_session = open_session
+        self._session = 0
+        self._sequence = 0
+        self._dead: MarbleError | None = None
+        self._heard_s = 0.0
+        self._progressed = False
         self._order = threading.Lock()
         self._state = threading.Condition()
         self._backlog: deque[_Item] = deque()
@@ -112,25 +143,37 @@ class PutStream:
         self._writer: fl.FlightStreamWriter | None = None
         self._reader: fl.FlightStreamReader | None = None
         self._closing = False
+        self._aborted = False
         self._thread: threading.Thread | None = None
 
-    def write(self, batch: pa.RecordBatch) -> Future[Ack]:
+    @property
+    def session(self) -> int:
+        """The session under which it numbers what it sends; 0 if it has none now."""
+        return self._session
+
+    def write(self, batch: pa.RecordBatch, stamp: Stamp | None = None) -> Future[Ack]:
         """Send `batch`. The future ends with an Ack whose ``error_code`` is None, or with what the Ack said.
+
+        `stamp` is for a stream without a session of its own: somebody else's number of this write.
 
         Waits while too much is in flight; raises UnavailableError if there is no room in time, UsageError after `close`.
         """
         future: Future[Ack] = Future()
         future.set_running_or_notify_cancel()
-        item = _Item(batch, batch.nbytes, future, time.monotonic() + self._timeout_s)
+        item = _Item(batch, batch.nbytes, future, time.monotonic() + self._timeout_s, stamp)
+        with self._state:
+            self._admit(item)
         with self._order:
             with self._state:
-                self._admit(item)
+                if self._dead is not None or self._closing:
+                    self._leave(item)
+                    raise self._dead or UsageError("the connection is closed")
                 if self._writer is None:
                     self._backlog.append(item)
                     self._state.notify_all()
                     return future
                 writer = self._writer
-                self._sent.append(item)
+                self._owe(item)
             self._send(writer, item)
         return future
 
@@ -138,9 +181,10 @@ class PutStream:
         """Give up a stream that owes an answer since too long. Returns when to look again (``time.monotonic()``)."""
         with self._state:
             reader = self._reader
-            late = bool(self._sent) and self._sent[0].deadline <= now
             due = self._sent[0].deadline if self._sent else now + self._timeout_s
-        if late and reader is not None:
+            if self._sent and self._open_session is not None:
+                due = min(due, self._heard_s + SILENCE_MAX_S)
+        if due <= now and reader is not None:
             reader.cancel()
             return now + self._timeout_s
         return due
@@ -148,7 +192,7 @@ class PutStream:
     def abort(self) -> None:
         """Give up at once: what was sent and not answered ends in OutcomeUnknownError. Does not wait."""
         with self._state:
-            self._closing = True
+            self._closing = self._aborted = True
             reader = self._reader
             self._state.notify_all()
         if reader is not None:
@@ -157,7 +201,7 @@ class PutStream:
     def close(self, timeout_s: float) -> None:
         """Wait up to `timeout_s` seconds for what is in flight, then end the stream. Idempotent."""
         with self._state:
-            # First, so that a `write` that waits for room while it holds `_order` gives up.
+            # First, so that a `write` that waits for room gives up.
             self._closing = True
             self._state.notify_all()
         with self._order:
@@ -175,10 +219,7 @@ class PutStream:
         except RuntimeError:
             return  # A Ctrl-C came while it was being started: nothing was sent.
         if thread.is_alive():
-            with self._state:
-                reader = self._reader
-            if reader is not None:
-                reader.cancel()
+            self.abort()
             thread.join(timeout_s)
 
     # -- under the caller's thread -----------------------------------------------------------------------------------
@@ -199,9 +240,22 @@ class PutStream:
             self._thread = threading.Thread(target=self._run, name=name, daemon=True)
             self._thread.start()
 
+    def _owe(self, item: _Item) -> None:
+        """`item` is about to be sent; number it if this is the first time. Called under ``_state``."""
+        if item.stamp is None and self._open_session is not None:
+            self._sequence += 1
+            item.stamp = Stamp(self._session, self._sequence)
+        if not self._sent:
+            self._heard_s = time.monotonic()
+        self._sent.append(item)
+
     def _send(self, writer: fl.FlightStreamWriter, item: _Item) -> None:
+        """Write `item`. Called under ``_order``."""
         try:
-            writer.write_batch(item.batch)
+            if item.stamp is None:
+                writer.write_batch(item.batch)
+            else:
+                writer.write_with_metadata(item.batch, pa.py_buffer(encode_stamp(item.stamp)))
         except STREAM_ERRORS:
             # Part of it may have left. The thread that reads sees the stream end and says so to all that wait.
             with self._state:
@@ -218,30 +272,44 @@ class PutStream:
             with self._state:
                 if pause_s:
                     # Refused or broken: the leader is full, or there is none. `close` cuts the pause short.
-                    self._state.wait_for(lambda: self._closing, pause_s)
+                    self._state.wait_for(lambda: self._aborted or (self._closing and not self._backlog), pause_s)
                 self._state.wait_for(lambda: self._backlog or self._closing)
                 if not self._backlog:
                     return
                 deadline = self._backlog[0].deadline
             try:
-                # Held until the stream is settled: pyarrow ends the whole exchange when its writer is collected.
-                writer = self._open(self._locate(deadline, failed))
+                if self._aborted:
+                    raise UnavailableError("the connection is closed")
+                client = self._locate(deadline, failed)
             except MarbleError as error:
                 failed = True
                 self._fail_backlog(error)
                 continue
-            except STREAM_ERRORS as error:
+            try:
+                self._begin_session(client, deadline)
+                # Held until the stream is settled: pyarrow ends the whole exchange when its writer is collected.
+                writer = self._open(client)
+            except (MarbleError, *STREAM_ERRORS) as failure:
                 failed, pause_s = True, _longer(pause_s)
-                if time.monotonic() >= deadline:
-                    self._fail_backlog(UnavailableError(f"no node took the write in time: {from_flight_error(error)}"))
+                told = from_flight_error(failure)
+                mends = isinstance(told, UnavailableError | NotLeaderError | OutcomeUnknownError)
+                if not mends or time.monotonic() >= deadline:
+                    late = UnavailableError(f"no node took the write in time: {told}")
+                    self._fail_backlog(late if mends else told)
                 continue
-            refused, why = self._read_acks()
-            failed = bool(refused) or why is not None
-            pause_s = _longer(pause_s) if refused else 0.0
-            self._settle(refused, why)
+            again, why = self._read_acks()
+            failed = bool(again) or why is not None
+            pause_s = _longer(0.0 if self._progressed else pause_s) if failed else 0.0
+            self._settle(again, why)
             # After the end of the stream this only collects its status, which is known.
             with contextlib.suppress(*STREAM_ERRORS):
                 writer.close()
+
+    def _begin_session(self, client: fl.FlightClient, deadline: float) -> None:
+        if self._open_session is not None and not self._session:
+            session = self._open_session(client, deadline)
+            with self._state:
+                self._session, self._sequence = session, 0
 
     def _open(self, client: fl.FlightClient) -> fl.FlightStreamWriter:
         writer, reader = client.do_exchange(fl.FlightDescriptor.for_path(*self._path), self._options)
@@ -249,9 +317,11 @@ class PutStream:
         with self._order:
             with self._state:
                 self._writer, self._reader = writer, reader
+                self._progressed = False
                 waiting = list(self._backlog)
                 self._backlog.clear()
-                self._sent.extend(waiting)
+                for item in waiting:
+                    self._owe(item)
                 closing = self._closing
             for item in waiting:
                 self._send(writer, item)
@@ -260,74 +330,120 @@ class PutStream:
         return writer
 
     def _read_acks(self) -> tuple[list[_Item], BaseException | None]:
-        """Answer writes until the stream ends, or until it has refused one and owes nothing more.
+        """Answer writes until the stream ends, or until it takes no more and owes nothing.
 
-        Returns what was refused and may be sent again, and what broke the stream.
+        Returns what is to be sent again, in order, and what broke the stream.
         """
         reader = self._reader
         assert reader is not None
-        refused: list[_Item] = []
+        again: list[_Item] = []
         while True:
             try:
                 acks = decode_acks(reader.read_chunk().app_metadata)
             except StopIteration:
-                return refused, None
+                return again, None
             except (*STREAM_ERRORS, MarbleError) as error:
-                return refused, error
+                return again, error
             for ack in acks:
                 with self._state:
+                    self._heard_s = time.monotonic()
                     if not self._sent:
-                        return refused, ProtocolError("the server acknowledged more than was written")
+                        return again, ProtocolError("the server acknowledged more than was written")
                     item = self._sent.popleft()
-                self._take_ack(item, ack, refused)
+                self._take_ack(item, ack, again)
             with self._state:
                 if self._writer is None and not self._sent:
                     reader.cancel()
-                    return refused, None
+                    return again, None
 
-    def _take_ack(self, item: _Item, ack: Ack, refused: list[_Item]) -> None:
-        """Answer `item`, or keep it in `refused` to be sent again."""
+    def _take_ack(self, item: _Item, ack: Ack, again: list[_Item]) -> None:
+        """Answer `item`, or keep it in `again` to be sent again."""
         answer = ack.error()
-        if isinstance(answer, NotLeaderError | UnavailableError):
-            item.refusal = answer
-            refused.append(item)
+        if self._may_repeat(item, answer):
+            again.append(item)
             with self._state:
                 # Nothing more goes out here; it waits in the backlog behind what is to be sent again.
                 self._writer = None
             return
-        # It may have taken effect: sending an earlier one again would overtake it.
-        for earlier in refused:
+        # It may have taken effect: what was refused before it would overtake it. What only has no answer took effect earlier,
+        # or this could not have: the other end refuses all that follows what it cannot tell.
+        for earlier in [each for each in again if each.refusal is not None]:
+            assert earlier.refusal is not None
+            again.remove(earlier)
             self._done(earlier)
-            earlier.refuse()
-        refused.clear()
+            earlier.give_up(earlier.refusal)
+        self._progressed = True
         self._done(item)
         if answer is None:
             item.future.set_result(ack)
-        else:
-            item.future.set_exception(answer)
+            return
+        unknown = isinstance(answer, OutcomeUnknownError) and not isinstance(answer, SessionExpiredError)
+        if unknown and item.stamp is not None and self._open_session is None:
+            with self._state:
+                self._writer = None
+                self._die()
+        item.future.set_exception(answer)
 
-    def _settle(self, refused: list[_Item], why: BaseException | None) -> None:
+    def _may_repeat(self, item: _Item, answer: MarbleError | None) -> bool:
+        """Whether `item` may be sent again after `answer`; notes what is known of it now."""
+        if isinstance(answer, NotLeaderError | UnavailableError):
+            item.refusal = answer
+            return True
+        if self._open_session is None or not isinstance(answer, OutcomeUnknownError):
+            return False
+        if not isinstance(answer, SessionExpiredError):
+            item.refusal, item.open = None, True
+            return True
+        with self._state:
+            # No more goes out under that session, and without one nothing does.
+            self._writer = None
+            if item.stamp is not None and item.stamp.session == self._session:
+                self._session = 0
+        if item.open:
+            return False
+        # No attempt under this number was carried out, so it may have another.
+        item.stamp, item.refusal = None, UnavailableError(f"nothing was written: {answer}")
+        return True
+
+    def _settle(self, again: list[_Item], why: BaseException | None) -> None:
         """The stream has ended: decide about everything that it still owed."""
+        reason = from_flight_error(why) if isinstance(why, STREAM_ERRORS) else why
+        lost = UnavailableError(str(reason or "the server ended the stream"))
         with self._state:
             self._writer = self._reader = None
             unknown = list(self._sent)
             self._sent.clear()
-            now = time.monotonic()
-            again = [] if unknown else [item for item in refused if item.deadline > now and not self._closing]
-            for item in reversed(again):
-                self._backlog.appendleft(item)
-        for item in refused:
-            if item not in again:
+            for item in unknown:
+                item.refusal, item.open = None, True
+            if unknown and any(item.stamp is not None for item in unknown) and self._open_session is None:
+                self._die()
+            kept = self._kept(again, unknown)
+            self._backlog.extendleft(reversed(kept))
+            dead, refused = self._dead, list(self._backlog) if self._dead is not None else []
+            if dead is not None:
+                self._backlog.clear()
+        stays = set(kept)
+        for item in [*again, *unknown]:
+            if item not in stays:
                 self._done(item)
-                item.refuse()
-        reason = from_flight_error(why) if isinstance(why, STREAM_ERRORS) else why
-        for item in unknown:
+                item.give_up(item.refusal or lost)
+        for item in refused:
+            assert dead is not None
             self._done(item)
-            item.future.set_exception(
-                OutcomeUnknownError(
-                    f"the write was sent and its answer was lost ({reason or 'the server ended the stream'})"
-                )
-            )
+            item.give_up(dead)
+
+    def _kept(self, again: list[_Item], unknown: list[_Item]) -> list[_Item]:
+        """What goes out once more, in order. Called under ``_state``."""
+        if self._dead is not None or (self._open_session is None and (unknown or self._closing)) or self._aborted:
+            return []
+        now = time.monotonic()
+        return [item for item in (*again, *unknown) if item.deadline > now]
+
+    def _die(self) -> None:
+        """Take no more: what followed would overtake a write that may be sent again elsewhere. Called under ``_state``."""
+        self._dead = UnavailableError(
+            "the outcome of an earlier write of this stream is not known: nothing was written"
+        )
 
     def _fail_backlog(self, error: MarbleError) -> None:
         with self._state:
@@ -335,11 +451,15 @@ class PutStream:
             self._backlog.clear()
         for item in waiting:
             self._done(item)
-            item.future.set_exception(error)
+            item.give_up(error)
 
     def _done(self, item: _Item) -> None:
         with self._state:
-            self._count -= 1
-            self._bytes -= item.size
-            check(self._count >= 0, "more writes ended than began")
-            self._state.notify_all()
+            self._leave(item)
+
+    def _leave(self, item: _Item) -> None:
+        """`item` is on its way no more. Called under ``_state``."""
+        self._count -= 1
+        self._bytes -= item.size
+        check(self._count >= 0, "more writes ended than began")
+        self._state.notify_all()

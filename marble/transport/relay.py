@@ -2,7 +2,7 @@
 
 Rule 1: what is relayed says so (`marble.transport.wire.FORWARD_HEADER`), and is never relayed again: there is one hop,
 and a leader that has just lost its post answers NotLeaderError.
-Rule 2: a relay repeats only what was certainly not done.
+Rule 2: a relay repeats only what was certainly not done. Stamps of clients pass through; repeating under them is the client's.
 
 Thread-safe. One thread ("marble-relay-watch", while there are streams) holds the streams to their deadlines.
 """
@@ -21,7 +21,7 @@ from marble.errors import NotLeaderError, ProtocolError, UnavailableError
 from marble.transport.faults import from_flight_error
 from marble.transport.pool import ClientPool
 from marble.transport.put import PutStream
-from marble.transport.wire import call_options
+from marble.transport.wire import Stamp, call_options
 
 RETRY_WAIT_S: Final = 0.02
 """Between two tries to reach a leader: an election takes longer, a node's news of it hardly does."""
@@ -90,13 +90,15 @@ class Relays:
             self._stopping.wait(RETRY_WAIT_S)
         return self._client(self._leader(deadline))
 
-    def action(self, name: str, body: bytes, *, repeatable: bool) -> bytes:
+    def action(self, name: str, body: bytes, *, repeatable: bool, stamp: Stamp | None = None) -> bytes:
         """Do action `name` at the leader.
 
         Parameters
         ----------
         repeatable
             Doing it twice is doing it once, so that it may be sent again when the answer is lost.
+        stamp
+            Of the client's, if it gave one.
 
         Raises
         ------
@@ -106,7 +108,7 @@ class Relays:
         deadline = time.monotonic() + self.timeout_s
         while True:
             endpoint = self._leader(deadline)
-            options = call_options(max(RETRY_WAIT_S, deadline - time.monotonic()), forward=False)
+            options = call_options(max(RETRY_WAIT_S, deadline - time.monotonic()), forward=False, stamp=stamp)
             try:
                 results = list(self._client(endpoint).do_action(flight.Action(name, body), options))
             except pa.ArrowException as error:

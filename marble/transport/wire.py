@@ -8,6 +8,8 @@ All of it is UTF-8 JSON, so that a Flight client in any language can speak it:
 - an ack (``app_metadata``, one for each batch written, in order; a DoExchange may answer several
   batches by a list of them): ``{"index": i, "term": t, "value": rows}``, or
   ``{"error": code, "message": text, "leader": "host:port" or null}`` with a code of `marble.errors.ERROR_CODES`;
+- a stamp (``app_metadata`` of a batch that is written, or the header `STAMP_HEADER` of an action that changes
+  something): ``{"session": s, "sequence": q}``, which makes it take effect once, however often it is sent;
 - a ticket (``DoGet``): ``{"table": name, "columns": [name, ...] or null, "consistency": "linearizable" or "local"}``,
   or the bare name of a table;
 - a table: ``{"id": i, "name": name, "key": [name, ...], "schema": base64 of the schema as an IPC message}``.
@@ -32,6 +34,7 @@ from marble.types import INDEX_MAX
 ACK_BYTES_MAX: Final = 64 * 1024
 ACKS_MAX: Final = 256
 """Acks in one message."""
+STAMP_BYTES_MAX: Final = 256
 TICKET_BYTES_MAX: Final = 1024 * 1024
 """Names of `COLUMNS_MAX` columns, escaped, fit."""
 TABLE_BYTES_MAX: Final = 8 * 1024 * 1024
@@ -46,6 +49,8 @@ CONSISTENCIES: Final = ("linearizable", "local")
 FORWARD_HEADER: Final = "marble-forward"
 """gRPC header of a call. ``never``: answer NotLeaderError, do not forward. Forwarded calls carry it themselves."""
 FORWARD_NEVER: Final = "never"
+STAMP_HEADER: Final = "marble-stamp"
+"""gRPC header of a DoAction: the stamp of what it changes."""
 
 UPSERT: Final = "upsert"
 DELETE: Final = "delete"
@@ -93,6 +98,17 @@ class Ack:
         if error is not None:
             raise error
         return self
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """Which write this is: number ``sequence`` of the session that the action "open_session" gave. Both are 1 or more.
+
+    What carries a stamp takes effect once, however often and wherever it is sent: a repeat gets the first answer.
+    """
+
+    session: int
+    sequence: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +254,30 @@ def _ack_from_json(value: object) -> Ack:
     return Ack(error_code=code if code in ERROR_CODES else InvariantError.code, message=message, leader=leader)
 
 
+def encode_stamp(stamp: Stamp) -> bytes:
+    """`stamp` as JSON."""
+    return b'{"session":%d,"sequence":%d}' % (stamp.session, stamp.sequence)
+
+
+def decode_stamp(data: bytes | pa.Buffer) -> Stamp:
+    """The inverse of `encode_stamp`.
+
+    Raises
+    ------
+    UsageError
+        If it is not that.
+    """
+    value = decode_object(data, "a stamp", STAMP_BYTES_MAX, ("session", "sequence"))
+    return Stamp(*(check_number(value[name], f"{name} of a stamp") for name in ("session", "sequence")))
+
+
+def check_number(value: object, what: str) -> int:
+    """Return `value` if it is a whole number from 1 that fits the log, else raise UsageError."""
+    if not _check_whole(value, what):
+        raise UsageError(f"{what} must be 1 or more")
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
 def encode_ticket(table: str, columns: Sequence[str] | None = None, consistency: str = "linearizable") -> bytes:
     """The ticket of a scan, for ``pyarrow.flight.Ticket``."""
     return encode_json(
@@ -367,7 +407,9 @@ def connect(endpoint: str) -> flight.FlightClient:
     return flight.FlightClient(f"grpc://{endpoint}", generic_options=list(_CHANNEL_OPTIONS))
 
 
-def call_options(timeout_s: float | None, *, forward: bool = True) -> flight.FlightCallOptions:
+def call_options(
+    timeout_s: float | None, *, forward: bool = True, stamp: Stamp | None = None
+) -> flight.FlightCallOptions:
     """Options of one call.
 
     Parameters
@@ -376,8 +418,12 @@ def call_options(timeout_s: float | None, *, forward: bool = True) -> flight.Fli
         Deadline of the whole call, streams included, in seconds; None: no deadline.
     forward
         False: a node that does not lead answers NotLeaderError instead of forwarding the call.
+    stamp
+        Of what an action changes.
     """
     headers = [] if forward else [(FORWARD_HEADER.encode(), FORWARD_NEVER.encode())]
+    if stamp is not None:
+        headers.append((STAMP_HEADER.encode(), encode_stamp(stamp)))
     return flight.FlightCallOptions(timeout=timeout_s, headers=headers)
 
 
@@ -388,18 +434,29 @@ class CallHeaders(flight.ServerMiddleware):  # type: ignore[misc]
     ----------
     forward
         Whether this node may forward the call to the leader.
+    stamps
+        What came in the header `STAMP_HEADER`, unread.
     """
 
     KEY: Final = "marble-call"
     """Under which the server registers `CallHeadersFactory`, and a handler finds this in its context."""
 
-    def __init__(self, forward: bool) -> None:
+    def __init__(self, forward: bool, stamps: Sequence[str] = ()) -> None:
         self.forward = forward
+        self.stamps = tuple(stamps)
+
+    def stamp(self) -> Stamp | None:
+        """The stamp of the call, if it has one. Raises UsageError if it is none, or there are several."""
+        if len(self.stamps) > 1:
+            raise UsageError(f"the header {STAMP_HEADER} stands {len(self.stamps)} times in one call")
+        return decode_stamp(self.stamps[0].encode("utf-8", "backslashreplace")) if self.stamps else None
 
 
 class CallHeadersFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
     """Reads the headers of every call that a server takes."""
 
     def start_call(self, info: Any, headers: Mapping[str, Sequence[str]]) -> CallHeaders:
-        values = [value for name, values in headers.items() if name.lower() == FORWARD_HEADER for value in values]
-        return CallHeaders(forward=FORWARD_NEVER not in values)
+        def named(wanted: str) -> list[str]:
+            return [value for name, values in headers.items() if name.lower() == wanted for value in values]
+
+        return CallHeaders(FORWARD_NEVER not in named(FORWARD_HEADER), named(STAMP_HEADER))

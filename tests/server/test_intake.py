@@ -20,7 +20,7 @@ from marble.errors import (
 )
 from marble.transport import intake as intake_module
 from marble.transport.intake import Intake, Relay, StreamEndedError, Ways
-from marble.transport.wire import Ack, decode_ack
+from marble.transport.wire import Ack, Stamp, decode_ack
 
 WAIT_S = 20.0
 """A test that waits longer has failed."""
@@ -42,7 +42,7 @@ class Place:
         self.aborted = threading.Event()
         self.closed = threading.Event()
 
-    def write(self, batch: pa.RecordBatch) -> Future[Ack]:
+    def write(self, batch: pa.RecordBatch, stamp: Stamp | None = None) -> Future[Ack]:
         future: Future[Ack] = Future()
         self.taken.put((_number(batch), future))
         return future
@@ -67,7 +67,9 @@ class Bench:
         self.gone = threading.Event()
         opener: Callable[[], Relay] | None = (lambda: self.leader) if forward else None
         self.intake = Intake(
-            "t", Ways(lambda batch, begins: self.log.write(batch), lambda: self.leads, opener, timeout_s), self._answer
+            "t",
+            Ways(lambda batch, stamp, begins: self.log.write(batch, stamp), lambda: self.leads, opener, timeout_s),
+            self._answer,
         )
 
     def _answer(self, data: bytes) -> None:
@@ -93,7 +95,7 @@ def test_acks_leave_in_the_order_of_the_batches() -> None:
 def test_a_wrong_batch_is_answered_in_its_place_and_the_stream_goes_on() -> None:
     bench = Bench()
 
-    def offer(batch: pa.RecordBatch, begins: bool) -> Future[Ack]:
+    def offer(batch: pa.RecordBatch, stamp: Stamp | None, begins: bool) -> Future[Ack]:
         if _number(batch) == 1:
             raise UsageError("wrong")
         return bench.log.write(batch)
@@ -300,7 +302,7 @@ def test_a_refusal_holds_for_all_that_follows_in_the_stream() -> None:
     offered: list[int] = []
     pending: Future[Ack] = Future()
 
-    def offer(batch: pa.RecordBatch, begins: bool) -> Future[Ack]:
+    def offer(batch: pa.RecordBatch, stamp: Stamp | None, begins: bool) -> Future[Ack]:
         offered.append(batch["k"][0].as_py())
         if len(offered) == 1:
             return pending
