@@ -15,6 +15,7 @@ from marble.errors import (
     MarbleError,
     NotLeaderError,
     OutcomeUnknownError,
+    SessionExpiredError,
     UnavailableError,
     UsageError,
 )
@@ -39,11 +40,13 @@ class Place:
 
     def __init__(self) -> None:
         self.taken: queue.Queue[tuple[int, Future[Ack]]] = queue.Queue()
+        self.stamps: list[Stamp | None] = []
         self.aborted = threading.Event()
         self.closed = threading.Event()
 
     def write(self, batch: pa.RecordBatch, stamp: Stamp | None = None) -> Future[Ack]:
         future: Future[Ack] = Future()
+        self.stamps.append(stamp)
         self.taken.put((_number(batch), future))
         return future
 
@@ -328,3 +331,55 @@ def test_a_refusal_holds_for_all_that_follows_in_the_stream() -> None:
         intake.take(pa.record_batch({"k": [4]}))
         assert answers.get(timeout=WAIT_S)["error"] == "unavailable"
     assert offered == [1, 2]
+
+
+def test_stamps_go_with_their_batches_to_the_log_and_to_the_leader() -> None:
+    for leads in (True, False):
+        bench = Bench(leads=leads)
+        place = bench.log if leads else bench.leader
+        with bench.intake:
+            bench.intake.take(_batch(0), Stamp(7, 1))
+            bench.intake.take(_batch(1))
+            for index in (1, 2):
+                place.next()[1].set_result(Ack(index, 1, 1))
+            bench.next_ack(), bench.next_ack()
+        assert place.stamps == [Stamp(7, 1), None]
+
+
+def test_a_refused_batch_keeps_its_stamp_on_its_way_to_the_new_leader() -> None:
+    bench = Bench()
+    with bench.intake:
+        bench.intake.take(_batch(0), Stamp(7, 1))
+        bench.leads = False
+        bench.log.next()[1].set_exception(NotLeaderError("moved", "h:1"))
+        bench.leader.next()[1].set_result(Ack(1, 2, 1))
+        assert bench.next_ack().index == 1
+    assert bench.leader.stamps == [Stamp(7, 1)]
+
+
+@pytest.mark.parametrize("stamped", [True, False])
+def test_after_a_stamped_batch_whose_outcome_is_not_known_nothing_is_taken(stamped: bool) -> None:
+    bench = Bench()
+    with bench.intake:
+        bench.intake.take(_batch(0), Stamp(7, 1) if stamped else None)
+        bench.log.next()[1].set_exception(OutcomeUnknownError("not decided in time"))
+        assert bench.next_ack().error_code == "outcome_unknown"
+        bench.intake.take(_batch(1), Stamp(7, 2) if stamped else None)
+        if stamped:
+            # Its client sends both again, in order; were this one taken, the first would come after it.
+            assert bench.next_ack().error_code == "unavailable"
+            assert bench.log.taken.empty()
+        else:
+            bench.log.next()[1].set_result(Ack(2, 1, 1))
+            assert bench.next_ack().index == 2
+
+
+def test_a_session_that_expired_refuses_its_own_batches_only() -> None:
+    bench = Bench()
+    with bench.intake:
+        bench.intake.take(_batch(0), Stamp(7, 1))
+        bench.log.next()[1].set_exception(SessionExpiredError("not known"))
+        assert bench.next_ack().error_code == "session_expired"
+        bench.intake.take(_batch(1), Stamp(9, 1))
+        bench.log.next()[1].set_result(Ack(2, 1, 1))
+        assert bench.next_ack().index == 2

@@ -172,3 +172,46 @@ def test_header_decides_whether_a_call_is_forwarded(headers: dict[str, list[str]
 def test_call_options_carry_the_header() -> None:
     assert wire.call_options(1.0, forward=False).headers == [(b"marble-forward", b"never")]
     assert isinstance(wire.call_options(None), flight.FlightCallOptions)
+
+
+@given(st.integers(1, 2**63 - 1), st.integers(1, 2**63 - 1))
+def test_stamp_comes_back(session: int, sequence: int) -> None:
+    stamp = wire.Stamp(session, sequence)
+    assert wire.decode_stamp(wire.encode_stamp(stamp)) == stamp
+    assert wire.decode_stamp(pa.py_buffer(wire.encode_stamp(stamp))) == stamp
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "not JSON"),
+        (b"?", "not JSON"),
+        (b"[1, 2]", "must be a JSON object"),
+        (b'{"session":1}', "no 'sequence'"),
+        (b'{"session":1,"sequence":1,"client":2}', "unknown key 'client'"),
+        (b'{"session":0,"sequence":1}', "session of a stamp must be 1 or more"),
+        (b'{"session":1,"sequence":0}', "sequence of a stamp must be 1 or more"),
+        (b'{"session":1,"sequence":1.0}', "whole number"),
+        (b'{"session":true,"sequence":1}', "whole number"),
+        (b'{"session":9223372036854775808,"sequence":1}', "whole number"),
+        (b'{"session":-1,"sequence":1}', "whole number"),
+        (b'{"session":1,"sequence":' + b"1" * 300 + b"}", "more than 256"),
+    ],
+)
+def test_stamp_that_is_none_is_a_usage_error(data: bytes, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        wire.decode_stamp(data)
+
+
+def test_a_call_carries_its_stamp_in_a_header() -> None:
+    stamp = wire.Stamp(7, 3)
+    assert wire.call_options(1.0, stamp=stamp).headers == [(b"marble-stamp", b'{"session":7,"sequence":3}')]
+    headers = {"Marble-Stamp": ['{"session":7,"sequence":3}']}
+    assert wire.CallHeadersFactory().start_call(None, headers).stamp() == stamp
+    assert wire.CallHeadersFactory().start_call(None, {}).stamp() is None
+
+
+@pytest.mark.parametrize("values", [["x"], ['{"session":7,"sequence":3}'] * 2, ["\ud800"]])
+def test_a_header_that_is_no_stamp_is_a_usage_error(values: list[str]) -> None:
+    with pytest.raises(UsageError):
+        wire.CallHeadersFactory().start_call(None, {"marble-stamp": values}).stamp()
