@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from marble.errors import ERROR_CODES, CorruptionError, InvariantError, OutcomeUnknownError, check
+from marble.errors import ERROR_CODES, CorruptionError, InvariantError, SessionExpiredError, check
 from marble.machine import Result
 
 SESSION_TTL_US: Final = 3_600_000_000
@@ -168,7 +168,7 @@ class Sessions:
         -------
         Result or None
             For a repeat the first answer, its ``index`` set to the index of the entry that got it. For what cannot be
-            known any more an ``outcome_unknown``, with ``index`` 0: this entry did nothing, an earlier one may have.
+            known any more a ``session_expired``, with ``index`` 0: this entry did nothing, an earlier one may have.
         """
         self._advance(time_us)
         session = self._sessions.get(id)
@@ -292,7 +292,7 @@ def _error_cost(message: str) -> int:
 
 
 def _unknown(message: str) -> Result:
-    return Result(error_code=OutcomeUnknownError.code, message=message)
+    return Result(error_code=SessionExpiredError.code, message=message)
 
 
 def _batches(sessions: list[_Session]) -> Iterator[pa.RecordBatch]:

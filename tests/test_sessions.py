@@ -43,7 +43,7 @@ def rows(sessions: Sessions) -> list[dict[str, object]]:
 
 def refused(result: Result | None) -> str:
     assert result is not None
-    assert (result.error_code, result.value, result.index) == ("outcome_unknown", 0, 0)
+    assert (result.error_code, result.value, result.index) == ("session_expired", 0, 0)
     return result.message
 
 

@@ -126,7 +126,7 @@ class TableMachine:
             (DELETE), the table's id (CREATE_TABLE, DROP_TABLE), the session's number (OPEN_SESSION), or 0. A creation
             that repeats an existing definition gives that table's id. An entry that repeats one of its session gives
             the first one's Result, with its index; one of a session that is not known, or so old that its answer is not,
-            gives ``outcome_unknown`` and is not executed.
+            gives ``session_expired`` and is not executed.
 
         Raises
         ------

@@ -337,7 +337,7 @@ def test_a_repeated_command_is_not_handed_on() -> None:
 
 def test_a_session_that_is_not_known_executes_nothing(machine: TableMachine) -> None:
     (result,) = apply(machine, once(write((9, "x")), 77, 1))
-    assert (result.error_code, result.index) == ("outcome_unknown", 0)
+    assert (result.error_code, result.index) == ("session_expired", 0)
     assert content(machine) == [(1, "a"), (3, None)]
 
 
@@ -363,7 +363,7 @@ def test_time_is_that_of_entries_and_never_goes_back() -> None:
     other = restored(machine.capture())
     for each in (machine, other):
         (result,) = at(each, 5, once(write((2, "b")), 1, 2))
-        assert result.error_code == "outcome_unknown"
+        assert result.error_code == "session_expired"
         assert each.session_count == 0
         assert content(each) == [(1, "a")]
 
