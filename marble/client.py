@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,11 +31,11 @@ from marble.errors import (
     NotLeaderError,
     OutcomeUnknownError,
     ProtocolError,
-    SessionExpiredError,
     UnavailableError,
     UsageError,
 )
 from marble.filters import columns_read, filter_batches
+from marble.orders import ATTEMPT_TIMEOUT_S, RETRY_WAIT_MIN_S, Backoff, Orders, act, as_object, open_session
 from marble.schema import TableInfo
 from marble.transport.faults import from_flight_error
 from marble.transport.pool import ClientPool
@@ -46,10 +45,7 @@ from marble.transport.wire import (
     GET,
     UPSERT,
     Ack,
-    Stamp,
     call_options,
-    check_number,
-    decode_json,
     decode_table_info,
     decode_tables,
     encode_json,
@@ -59,14 +55,8 @@ from marble.transport.wire import (
 
 T = TypeVar("T")
 
-RETRY_WAIT_MIN_S: Final = 0.01
-RETRY_WAIT_MAX_S: Final = 0.5
-STATUS_BYTES_MAX: Final = 1024 * 1024
 PROBE_TIMEOUT_S: Final = 2.0
 """How long one node is asked who leads before the next one is."""
-
-ATTEMPT_TIMEOUT_S: Final = 8.0
-"""How long one node may take to answer a call before the next one is asked: above a node's own deadlines, which give the better error."""
 
 SCAN_TIMEOUT_S: Final = 3600.0
 """How long a scan may take in all."""
@@ -87,22 +77,6 @@ class ClientOptions:
 
     timeout_s: float = 30.0
     """After this a read ends in UnavailableError, and a write in UnavailableError (nothing was written) or OutcomeUnknownError."""
-
-
-class _Backoff:
-    """Waits that grow, with jitter, until a deadline."""
-
-    def __init__(self, deadline: float, closed: threading.Event) -> None:
-        self._deadline = deadline
-        self._closed = closed
-        self._wait_s = RETRY_WAIT_MIN_S
-
-    def wait(self, why: MarbleError) -> None:
-        """Wait before the next try; raise `why` if there is no time for one."""
-        wait_s = self._wait_s * (0.5 + random.random())
-        self._wait_s = min(2 * self._wait_s, RETRY_WAIT_MAX_S)
-        if time.monotonic() + wait_s >= self._deadline or self._closed.wait(wait_s):
-            raise why
 
 
 class RemoteBackend:
@@ -128,12 +102,10 @@ class RemoteBackend:
         self._clients = ClientPool()
         self._puts: dict[tuple[int, str], PutStream] = {}
         self._scans: dict[fl.FlightStreamReader, float] = {}
-        self._session_lock = threading.Lock()
-        self._session = 0
-        self._sequence = 0
         self._leader: str | None = None
         self._silent: set[str] = set()
         self._closed = threading.Event()
+        self._orders = Orders(self._locate, options.timeout_s, self._closed)
         self._process = os.getpid()
         self._watch: threading.Thread | None = None
 
@@ -155,7 +127,7 @@ class RemoteBackend:
                     schema,
                     self._locate,
                     self._options.timeout_s,
-                    open_session=self._open_session,
+                    open_session=open_session,
                 )
                 self._puts[table.id, verb] = stream
             self._start_watch()
@@ -176,7 +148,7 @@ class RemoteBackend:
         """The client of the leader. `failed`: the last guess did not work out."""
         if failed:
             self._leader = None
-        backoff = _Backoff(deadline, self._closed)
+        backoff = Backoff(deadline, self._closed)
         while True:
             error: MarbleError = UnavailableError(f"no leader is known to {', '.join(self._candidates())}")
             followed = 0
@@ -185,7 +157,7 @@ class RemoteBackend:
                 endpoint = candidates.pop(0)
                 timeout_s = max(RETRY_WAIT_MIN_S, min(PROBE_TIMEOUT_S, deadline - time.monotonic()))
                 try:
-                    status = _object(self._action(endpoint, "status", b"", timeout_s))
+                    status = as_object(self._action(endpoint, "status", b"", timeout_s))
                 except MarbleError as failure:
                     error = failure
                     continue
@@ -208,16 +180,29 @@ class RemoteBackend:
 
     def create_table(self, name: str, schema: pa.Schema, key: Sequence[str]) -> TableInfo:
         body = encode_json({"name": name, "key": list(key), "schema": encode_schema(schema)})
-        return decode_table_info(self._change("create_table", body))
+        return decode_table_info(self._orders.change("create_table", body))
 
     def drop_table(self, name: str) -> int:
-        return int(_object(self._change("drop_table", encode_json({"name": name})))["index"])
+        return int(as_object(self._orders.change("drop_table", encode_json({"name": name})))["index"])
 
     def tables(self) -> Sequence[TableInfo]:
         return decode_tables(self._call(lambda endpoint, left: self._action(endpoint, "tables", b"", left)))
 
     def status(self) -> dict[str, Any]:
-        return _object(self._call(lambda endpoint, left: self._action(endpoint, "status", b"", left), self._given))
+        return as_object(self._call(lambda endpoint, left: self._action(endpoint, "status", b"", left), self._given))
+
+    def ask(self, name: str, body: bytes) -> dict[str, Any]:
+        """The answer of any node to an action that changes nothing."""
+        return as_object(self._call(lambda endpoint, left: self._action(endpoint, name, body, left)))
+
+    def ask_one(self, endpoint: str, name: str, body: bytes) -> dict[str, Any]:
+        """The answer of the node at `endpoint`, however long it takes within this client's deadline."""
+        return as_object(self._action(endpoint, name, body, self._options.timeout_s))
+
+    def order(self, name: str, body: bytes) -> dict[str, Any]:
+        """The leader's answer to an action that changes something; see `Orders.once`."""
+        self._check_open()
+        return as_object(self._orders.once(name, body))
 
     # -- reads -------------------------------------------------------------------------------------------------------
 
@@ -293,7 +278,7 @@ class RemoteBackend:
         deadline = time.monotonic() + self._options.timeout_s
         for put in puts:
             put.close(max(0.0, deadline - time.monotonic()))
-        self._close_sessions([*(put.session for put in puts), self._session])
+        self._close_sessions([*(put.session for put in puts), self._orders.session])
         self._closed.set()
         if watch is not None:
             # A Ctrl-C may have come while it was being started; then there is nothing to wait for.
@@ -363,7 +348,7 @@ class RemoteBackend:
 
     def _action(self, endpoint: str, name: str, body: bytes, timeout_s: float) -> bytes:
         """One action at one node; what Flight raises comes out as a MarbleError."""
-        return _act(self._client(endpoint), name, body, timeout_s)
+        return act(self._client(endpoint), name, body, timeout_s)
 
     def _call(self, attempt: Callable[[str, float], T], only: Sequence[str] | None = None) -> T:
         """Run `attempt`, which may be repeated, at one node after the other until one answers or the time is up.
@@ -371,7 +356,7 @@ class RemoteBackend:
         It gets an endpoint (of `only`, if given) and how many seconds it may take.
         """
         deadline = time.monotonic() + self._options.timeout_s
-        backoff = _Backoff(deadline, self._closed)
+        backoff = Backoff(deadline, self._closed)
         while True:
             error: MarbleError = UnavailableError("no node answers")
             candidates = self._candidates() if only is None else self._willing_first(only)
@@ -393,73 +378,6 @@ class RemoteBackend:
                     self._silent.add(endpoint)
                     self._leader = None if endpoint == self._leader else self._leader
             backoff.wait(error)
-
-    # -- changes -----------------------------------------------------------------------------------------------------
-
-    def _change(self, name: str, body: bytes) -> bytes:
-        """Run an action that changes something at the leader: once, however often it has to be sent."""
-        deadline = time.monotonic() + self._options.timeout_s
-        backoff = _Backoff(deadline, self._closed)
-        stamp: Stamp | None = None
-        failed = unresolved = False
-        why: MarbleError
-        while True:
-            try:
-                client = self._locate(deadline, failed)
-                stamp = stamp or self._next_stamp(client, deadline)
-                return _act(client, name, body, min(_left(deadline), ATTEMPT_TIMEOUT_S), stamp)
-            except SessionExpiredError as error:
-                self._end_session(stamp)
-                if unresolved:
-                    raise
-                stamp, why = None, UnavailableError(str(error))
-            except (NotLeaderError, UnavailableError, OutcomeUnknownError) as error:
-                unresolved = unresolved or isinstance(error, OutcomeUnknownError)
-                why = OutcomeUnknownError(f"{name} was sent and has no answer: {error}") if unresolved else error
-            failed = True
-            backoff.wait(why)
-
-    def _next_stamp(self, client: fl.FlightClient, deadline: float) -> Stamp:
-        with self._session_lock:
-            if not self._session:
-                self._session, self._sequence = self._open_session(client, deadline), 0
-            self._sequence += 1
-            return Stamp(self._session, self._sequence)
-
-    def _end_session(self, stamp: Stamp | None) -> None:
-        with self._session_lock:
-            if stamp is not None and stamp.session == self._session:
-                self._session = 0
-
-    def _open_session(self, client: fl.FlightClient, deadline: float) -> int:
-        # Opening another one in place of one whose number was lost is harmless.
-        answer = _act(client, "open_session", b"", min(_left(deadline), ATTEMPT_TIMEOUT_S))
-        try:
-            return check_number(_object(answer).get("session"), "session")
-        except UsageError as error:
-            raise ProtocolError(str(error)) from None
-
-
-def _left(deadline: float) -> float:
-    return max(RETRY_WAIT_MIN_S, deadline - time.monotonic())
-
-
-def _act(client: fl.FlightClient, name: str, body: bytes, timeout_s: float, stamp: Stamp | None = None) -> bytes:
-    """One action; what Flight raises comes out as a MarbleError. With a stamp, a lost answer is an OutcomeUnknownError."""
-    try:
-        answers = list(client.do_action(fl.Action(name, body), call_options(timeout_s, stamp=stamp)))
-    except STREAM_ERRORS as error:
-        raise from_flight_error(error, changes=stamp is not None) from None
-    if len(answers) != 1:
-        raise ProtocolError(f"a node answered {name} {len(answers)} times")
-    return bytes(answers[0].body.to_pybytes())
-
-
-def _object(answer: bytes) -> dict[str, Any]:
-    value = decode_json(answer, "an answer", STATUS_BYTES_MAX)
-    if not isinstance(value, dict):
-        raise ProtocolError("an answer is not a JSON object")
-    return value
 
 
 def connect(url: str, *, timeout_s: float = 30.0) -> Database:

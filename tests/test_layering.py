@@ -19,7 +19,7 @@ FLOORS = [
     ("transport",),
     ("driver", "groups", "identity", "jobs", "options", "promises", "recovery", "snapshotting", "transfer"),
     ("node", "engine", "desk", "workers"),
-    ("local", "client"),
+    ("local", "client", "orders"),
     ("server", "service"),
     ("cli", "demo"),
 ]
@@ -34,6 +34,7 @@ STEPS = {
     "recovery": {"driver"},
     "engine": {"desk", "workers"},
     "node": {"desk", "engine"},
+    "client": {"orders"},
     "server": {"service"},
     "cli": {"demo"},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import socket
 import threading
@@ -128,22 +129,35 @@ class Cluster:
             self._clients[endpoint] = wire.connect(endpoint)
         return self._clients[endpoint]
 
-    def act(self, node: int, name: str, body: Any = b"", *, forward: bool = True) -> Any:
+    def act(
+        self, node: int, name: str, body: Any = b"", *, forward: bool = True, stamp: wire.Stamp | None = None
+    ) -> Any:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        results = list(self.client(node).do_action(flight.Action(name, data), options(forward=forward)))
+        call = options(forward=forward, stamp=stamp)
+        results = list(self.client(node).do_action(flight.Action(name, data), call))
         assert len(results) == 1
         return json.loads(results[0].body.to_pybytes())
 
     def create_table(self, name: str, schema: pa.Schema = SCHEMA, key: Sequence[str] = ("id",), node: int = 1) -> Any:
         return self.act(node, "create_table", {"name": name, "key": list(key), "schema": wire.encode_schema(schema)})
 
-    def put(self, node: int, path: Sequence[str], batches: Sequence[pa.RecordBatch], **call: Any) -> list[Ack]:
+    def put(
+        self,
+        node: int,
+        path: Sequence[str],
+        batches: Sequence[pa.RecordBatch],
+        stamps: Sequence[wire.Stamp] = (),
+        **call: Any,
+    ) -> list[Ack]:
         """Write batches as README shows; an ack for each."""
         descriptor = flight.FlightDescriptor.for_path(*path)
         writer, reader = self.client(node).do_put(descriptor, batches[0].schema, options(**call))
         with writer:
-            for batch in batches:
-                writer.write_batch(batch)
+            for batch, stamp in itertools.zip_longest(batches, stamps):
+                if stamp is None:
+                    writer.write_batch(batch)
+                else:
+                    writer.write_with_metadata(batch, pa.py_buffer(wire.encode_stamp(stamp)))
             writer.done_writing()
             return [decode_ack(reader.read()) for _ in batches]
 
@@ -154,8 +168,10 @@ class Cluster:
         return int(self.servers[self.leader()].get_cluster_status()["last_index"])
 
 
-def options(*, forward: bool = True, timeout_s: float = WAIT_S) -> flight.FlightCallOptions:
-    return wire.call_options(timeout_s, forward=forward)
+def options(
+    *, forward: bool = True, timeout_s: float = WAIT_S, stamp: wire.Stamp | None = None
+) -> flight.FlightCallOptions:
+    return wire.call_options(timeout_s, forward=forward, stamp=stamp)
 
 
 @contextlib.contextmanager
