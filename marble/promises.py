@@ -23,7 +23,10 @@ from marble.raft.messages import ReadState
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The answer to a proposal: it is durable on a quorum and applied here."""
+    """The answer to a proposal: it is durable on a quorum and applied here.
+
+    A repeat within a session has the ``index`` and ``value`` of the first of its kind, and the ``term`` of its own entry.
+    """
 
     index: int
     term: int
@@ -120,7 +123,7 @@ class Promises:
                 except MarbleError as error:
                     write.future.set_exception(error)
                 else:
-                    write.future.set_result(Committed(index, term, value))
+                    write.future.set_result(Committed(result.index or index, term, value))
         if terms[-1] > self._applied_term:
             self._applied_term = terms[-1]
             self._end_older(terms[-1])
