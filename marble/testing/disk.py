@@ -27,6 +27,7 @@ from marble.env import Random
 from marble.errors import UnavailableError
 
 SECTOR_BYTES: Final = 512
+_TAKES_SPACE: Final = frozenset({"write", "create", "overwrite"})
 
 
 class DiskCrash(BaseException):
@@ -119,6 +120,8 @@ class SimulatedFiles:
         self.life = 0
         self.lose_power_at: int | None = None
         self.fail_at: int | None = None
+        self.full = False
+        """No space is left: every write fails half way, and no file can be created. Deleting and syncing go on."""
         self._random = random
         self._off = False
         self._directories = {""}
@@ -219,8 +222,11 @@ class SimulatedFiles:
         if self._off:
             raise DiskCrash(f"{what} {path} without power")
         self.operations += 1
-        failing = self.operations == self.fail_at
+        full = self.full and what in _TAKES_SPACE
+        failing = full or self.operations == self.fail_at
         yield failing
+        if full:
+            raise OSError(errno.ENOSPC, "simulated disk: no space is left", path)
         if failing:
             raise OSError(errno.EIO, f"simulated failure of operation {self.operations}", path)
         self._maybe_lose_power(what, path)

@@ -1,0 +1,110 @@
+"""What an all-knowing witness writes down of one simulated group: the material of the invariants.
+
+Rule 1: it knows only what some node did. It never decides anything for a node, and no node can read it.
+Rule 2: it grows by what is new, so that a check costs the same at the end of a history as at its beginning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from marble.types import NO_NODE, HardState, Role
+
+
+class Violation(AssertionError):
+    """A property does not hold: there is a bug in marble, or in the simulator."""
+
+
+@dataclass(slots=True)
+class Shelf:
+    """One group's part of one node's disk, as the node's log was told to write it.
+
+    - ``written[i]`` is the term of entry ``i + 1`` as last appended, synced or not; ``terms`` the same for what a sync has covered.
+    - ``waiting`` are the appends since the last sync, in order: (hard state or None, first index, terms).
+    """
+
+    hard_state: HardState = field(default_factory=HardState)
+    terms: list[int] = field(default_factory=list)
+    written: list[int] = field(default_factory=list)
+    waiting: list[tuple[HardState | None, int, list[int]]] = field(default_factory=list)
+
+    def append(self, hard_state: HardState | None, first: int, terms: list[int]) -> None:
+        """The log took this over."""
+        if terms:
+            del self.written[first - 1 :]
+            self.written.extend(terms)
+        self.waiting.append((hard_state, first, terms))
+
+    def settle(self) -> None:
+        """A sync has covered everything that waited."""
+        for hard_state, first, terms in self.waiting:
+            if hard_state is not None:
+                self.hard_state = hard_state
+            if terms:
+                del self.terms[first - 1 :]
+                self.terms.extend(terms)
+        self.waiting.clear()
+
+    def term_at(self, index: int) -> int:
+        """Term of the durable entry `index`; 0 if there is none."""
+        return self.terms[index - 1] if 1 <= index <= len(self.terms) else 0
+
+
+@dataclass(slots=True)
+class Seen:
+    """What was last seen of a core in this life of its node."""
+
+    role: Role = Role.FOLLOWER
+    term: int = 0
+    commit: int = 0
+    applied: int = 0
+    last: int = 0
+    last_term: int = 0
+
+
+@dataclass(slots=True)
+class Ledger:
+    """All that ever happened in one group.
+
+    Attributes
+    ----------
+    leaders
+        Term -> who led in it.
+    before
+        (index, term) of every entry ever appended anywhere -> (term of the entry before it, checksum of its content).
+    committed
+        ``committed[i]`` is the term of entry ``i + 1``.
+    committed_in
+        Term of a leader -> the last index that it committed.
+    applied
+        Index -> (term, checksum, what applying it gave).
+    votes
+        (node, term) -> whom it granted its vote.
+    reads
+        (node, request) -> how many entries were committed anywhere when the read began.
+    """
+
+    group: int
+    leaders: dict[int, int] = field(default_factory=dict)
+    before: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    committed: list[int] = field(default_factory=list)
+    committed_in: dict[int, int] = field(default_factory=dict)
+    applied: dict[int, tuple[int, int, int, str | None]] = field(default_factory=dict)
+    votes: dict[tuple[int, int], int] = field(default_factory=dict)
+    reads: dict[tuple[int, int], int] = field(default_factory=dict)
+    shelves: dict[int, Shelf] = field(default_factory=dict)
+    """Node -> its disk."""
+    seen: dict[int, Seen] = field(default_factory=dict)
+    reads_answered: int = 0
+
+    @property
+    def last_leader(self) -> tuple[int, int]:
+        """The highest term that anybody led, and who; zeros if nobody did yet."""
+        term = max(self.leaders, default=0)
+        return term, self.leaders.get(term, NO_NODE)
+
+    def forget_life(self, node: int) -> None:
+        """`node` crashed: what was seen of its memory, and who waited at it, is gone."""
+        self.seen.pop(node, None)
+        for key in [key for key in self.reads if key[0] == node]:
+            del self.reads[key]

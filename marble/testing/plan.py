@@ -1,0 +1,227 @@
+"""What goes wrong in a history, how often, and how much is done meanwhile.
+
+Rule 1: a plan is a value. All chance that is left is in the seed, so a plan's name and a seed are a history's whole description.
+
+Rates are per simulated second: of a node, if the fault is a node's, else of the cluster. Chances are per message or per act. Durations are
+microseconds, and drawn evenly up to the number that stands here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from random import Random
+from typing import Any, Final
+
+from marble.errors import UsageError
+
+MILLISECOND: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkFaults:
+    """Between nodes. A cut may be one-way, may hit some links only, and may flap."""
+
+    delay_us: int = 2 * MILLISECOND
+    slow: float = 0.01
+    """Chance that a packet takes up to `slow_us` and so is overtaken by later ones."""
+    slow_us: int = 400 * MILLISECOND
+    loss: float = 0.01
+    duplication: float = 0.01
+    split: float = 0.1
+    """Chance that the messages of one packet travel each on its own."""
+    cuts: float = 0.05
+    cut_us: int = 8_000 * MILLISECOND
+    flap: float = 0.2
+    """Chance that a cut opens and closes all the time while it lasts."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFaults:
+    """Of a node's disk. A failed sync and a full disk stop the node; a flipped bit must be found before it is believed."""
+
+    sync_us: int = 3 * MILLISECOND
+    slow: float = 0.01
+    """Chance that a sync takes up to `slow_us`."""
+    slow_us: int = 2_000 * MILLISECOND
+    failed_syncs: float = 0.0
+    full: float = 0.0
+    flips: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ClockFaults:
+    """Of a node's clock, and of the process as a whole."""
+
+    drift: float = 0.01
+    """The rate of a node's monotonic clock is wrong by up to this."""
+    jumps: float = 0.02
+    """Wall clocks jump by up to an hour, in either direction."""
+    pauses: float = 0.02
+    pause_us: int = 4_000 * MILLISECOND
+    """A paused process does nothing and takes nothing in; then everything at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessFaults:
+    """Crashes lose power, now or in the middle of what the disk does next; kills leave the disk as the kernel sees it."""
+
+    crashes: float = 0.03
+    kills: float = 0.02
+    down_us: int = 4_000 * MILLISECOND
+    blackouts: float = 0.004
+    """All nodes lose power at once."""
+    elections: float = 0.02
+    """A node stands for election out of turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What clients do. Each waits for an answer, or gives up, before it goes on."""
+
+    clients: int = 4
+    think_us: int = 300 * MILLISECOND
+    timeout_us: int = 3_000 * MILLISECOND
+    keys: int = 4
+    reads: float = 0.4
+    deletes: float = 0.1
+    loss: float = 0.01
+    """Chance that a request, or its answer, gets lost between client and node."""
+    stray: float = 0.3
+    """Chance that a client asks any node rather than the one that it takes for the leader."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One mix of faults, load and configuration.
+
+    - ``nodes`` is how many voters a history begins with, ``groups`` how many Raft groups they share.
+    - ``seconds_max`` bounds the faulty part of a history in simulated time; ``heal_us`` is how long the healed cluster may take until
+      all that was asked of it is done.
+    """
+
+    name: str = "mixed"
+    nodes: int = 3
+    groups: int = 1
+    network: NetworkFaults = field(default_factory=NetworkFaults)
+    disk: DiskFaults = field(default_factory=DiskFaults)
+    clocks: ClockFaults = field(default_factory=ClockFaults)
+    process: ProcessFaults = field(default_factory=ProcessFaults)
+    load: Load = field(default_factory=Load)
+    tick_us: int = 100 * MILLISECOND
+    election_ticks: int = 10
+    heartbeat_ticks: int = 2
+    pre_vote: bool = True
+    check_quorum: bool = True
+    one_by_one: float = 0.3
+    """Chance that a node sends entries one to a message, so that a message may carry old terms only (Raft figure 8)."""
+    heal_us: int = 60_000 * MILLISECOND
+
+    def healed(self) -> Plan:
+        """The same cluster and clients without any fault."""
+        return replace(
+            self,
+            network=NetworkFaults(delay_us=self.network.delay_us, slow=0, loss=0, duplication=0, split=0, cuts=0),
+            disk=DiskFaults(sync_us=self.disk.sync_us, slow=0),
+            clocks=ClockFaults(drift=self.clocks.drift, jumps=0, pauses=0),
+            process=ProcessFaults(crashes=0, kills=0, blackouts=0, elections=0),
+            load=replace(self.load, loss=0, stray=0),
+        )
+
+
+_CALM = Plan().healed()
+
+PLANS: Final[dict[str, Plan]] = {
+    plan.name: plan
+    for plan in (
+        replace(_CALM, name="calm"),
+        Plan("mixed"),
+        replace(_CALM, name="crashes", process=ProcessFaults(crashes=0.15, kills=0.1, down_us=2_000_000, blackouts=0.03)),
+        replace(
+            _CALM,
+            name="network",
+            network=NetworkFaults(delay_us=30_000, slow=0.1, slow_us=2_000_000, loss=0.1, duplication=0.1, split=0.3, cuts=0.02),
+        ),
+        replace(
+            _CALM,
+            name="partitions",
+            network=NetworkFaults(cuts=0.3, cut_us=10_000_000, flap=0.3),
+            load=Load(reads=0.6, stray=0.5),
+        ),
+        replace(
+            _CALM,
+            name="disk",
+            disk=DiskFaults(sync_us=30_000, slow=0.1, slow_us=5_000_000, failed_syncs=0.03, full=0.03, flips=0.01),
+            process=ProcessFaults(crashes=0.05, kills=0.05),
+        ),
+        replace(
+            _CALM,
+            name="clocks",
+            clocks=ClockFaults(drift=0.01, jumps=0.2, pauses=0.2, pause_us=5_000_000),
+            load=Load(reads=0.6, stray=0.5),
+        ),
+        # Leaders come and go before they have replicated what they took in: where old terms are committed wrongly, if they are.
+        replace(
+            _CALM,
+            name="elections",
+            network=NetworkFaults(delay_us=60_000, slow=0.05, slow_us=1_500_000, loss=0.05, cuts=0.3, cut_us=2_000_000, split=0.5),
+            process=ProcessFaults(crashes=0.05, kills=0.05, down_us=1_500_000, elections=0.5),
+            load=Load(clients=6, think_us=100_000, timeout_us=1_500_000),
+            pre_vote=False,
+            one_by_one=0.8,
+        ),
+    )
+}
+"""The mixes that have a name. ``swarm`` is not among them: see `plan_for`."""
+
+SWARM: Final = "swarm"
+
+
+def plan_for(name: str, seed: int, nodes: int = 0) -> Plan:
+    """The plan of this name; for ``swarm``, one that `seed` draws.
+
+    A swarm's plans leave most faults out and turn the others up, each in its own way: what is never off hides what it hides
+    ("Swarm Testing", ISSTA'12).
+
+    Raises
+    ------
+    UsageError
+        If no plan has this name.
+    """
+    if name == SWARM:
+        plan = _drawn(Random(f"plan {seed}"))
+    elif name in PLANS:
+        plan = PLANS[name]
+    else:
+        raise UsageError(f"there is no plan {name!r}: choose one of {', '.join((SWARM, *PLANS))}")
+    return replace(plan, nodes=nodes) if nodes else plan
+
+
+def _drawn(random: Random) -> Plan:
+    base = PLANS[random.choice(("mixed", "crashes", "network", "partitions", "disk", "clocks", "elections"))]
+    other = PLANS[random.choice(sorted(PLANS))]
+    parts: dict[str, Any] = {
+        part: _turned(getattr(random.choice((base, other)), part), random) for part in ("network", "disk", "clocks", "process")
+    }
+    # The drift is what leases are allowed to count on: no plan goes beyond it.
+    parts["clocks"] = replace(parts["clocks"], drift=random.choice((0.0, 0.01)))
+    return replace(
+        base,
+        name=SWARM,
+        nodes=random.choice((1, 2, 3, 3, 3, 3, 4, 5, 5, 5)),
+        groups=random.choice((1, 1, 1, 3)),
+        load=replace(base.load, clients=random.choice((2, 4, 8)), keys=random.choice((1, 3, 8)), stray=random.choice((0.0, 0.3, 1.0))),
+        pre_vote=random.random() < 0.8,
+        check_quorum=random.random() < 0.8,
+        one_by_one=random.choice((0.0, 0.3, 1.0)),
+        **parts,
+    )
+
+
+def _turned(faults: Any, random: Random) -> Any:
+    """`faults`, some of them off and some of them stronger."""
+    changed = {}
+    for each in fields(faults):
+        value = getattr(faults, each.name)
+        if isinstance(value, float):
+            changed[each.name] = min(0.5, value * random.choice((0.0, 0.5, 1.0, 1.0, 3.0)))
+    return replace(faults, **changed)
