@@ -6,7 +6,7 @@ A write is a ``RecordBatch``; Raft orders it, a majority makes it durable, every
 The floors; imports only run downwards, and modules of one floor never import each other (``tests/test_layering.py``):
 
 ==  ==========================================================================  ==============================================
-8   cli  demo                                                                   commands
+8   cli  demo  simulate                                                         commands
 7   server  service                                                             a node behind a Flight port
 6   local  client  orders                                                        the tables, from this process and from afar
 5   node  engine  desk  workers                                                 the threads of a node and its inbox
@@ -17,7 +17,7 @@ The floors; imports only run downwards, and modules of one floor never import ea
 0   types  errors  schema  filters  env  metrics  machine  config  sessions     words and seams
 ==  ==========================================================================  ==============================================
 
-``testing`` stands beside them: it imports floors 0 to 4, and nothing imports it.
+``testing`` stands beside them: it imports floors 0 to 4, and nothing but ``simulate`` imports it.
 """
 
 from marble.client import connect

@@ -1,4 +1,4 @@
-"""The command ``marble``: demo, serve, log, status, version.
+"""The command ``marble``: demo, serve, log, status, simulate, version.
 
 Rule 1: a command ends with 0 when it did what was asked, 1 when it failed, 2 when it was asked wrongly, and 128 plus
 its number when a signal ended it. A failure says on stderr what is wrong; only what nobody foresaw shows a traceback.
@@ -104,6 +104,31 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="ask the nodes of a cluster how they are")
     status.add_argument("url", metavar="URL", help="grpc://host:port,host:port")
     status.set_defaults(command=_status)
+
+    simulate = commands.add_parser(
+        "simulate",
+        help="play simulated clusters under faults and check what Raft promises",
+        description="Play histories of a whole cluster in one thread, on a simulated network, disks and clocks, under faults, and check "
+        "after each event what Raft promises and at the end that one order explains what clients saw. One seed is one history.",
+    )
+    simulate.add_argument(
+        "--seeds", type=int, metavar="N", help="how many histories (default: 100, or until --minutes are over)"
+    )
+    simulate.add_argument(
+        "--first-seed", type=int, default=1, metavar="S", help="seed of the first history (default: %(default)s)"
+    )
+    simulate.add_argument("--minutes", type=float, metavar="M", help="begin no history after this time")
+    simulate.add_argument(
+        "--nodes", type=int, default=0, metavar="N", help="how many nodes, if not as many as the plan says"
+    )
+    simulate.add_argument(
+        "--steps", type=int, default=10_000, metavar="N", help="events before all faults end (default: %(default)s)"
+    )
+    simulate.add_argument(
+        "--plan", default="swarm", metavar="NAME", help="swarm (a mix drawn by each seed, the default), all, or a plan"
+    )
+    simulate.add_argument("--jobs", type=int, default=1, metavar="J", help="processes (default: %(default)s)")
+    simulate.set_defaults(command=_simulate)
 
     version = commands.add_parser("version", help="print the versions of marble, pyarrow and Python")
     version.set_defaults(command=_version)
@@ -287,6 +312,19 @@ def _print_columns(lines: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print(_line(line, widths))
+
+
+# -- simulate ----------------------------------------------------------------------------------------------------------
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from marble.simulate import run
+
+    with _signals_raise():
+        return EXIT_OK if run(options) else EXIT_FAILED
+
+
+# -- version -----------------------------------------------------------------------------------------------------------
 
 
 def _version(options: argparse.Namespace) -> int:

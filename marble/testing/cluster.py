@@ -74,7 +74,9 @@ class Simulation:
         self.world.send = self.network.send
         self.nodes = {number: SimulatedNode(self.world, number, voters) for number in voters}
         self.sales = Sales(History(), {})
-        self.clients = [Client(self.world, number, self.nodes, self.sales) for number in range(1, plan.load.clients + 1)]
+        self.clients = [
+            Client(self.world, number, self.nodes, self.sales) for number in range(1, plan.load.clients + 1)
+        ]
         for node in self.nodes.values():
             self.loop.after(self.loop.between(0, 50_000), node.start)
         for client in self.clients:
@@ -222,10 +224,14 @@ class Simulation:
                 loop.step()
             if self._is_done():
                 return
-        raise Violation(f"no progress within {self.plan.heal_us / SECOND:g} s after all faults ended: {self._what_lacks()}")
+        raise Violation(
+            f"no progress within {self.plan.heal_us / SECOND:g} s after all faults ended: {self._what_lacks()}"
+        )
 
     def _is_done(self) -> bool:
-        if any(client.operation is not None for client in self.clients) or not all(client.finished for client in self.clients):
+        if any(client.operation is not None for client in self.clients) or not all(
+            client.finished for client in self.clients
+        ):
             return False
         for group, ledger in self.world.ledgers.items():
             for node in self.nodes.values():

@@ -157,7 +157,8 @@ def committed_is_durable_on_a_quorum(ledger: Ledger, raft: Raft, index: int) -> 
 
 def _majorities(raft: Raft) -> list[tuple[int, ...]]:
     """The sets of voters of each of which more than half decide."""
-    return [raft.voters]
+    members = raft.members
+    return [members.voters, members.outgoing] if members.outgoing else [members.voters]
 
 
 def positions_are_in_order(raft: Raft, seen: Seen) -> None:
@@ -212,12 +213,12 @@ def message_is_true(ledger: Ledger, raft: Raft, message: Message, cores: Mapping
         having = shelf.term_at(index)
         hold(having > 0, f"node {raft.id} acknowledges entry {index}, which is not on its disk")
         leader = cores.get(message.to)
-        if leader is not None and leader.role is Role.LEADER and leader.term == term:
-            if not leader.log.matches(index, having):
-                raise Violation(
-                    f"node {raft.id} acknowledges its entry {index} of term {having}, and the leader's is of term "
-                    f"{leader.log.term_or_zero(index)}"
-                )
+        leads = leader is not None and leader.role is Role.LEADER and leader.term == term
+        if leader is not None and leads and not leader.log.matches(index, having):
+            raise Violation(
+                f"node {raft.id} acknowledges its entry {index} of term {having}, and the leader's is of term "
+                f"{leader.log.term_or_zero(index)}"
+            )
 
 
 def one_vote_in_a_term(ledger: Ledger, durable: HardState, node: int, term: int, candidate: int) -> None:
@@ -262,4 +263,3 @@ def read_is_current(ledger: Ledger, node: int, request: int, index: int) -> None
     hold(
         index >= began, f"node {node} answers a read with index {index}; {began} entries were committed before it began"
     )
-

@@ -1,7 +1,7 @@
 """The network between simulated nodes: it delays, loses, repeats, reorders and cuts, and never invents.
 
-Rule 1: what arrives was sent. A packet is the messages that a driver hands to the transport at once; they stay together and in order, unless
-        the plan splits them.
+Rule 1: what arrives was sent. A packet is the messages that a driver hands to the transport at once; they stay together
+        and in order, unless the plan splits them.
 Rule 2: a cut is of one direction between two nodes. It takes what is under way, too: whether a packet passes is asked when it arrives.
 """
 

@@ -1,8 +1,8 @@
 """A node of the simulation: the production core, driver, log and tables, run by events instead of threads.
 
 Rule 1: what a crash takes, it takes: everything but the disk is made anew by `start`. Events of an earlier life find nobody.
-Rule 2: a sync and an apply job are events of their own, as they are threads of their own in `marble.node`: the core goes on meanwhile, and a
-        crash may come between any two.
+Rule 2: a sync and an apply job are events of their own, as they are threads of their own in `marble.node`: the core goes
+        on meanwhile, and a crash may come between any two.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from marble.testing.ledger import Ledger, Shelf, Violation
 from marble.testing.loop import SECOND
 from marble.testing.world import World
 from marble.transport.codec import Envelope
-from marble.types import HardState
+from marble.types import HardState, Members
 
 SEGMENT_BYTES_MAX: Final = 64 * 1024
 """Small, so that histories roll over many segments."""
@@ -192,7 +192,7 @@ class SimulatedNode:
         )
         assert self._log is not None
         machine = ObservedMachine(ledger, self.id)
-        raft = Raft(config, DurableState(hard_state, self._voters, term_index))
+        raft = Raft(config, DurableState(hard_state, Members(tuple(self._voters)), term_index))
         driver = Driver(group, raft, self._log, machine, self._groups.post)
         self._groups.add(driver)
         timeout_s = plan.load.timeout_us / SECOND
@@ -405,7 +405,12 @@ class SimulatedNode:
         seat.promises.answered(outcome.reads, seat.raft.applied_index)
         for event in outcome.events:
             self._loop.note(
-                self.id, "group {} is {} of term {}, leader {}", seat.ledger.group, event.role.value, event.term, event.leader
+                self.id,
+                "group {} is {} of term {}, leader {}",
+                seat.ledger.group,
+                event.role.value,
+                event.term,
+                event.leader,
             )
 
     def _begin_sync(self) -> None:

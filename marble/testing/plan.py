@@ -135,11 +135,15 @@ PLANS: Final[dict[str, Plan]] = {
     for plan in (
         replace(_CALM, name="calm"),
         Plan("mixed"),
-        replace(_CALM, name="crashes", process=ProcessFaults(crashes=0.15, kills=0.1, down_us=2_000_000, blackouts=0.03)),
+        replace(
+            _CALM, name="crashes", process=ProcessFaults(crashes=0.15, kills=0.1, down_us=2_000_000, blackouts=0.03)
+        ),
         replace(
             _CALM,
             name="network",
-            network=NetworkFaults(delay_us=30_000, slow=0.1, slow_us=2_000_000, loss=0.1, duplication=0.1, split=0.3, cuts=0.02),
+            network=NetworkFaults(
+                delay_us=30_000, slow=0.1, slow_us=2_000_000, loss=0.1, duplication=0.1, split=0.3, cuts=0.02
+            ),
         ),
         replace(
             _CALM,
@@ -163,7 +167,9 @@ PLANS: Final[dict[str, Plan]] = {
         replace(
             _CALM,
             name="elections",
-            network=NetworkFaults(delay_us=60_000, slow=0.05, slow_us=1_500_000, loss=0.05, cuts=0.3, cut_us=2_000_000, split=0.5),
+            network=NetworkFaults(
+                delay_us=60_000, slow=0.05, slow_us=1_500_000, loss=0.05, cuts=0.3, cut_us=2_000_000, split=0.5
+            ),
             process=ProcessFaults(crashes=0.05, kills=0.05, down_us=1_500_000, elections=0.5),
             load=Load(clients=6, think_us=100_000, timeout_us=1_500_000),
             pre_vote=False,
@@ -200,7 +206,8 @@ def _drawn(random: Random) -> Plan:
     base = PLANS[random.choice(("mixed", "crashes", "network", "partitions", "disk", "clocks", "elections"))]
     other = PLANS[random.choice(sorted(PLANS))]
     parts: dict[str, Any] = {
-        part: _turned(getattr(random.choice((base, other)), part), random) for part in ("network", "disk", "clocks", "process")
+        part: _turned(getattr(random.choice((base, other)), part), random)
+        for part in ("network", "disk", "clocks", "process")
     }
     # The drift is what leases are allowed to count on: no plan goes beyond it.
     parts["clocks"] = replace(parts["clocks"], drift=random.choice((0.0, 0.01)))
@@ -209,7 +216,12 @@ def _drawn(random: Random) -> Plan:
         name=SWARM,
         nodes=random.choice((1, 2, 3, 3, 3, 3, 4, 5, 5, 5)),
         groups=random.choice((1, 1, 1, 3)),
-        load=replace(base.load, clients=random.choice((2, 4, 8)), keys=random.choice((1, 3, 8)), stray=random.choice((0.0, 0.3, 1.0))),
+        load=replace(
+            base.load,
+            clients=random.choice((2, 4, 8)),
+            keys=random.choice((1, 3, 8)),
+            stray=random.choice((0.0, 0.3, 1.0)),
+        ),
         pre_vote=random.random() < 0.8,
         check_quorum=random.random() < 0.8,
         one_by_one=random.choice((0.0, 0.3, 1.0)),
