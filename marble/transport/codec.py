@@ -32,6 +32,7 @@ from marble.types import NODE_ID_MAX, Members, Position
 
 PROTOCOL_VERSION: Final = 1
 CLUSTER_ID_BYTES_MAX: Final = 255
+ENDPOINT_BYTES_MAX: Final = 512
 MESSAGES_PER_PACKET_MAX: Final = 4096
 """Bounds the metadata of a packet to about 224 KiB."""
 
@@ -40,8 +41,8 @@ _HEADER: Final = struct.Struct("<4sHHQQIIII")
 _COVERED: Final = 16
 _MESSAGE: Final = struct.Struct("<IBBHQQQQQQ")
 """group, kind, flags, priority, term, log_index, log_term, commit, reject_hint, context."""
-_HELLO: Final = struct.Struct("<4sHHQIII")
-"""magic, version, zero, checksum; sender, to, length of the cluster id, which follows as UTF-8."""
+_HELLO: Final = struct.Struct("<4sHHQIIHH")
+"""magic, version, zero, checksum; sender, to, lengths of cluster id and sender's endpoint, which follow as UTF-8."""
 _PACKET_MAGIC: Final = b"MBLP"
 _HELLO_MAGIC: Final = b"MBLH"
 _REJECT: Final = 1
@@ -99,26 +100,33 @@ class Codec:
         self.entry_bytes_max = entry_bytes_max
         self._cluster = int(xxh3_64(name))
 
-    def hello(self, to: int) -> bytes:
-        """The metadata that opens a stream to `to`."""
-        name = self.cluster_id.encode()
-        head = _HELLO.pack(_HELLO_MAGIC, PROTOCOL_VERSION, 0, 0, self.node_id, to, len(name))
-        digest = int(xxh3_64(head[_COVERED:] + name))
-        return _HELLO.pack(_HELLO_MAGIC, PROTOCOL_VERSION, 0, digest, self.node_id, to, len(name)) + name
+    def hello(self, to: int, endpoint: str = "") -> bytes:
+        """The metadata that opens a stream to `to`; `endpoint`: where this node takes answers."""
+        name, place = self.cluster_id.encode(), endpoint.encode()
+        if len(place) > ENDPOINT_BYTES_MAX:
+            raise UsageError(f"the endpoint {endpoint[:80]!r}... has more than {ENDPOINT_BYTES_MAX} bytes")
+        fields = (self.node_id, to, len(name), len(place))
+        head = _HELLO.pack(_HELLO_MAGIC, PROTOCOL_VERSION, 0, 0, *fields)
+        digest = int(xxh3_64(head[_COVERED:] + name + place))
+        return _HELLO.pack(_HELLO_MAGIC, PROTOCOL_VERSION, 0, digest, *fields) + name + place
 
-    def check_hello(self, metadata: bytes) -> int:
-        """The sender of a hello that is meant for this node of this cluster. Raises ProtocolError for any other."""
+    def check_hello(self, metadata: bytes) -> tuple[int, str]:
+        """Sender, and its endpoint, of a hello that is meant for this node of this cluster; the endpoint may be empty.
+
+        Raises ProtocolError for any other hello.
+        """
         if len(metadata) < _HELLO.size:
             raise ProtocolError("the stream does not open with a hello")
-        magic, version, zero, digest, sender, to, length = _HELLO.unpack_from(metadata)
+        magic, version, zero, digest, sender, to, length, place_length = _HELLO.unpack_from(metadata)
         if magic != _HELLO_MAGIC:
             raise ProtocolError("the stream does not open with a hello")
         if version != PROTOCOL_VERSION:
             raise ProtocolError(
                 f"the peer speaks version {version} of the protocol, this node speaks {PROTOCOL_VERSION}"
             )
-        name = metadata[_HELLO.size :]
-        if zero != 0 or len(name) != length or xxh3_64(metadata[_COVERED:]) != digest:
+        name, place = metadata[_HELLO.size :][:length], metadata[_HELLO.size + length :]
+        whole = len(name) == length and len(place) == place_length <= ENDPOINT_BYTES_MAX
+        if zero != 0 or not whole or xxh3_64(metadata[_COVERED:]) != digest:
             raise ProtocolError("a damaged hello")
         if name != self.cluster_id.encode():
             theirs = name.decode(errors="replace")
@@ -127,7 +135,7 @@ class Codec:
             raise ProtocolError(f"this is node {self.node_id}, not {to}: two nodes have each other's endpoint")
         if sender == self.node_id or not 1 <= sender <= NODE_ID_MAX:
             raise ProtocolError(f"{sender} cannot be the id of a peer of node {self.node_id}")
-        return int(sender)
+        return int(sender), place.decode(errors="replace")
 
     def encode(self, to: int, envelopes: Sequence[Envelope]) -> list[Packet]:
         """Pack `envelopes`, all from this node to `to`, in order. None at all give one packet without messages."""

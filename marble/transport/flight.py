@@ -30,6 +30,9 @@ from marble.transport.codec import Codec, Envelope
 from marble.transport.faults import to_flight_error
 from marble.transport.link import RAFT_COMMAND, Link, TransportOptions
 
+VISITORS_MAX: Final = 32
+"""Nodes that are answered although `FlightTransport.set_peers` has not named them."""
+
 _log = logging.getLogger("marble.transport")
 _CANCEL_RESERVE_S: Final = 0.25
 """Part of a stop's deadline that is kept for cancelling calls that did not end by themselves."""
@@ -76,6 +79,8 @@ class FlightTransport:
         ``host:port`` to listen on; port 0 takes a free one (see `port`).
     cluster_id, node_id
         Who this is. Streams of other clusters, or meant for other nodes, are refused.
+    advertised
+        ``host:port`` where others reach this node, if that is not `endpoint`.
     options, random, clock, metrics
         Limits; jitter; time; where everything is counted (names begin with ``transport_``).
 
@@ -93,6 +98,7 @@ class FlightTransport:
         cluster_id: str,
         node_id: int,
         *,
+        advertised: str | None = None,
         options: TransportOptions | None = None,
         random: Random | None = None,
         clock: Clock | None = None,
@@ -105,9 +111,11 @@ class FlightTransport:
         self._random = random or SystemRandom()
         self._clock = clock or SystemClock()
         self._host = _host_of(endpoint)
+        self._advertised = advertised
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._endpoints: dict[int, str] = {}
+        self._visitors: dict[int, int] = {}
         self._links: dict[int, Link] = {}
         self._receiver: Receiver | None = None
         self._service: FlightService | None = None
@@ -174,14 +182,22 @@ class FlightTransport:
             link.start()
 
     def set_peers(self, endpoints: Mapping[int, str]) -> None:
-        """Send to, and take streams from, exactly these nodes (id to ``host:port``; this node itself is left out)."""
+        """Send to these nodes (id to ``host:port``; this node itself is left out), and to visitors while they stay.
+
+        A visitor is another node of the cluster that has opened a stream to this one: a node that joined while this one was
+        away leads now, say, and will tell it so. It is answered where its hello says that it is found.
+        """
         self._check_usable()
         wanted = {peer: endpoint for peer, endpoint in sorted(endpoints.items()) if peer != self.node_id}
         for endpoint in wanted.values():
             _host_of(endpoint)
         fresh = []
         with self._lock:
-            gone = [link for peer, link in self._links.items() if wanted.get(peer) != link.endpoint]
+            gone = [
+                link
+                for peer, link in self._links.items()
+                if wanted.get(peer) != link.endpoint and (peer in wanted or peer not in self._visitors)
+            ]
             links = {peer: link for peer, link in self._links.items() if link not in gone}
             for peer, endpoint in wanted.items():
                 if peer not in links:
@@ -201,6 +217,7 @@ class FlightTransport:
             peer,
             endpoint,
             self._codec,
+            advertised=self._advertised or self.endpoint,
             options=self.options,
             random=self._random,
             clock=self._clock,
@@ -324,24 +341,58 @@ class FlightTransport:
             if receiver is None or self._stopped:
                 self._refused.add()
                 raise UnavailableError(f"node {self.node_id} does not take messages now")
-            sender = self._greet(reader)
-            if sender is None:
+            greeting = self._greet(reader)
+            if greeting is None:
                 return
-            for chunk in reader:
-                if chunk.app_metadata is None:
-                    raise ProtocolError(f"entries without messages from node {sender}")
-                envelopes = self._codec.decode(sender, chunk.app_metadata.to_pybytes(), chunk.data)
-                if envelopes:
-                    self._received.add(len(envelopes))
-                    receiver(envelopes)
+            sender, endpoint = greeting
+            with self._visit(sender, endpoint):
+                for chunk in reader:
+                    if chunk.app_metadata is None:
+                        raise ProtocolError(f"entries without messages from node {sender}")
+                    envelopes = self._codec.decode(sender, chunk.app_metadata.to_pybytes(), chunk.data)
+                    if envelopes:
+                        self._received.add(len(envelopes))
+                        receiver(envelopes)
         except fl.FlightError:
             raise
         except Exception as error:
             self._count_garbage(error)
             raise self._told(error) from None
 
-    def _greet(self, reader: fl.MetadataRecordBatchReader) -> int | None:
-        """Find out who opened this stream; None if it ended at once. Raises ProtocolError unless it is a peer."""
+    @contextlib.contextmanager
+    def _visit(self, sender: int, endpoint: str) -> Iterator[None]:
+        """While a stream of `sender` is open there is a way back, also if it is none of the peers that this node knows."""
+        fresh = None
+        with self._lock:
+            if sender not in self._links:
+                if not endpoint or len(self._visitors) >= VISITORS_MAX:
+                    raise ProtocolError(f"node {sender} is not a peer of node {self.node_id}")
+                self._check_usable()
+                try:
+                    _host_of(endpoint)
+                except UsageError as error:
+                    raise ProtocolError(f"the hello of node {sender}: {error}") from None
+                fresh = self._links[sender] = self._link(sender, endpoint)
+            self._visitors[sender] = self._visitors.get(sender, 0) + 1
+        if fresh is not None:
+            fresh.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._visitors[sender] -= 1
+                gone = None
+                if not self._visitors[sender]:
+                    del self._visitors[sender]
+                    gone = None if sender in self._endpoints else self._links.pop(sender, None)
+            if gone is not None:
+                gone.request_stop()
+
+    def _greet(self, reader: fl.MetadataRecordBatchReader) -> tuple[int, str] | None:
+        """Find out who opened this stream, and where it takes answers; None if it ended at once.
+
+        Raises ProtocolError unless it is a node of this cluster.
+        """
         with self._lock:
             refused = self._strangers >= self.options.strangers_max
             self._strangers += not refused
@@ -355,10 +406,7 @@ class FlightTransport:
                 return None
             if chunk.app_metadata is None or chunk.data is not None:
                 raise ProtocolError("the stream does not open with a hello")
-            sender = self._codec.check_hello(chunk.app_metadata.to_pybytes())
-            if sender not in self._endpoints:
-                raise ProtocolError(f"node {sender} is not a peer of node {self.node_id}")
-            return sender
+            return self._codec.check_hello(chunk.app_metadata.to_pybytes())
         finally:
             with self._lock:
                 self._strangers -= 1

@@ -93,6 +93,8 @@ class Link:
         Who is there (``host:port``).
     codec
         Of this node.
+    advertised
+        Where this node takes the peer's answers.
     options, random, clock, metrics
         Limits; jitter; what tells how long a stream has lasted; where sent, dropped and broken are counted.
     unreachable
@@ -107,6 +109,7 @@ class Link:
         endpoint: str,
         codec: Codec,
         *,
+        advertised: str,
         options: TransportOptions,
         random: Random,
         clock: Clock,
@@ -117,6 +120,7 @@ class Link:
         self.peer = peer
         self.endpoint = endpoint
         self._codec = codec
+        self._advertised = advertised
         self._options = options
         self._random = random
         self._clock = clock
@@ -241,7 +245,7 @@ class Link:
             self._stream = stream
         try:
             writer.begin(ENTRY_SCHEMA)
-            writer.write_metadata(self._codec.hello(self.peer))
+            writer.write_metadata(self._codec.hello(self.peer, self._advertised))
             if self._stopping.is_set():
                 # request_stop may have looked for a stream before there was one.
                 raise fl.FlightCancelledError("the link stops")

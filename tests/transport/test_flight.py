@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -127,6 +128,17 @@ def append() -> Envelope:
     return Envelope(0, message, batch)
 
 
+def to(peer: int) -> Envelope:
+    return Envelope(0, Message(MessageKind.HEARTBEAT_RESPONSE, 1, peer, 1))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.002)
+
+
 class Stream:
     """A stream to a port, driven by hand. A write may or may not notice that the server has ended the call."""
 
@@ -196,6 +208,39 @@ def test_stream_that_ends_by_itself_is_no_error(port: Port) -> None:
     assert len(port.wait_for(1)) == 1
 
 
+def test_a_node_that_is_not_named_is_answered_while_its_stream_is_open(port: Port) -> None:
+    options = TransportOptions(idle_check_s=0.05)
+    with contextlib.ExitStack() as stack:
+        visitor = FlightTransport("127.0.0.1:0", "c", 7, options=options)
+        stack.callback(visitor.stop, 5.0)
+        answers: queue.SimpleQueue[list[Envelope]] = queue.SimpleQueue()
+        visitor.set_peers({1: port.transport.endpoint})
+        visitor.start(answers.put)
+        assert not port.transport.send(7, [to(7)])
+        visitor.send(1, [Envelope(0, Message(MessageKind.HEARTBEAT, 7, 1, 1))])
+        assert port.wait_for(1)[0].message.sender == 7
+        # Its stream is open, so there is a way back, whether or not the members are told anew meanwhile.
+        port.transport.set_peers({2: "127.0.0.1:1"})
+        assert port.transport.send(7, [to(7)])
+        assert answers.get(timeout=DEADLINE_S)[0].message.to == 7
+    wait_until(lambda: not port.transport.send(7, [to(7)]))
+
+
+def test_a_visitor_that_becomes_a_member_keeps_its_link(port: Port) -> None:
+    with contextlib.ExitStack() as stack:
+        visitor = FlightTransport("127.0.0.1:0", "c", 7)
+        stack.callback(visitor.stop, 5.0)
+        visitor.set_peers({1: port.transport.endpoint})
+        visitor.start(lambda envelopes: None)
+        visitor.send(1, [Envelope(0, Message(MessageKind.HEARTBEAT, 7, 1, 1))])
+        port.wait_for(1)
+        link = port.transport._links[7]
+        port.transport.set_peers({2: "127.0.0.1:1", 7: visitor.endpoint})
+        assert port.transport._links[7] is link
+    wait_until(lambda: not port.transport._visitors)
+    assert port.transport._links[7] is link
+
+
 @pytest.mark.parametrize(
     ("hello", "message"),
     [
@@ -204,6 +249,7 @@ def test_stream_that_ends_by_itself_is_no_error(port: Port) -> None:
         (Codec("other", 2, 1).hello(1), "this node is of cluster 'c', not 'other'"),
         (Codec("c", 2, 1).hello(3), "this is node 1, not 3"),
         (Codec("c", 9, 1).hello(1), "node 9 is not a peer of node 1"),
+        (Codec("c", 9, 1).hello(1, "nowhere"), "endpoint"),
     ],
 )
 def test_strangers_are_refused_and_counted(port: Port, hello: bytes, message: str) -> None:
@@ -233,9 +279,9 @@ def test_garbage_ends_that_stream_and_nothing_else(port: Port) -> None:
     assert answers == [
         "a packet with 7 bytes of metadata",
         "a packet from node 2 does not match its checksum",
-        "a packet announces 2 entries and brings others",
-        "a packet announces 2 entries and brings others",
-        "a packet announces 0 entries and brings others",
+        "a packet announces 2 rows and brings others",
+        "a packet announces 2 rows and brings others",
+        "a packet announces 0 rows and brings others",
         "entries without messages from node 2",
     ]
     other = Stream(port, schema=pa.schema([("x", pa.int64())]))

@@ -180,6 +180,7 @@ def link_to(endpoint: str, options: TransportOptions, metrics: Metrics) -> tuple
         2,
         endpoint,
         Codec("c", 1, 1 << 20),
+        advertised="127.0.0.1:1",
         options=options,
         random=SystemRandom(1),
         clock=SystemClock(),
