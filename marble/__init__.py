@@ -7,8 +7,8 @@ The floors; imports only run downwards, and modules of one floor never import ea
 
 ==  ==========================================================================  ==============================================
 8   cli  demo  simulate                                                         commands
-7   server  service                                                             a node behind a Flight port
-6   local  client  orders                                                        the tables, from this process and from afar
+7   server  service  actions                                                    a node behind a Flight port
+6   local  client  orders  admin                                                 the tables, from this process and from afar
 5   node  engine  desk  workers                                                 the threads of a node and its inbox
 4   driver groups identity jobs options promises recovery snapshotting transfer  one turn; snapshots; whose data
 3   transport                                                                   messages and calls as Arrow Flight

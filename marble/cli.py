@@ -1,4 +1,4 @@
-"""The command ``marble``: demo, serve, log, status, simulate, version.
+"""The command ``marble``: demo, serve, log, status, members, transfer, snapshot, simulate, version.
 
 Rule 1: a command ends with 0 when it did what was asked, 1 when it failed, 2 when it was asked wrongly, and 128 plus
 its number when a signal ended it. A failure says on stderr what is wrong; only what nobody foresaw shows a traceback.
@@ -28,6 +28,9 @@ EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 
 _PR_SET_PDEATHSIG: Final = 1
+SNAPSHOT_TIMEOUT_S: Final = 600.0
+"""How long the nodes may take to write their snapshots."""
+
 _ALIVE_CHECK_S: Final = 0.5
 """How often a serving process looks whether its engine still runs."""
 
@@ -105,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("url", metavar="URL", help="grpc://host:port,host:port")
     status.set_defaults(command=_status)
 
+    _add_operator_commands(commands)
     simulate = commands.add_parser(
         "simulate",
         help="play simulated clusters under faults and check what Raft promises",
@@ -133,6 +137,57 @@ def _parser() -> argparse.ArgumentParser:
     version = commands.add_parser("version", help="print the versions of marble, pyarrow and Python")
     version.set_defaults(command=_version)
     return parser
+
+
+def _add_operator_commands(commands: Any) -> None:
+    url = "grpc://host:port,host:port of some or all nodes"
+    members = commands.add_parser(
+        "members",
+        help="show who takes part in a cluster, or change it",
+        description="Show who takes part in a cluster. With options: change it first, all of them in one step.",
+    )
+    members.add_argument("url", metavar="URL", help=url)
+    members.add_argument(
+        "--add",
+        type=_place,
+        action="append",
+        default=[],
+        metavar="ID=HOST:PORT",
+        help="add a voter (it has join = true)",
+    )
+    members.add_argument(
+        "--learner", type=_place, action="append", default=[], metavar="ID=HOST:PORT", help="add a node without a vote"
+    )
+    members.add_argument(
+        "--promote", type=int, action="append", default=[], metavar="ID", help="make a learner a voter"
+    )
+    members.add_argument("--demote", type=int, action="append", default=[], metavar="ID", help="make a voter a learner")
+    members.add_argument("--remove", type=int, action="append", default=[], metavar="ID", help="remove a node")
+    members.add_argument(
+        "--transition",
+        choices=("auto", "joint", "explicit"),
+        default="auto",
+        help="explicit: stay with both majorities until --leave (default: %(default)s)",
+    )
+    members.add_argument("--leave", action="store_true", help="end an explicit transition")
+    members.add_argument("--local", action="store_true", help="show what one node knows, also without a majority")
+    members.set_defaults(command=_members)
+
+    transfer = commands.add_parser("transfer", help="let another node lead")
+    transfer.add_argument("url", metavar="URL", help=url)
+    transfer.add_argument("--to", type=int, required=True, metavar="ID", help="a voter")
+    transfer.set_defaults(command=_transfer)
+
+    snapshot = commands.add_parser("snapshot", help="let each node of the URL write a snapshot and shorten its log")
+    snapshot.add_argument("url", metavar="URL", help=url)
+    snapshot.set_defaults(command=_snapshot)
+
+
+def _place(text: str) -> tuple[int, str]:
+    node, equals, endpoint = text.partition("=")
+    if not equals or not node.isascii() or not node.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID=HOST:PORT")
+    return int(node), endpoint
 
 
 # -- demo --------------------------------------------------------------------------------------------------------------
@@ -312,6 +367,53 @@ def _print_columns(lines: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print(_line(line, widths))
+
+
+# -- members, transfer, snapshot ---------------------------------------------------------------------------------------
+
+
+def _members(options: argparse.Namespace) -> int:
+    from marble.admin import ClusterAdmin
+    from marble.types import Change, ChangeKind, Transition
+
+    kinds = (
+        (ChangeKind.ADD_VOTER, [node for node, _ in options.add] + options.promote),
+        (ChangeKind.ADD_LEARNER, [node for node, _ in options.learner] + options.demote),
+        (ChangeKind.REMOVE, options.remove),
+    )
+    changes = [Change(kind, node) for kind, nodes in kinds for node in nodes]
+    if changes and options.leave:
+        raise UsageError("--leave ends a transition and goes with no other change")
+    with ClusterAdmin(options.url) as admin:
+        if changes or options.leave:
+            places = dict([*options.add, *options.learner])
+            admin.change_membership(changes, places, Transition(options.transition))
+        found = admin.members(consistency="local" if options.local else "linearizable")
+    lines = [("node", "part", "endpoint")]
+    lines += [(str(node), part, found.endpoints.get(node, "-")) for node, part in found.parts.items()]
+    _print_columns(lines)
+    if found.members.joint and not found.members.auto_leave:
+        print("two majorities decide until: marble members URL --leave")
+    return EXIT_OK
+
+
+def _transfer(options: argparse.Namespace) -> int:
+    from marble.admin import ClusterAdmin
+
+    with ClusterAdmin(options.url) as admin:
+        admin.transfer_leadership(options.to)
+    print(f"node {options.to} leads")
+    return EXIT_OK
+
+
+def _snapshot(options: argparse.Namespace) -> int:
+    from marble.admin import ClusterAdmin
+
+    with ClusterAdmin(options.url, timeout_s=SNAPSHOT_TIMEOUT_S) as admin:
+        lines = [("endpoint", "snapshot")]
+        lines += [(endpoint, str(index)) for endpoint, index in admin.take_snapshots().items()]
+    _print_columns(lines)
+    return EXIT_OK
 
 
 # -- simulate ----------------------------------------------------------------------------------------------------------

@@ -64,11 +64,14 @@ class LocalBackend:
         A started node whose machine is `machine`.
     machine
         The tables.
+    lease_reads
+        Whether a leader may answer linearizable reads out of its lease.
     """
 
-    def __init__(self, node: Node, machine: TableMachine) -> None:
+    def __init__(self, node: Node, machine: TableMachine, *, lease_reads: bool = False) -> None:
         self.node = node
         self.machine = machine
+        self.lease_reads = lease_reads
         self._closed = False
 
     def propose(
@@ -145,7 +148,7 @@ class LocalBackend:
     def _confirm(self) -> None:
         """Wait until this node has applied what was committed anywhere when the call came."""
         try:
-            self.node.read_index().result(self.node.options.read_timeout_s + ANSWER_MARGIN_S)
+            self.node.read_index(lease=self.lease_reads).result(self.node.options.read_timeout_s + ANSWER_MARGIN_S)
         except TimeoutError:
             raise UnavailableError("the engine does not answer (a disk that hangs?)") from None
 
@@ -161,7 +164,11 @@ class LocalBackend:
 
 
 def open(  # noqa: A001
-    path: str | os.PathLike[str], *, max_log_size: int | None = None, max_entry_size: int = 16 * 1024 * 1024
+    path: str | os.PathLike[str],
+    *,
+    max_log_size: int | None = None,
+    max_entry_size: int = 16 * 1024 * 1024,
+    snapshot_distance: int = 10_000,
 ) -> Database:
     """Open a database in a directory of this machine: a Raft cluster of one, no server.
 
@@ -175,6 +182,8 @@ def open(  # noqa: A001
         In bytes; writes are refused with UnavailableError while the log is larger. None: no limit.
     max_entry_size
         In bytes; a larger batch is refused with UsageError.
+    snapshot_distance
+        Entries between two snapshots, which let the log forget what lies behind them.
 
     Returns
     -------
@@ -197,6 +206,7 @@ def open(  # noqa: A001
         endpoints={1: "embedded"},
         log_bytes_max=max_log_size,
         entry_bytes_max=max_entry_size,
+        snapshot_distance=snapshot_distance,
     )
     try:
         node = Node(options, SystemFiles(path), machine)

@@ -18,14 +18,17 @@ import contextlib
 import enum
 import os
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import pyarrow as pa
 
 from marble._core.entry_batch import Proposal
+from marble.actions import check_endpoints
 from marble.config import NodeConfig, RaftClusterConfig, format_endpoint, parse_endpoint
 from marble.database import Database
 from marble.env import SystemFiles
@@ -36,11 +39,12 @@ from marble.lsm.machine import TableMachine
 from marble.metrics import Metrics
 from marble.node import Node
 from marble.options import NodeOptions
-from marble.promises import Committed
 from marble.service import TablesService
 from marble.transport.flight import FlightTransport
 from marble.transport.link import TransportOptions
-from marble.types import EntryKind, Role
+from marble.types import Change, ChangeKind, EntryKind, Members, Role, Transition
+
+T = TypeVar("T")
 
 STOP_GRACE_S: Final = 1.0
 """How long open calls get to end when a server stops: enough to write the acks that are due."""
@@ -78,6 +82,8 @@ def create_raft_server(
     data_dir: str | os.PathLike[str],
     machine: TableMachine | None = None,
     node_id: int | None = None,
+    priority: int = 0,
+    join: str | None = None,
 ) -> RaftServer:
     """Make a server, to be initialized and started.
 
@@ -92,14 +98,24 @@ def create_raft_server(
         `RaftServer.propose_operation` replicates.
     node_id
         Which node of the cluster this is. None: the one whose endpoint is that of `transport`, or the only one.
+    priority
+        Of several nodes that could lead, the one with the highest is to; 0 to 65,535.
+    join
+        ``host:port`` where others will find this node, if it is to be added to a cluster that runs already. It then needs a
+        `node_id` that no node of the cluster has ever had, starts without members, and waits for `RaftServer.add_node` on
+        another one.
     """
-    return RaftServer(transport, data_dir, machine or TableMachine(), node_id)
+    return RaftServer(transport, data_dir, machine or TableMachine(), node_id, priority, join)
 
 
 def server_from_config(config: NodeConfig) -> RaftServer:
     """An initialized server, to be started."""
     server = create_raft_server(
-        create_arrow_flight_transport(config.listen_endpoint), data_dir=config.data_dir, node_id=config.id
+        create_arrow_flight_transport(config.listen_endpoint),
+        data_dir=config.data_dir,
+        node_id=config.id,
+        priority=config.priority,
+        join=config.endpoint if config.join else None,
     )
     server.initialize(config.cluster)
     return server
@@ -133,11 +149,16 @@ class RaftServer:
         data_dir: str | os.PathLike[str],
         machine: TableMachine,
         node_id: int | None,
+        priority: int = 0,
+        join: str | None = None,
     ) -> None:
         self._listen = transport
         self._data_dir = data_dir
         self._machine = machine
         self._node_id = node_id
+        self._priority = priority
+        self._join = join
+        self._endpoint = ""
         self._phase = _Phase.MADE
         self._config: RaftClusterConfig | None = None
         self._options: NodeOptions | None = None
@@ -159,11 +180,11 @@ class RaftServer:
             raise UsageError("initialize was called before: a server belongs to one cluster")
         if not isinstance(config, RaftClusterConfig):
             raise UsageError(f"initialize takes a RaftClusterConfig, not a {type(config).__name__}")
-        node_id = self._find_node(config)
+        node_id, self._endpoint = self._find_node(config)
         self._options = NodeOptions(
             cluster_id=config.cluster_id,
             node_id=node_id,
-            endpoints=config.endpoints,
+            endpoints=config.endpoints if self._join is None else {**config.endpoints, node_id: self._endpoint},
             tick_ms=config.tick_ms,
             election_ticks=config.election_ticks,
             heartbeat_ticks=config.heartbeat_ticks,
@@ -176,19 +197,33 @@ class RaftServer:
             uncommitted_bytes_max=config.uncommitted_bytes_max,
             segment_bytes_max=config.segment_bytes_max,
             cache_bytes_max=config.cache_bytes_max,
+            snapshot_distance=config.snapshot_distance,
+            priority=self._priority,
+            lease_reads=config.lease_reads,
+            join=self._join is not None,
         )
         self._config, self._phase = config, _Phase.INITIALIZED
 
-    def _find_node(self, config: RaftClusterConfig) -> int:
-        if self._node_id is not None:
-            if self._node_id not in config.endpoints:
-                raise UsageError(f"node_id is {self._node_id}, but the cluster's nodes are {list(config.voters)}")
-            return self._node_id
-        if self._listen is not None:
-            return config.find_node(self._listen.endpoint)
-        if len(config.endpoints) == 1:
-            return config.voters[0]
-        raise UsageError("pass a transport or a node_id to create_raft_server: which node of the cluster is this?")
+    def _find_node(self, config: RaftClusterConfig) -> tuple[int, str]:
+        """Which node this is, and where others find it."""
+        if self._join is not None:
+            if self._node_id is None:
+                raise UsageError("pass a node_id to join with: one that no node of the cluster has ever had")
+            # The checks are those of a config file.
+            found = NodeConfig(
+                self._node_id, Path(self._data_dir), config, None, self._priority, True, joining_endpoint=self._join
+            )
+            return found.id, found.endpoint
+        node = self._node_id
+        if node is None and self._listen is not None:
+            node = config.find_node(self._listen.endpoint)
+        elif node is None and len(config.endpoints) == 1:
+            node = config.voters[0]
+        if node is None:
+            raise UsageError("pass a transport or a node_id to create_raft_server: which node of the cluster is this?")
+        if node not in config.endpoints:
+            raise UsageError(f"node_id is {node}, but the cluster's nodes are {list(config.voters)}")
+        return node, config.endpoints[node]
 
     def start(self) -> None:
         """Recover the log, listen, and take part in the cluster. Does not wait for a leader.
@@ -214,6 +249,7 @@ class RaftServer:
                 listen,
                 self._options.cluster_id,
                 self._options.node_id,
+                advertised=self._endpoint,
                 # The columns beside a payload take less than the smallest payload: at most as much again.
                 options=TransportOptions(entry_bytes_max=2 * self._config.message_bytes_max + MESSAGE_OVERHEAD_BYTES),
                 metrics=metrics,
@@ -221,11 +257,9 @@ class RaftServer:
             stack.callback(carrier.stop, STOP_GRACE_S)
             node = Node(self._options, SystemFiles(self._data_dir), self._machine, carrier, metrics=metrics)
             stack.callback(node.stop)
-            service = TablesService(LocalBackend(node, self._machine))
+            service = TablesService(LocalBackend(node, self._machine, lease_reads=self._config.lease_reads))
             node.start()
             carrier.start(node.receive, service, unreachable=node.unreachable, failed=node.fail)
-            peers = {peer: where for peer, where in self._options.endpoints.items() if peer != self._options.node_id}
-            carrier.set_peers(peers)
             stack.pop_all()
         self._node, self._flight, self._service = node, carrier, service
         self._phase = _Phase.STARTED
@@ -286,7 +320,7 @@ class RaftServer:
         """``host:port`` where others find this node."""
         if self._options is None:
             raise self._out_of_order("endpoint")
-        return self._options.endpoints[self._options.node_id]
+        return self._endpoint
 
     @property
     def node_id(self) -> int:
@@ -306,7 +340,9 @@ class RaftServer:
     def wait_for_leader(self, timeout_s: float = 10.0) -> str:
         """Wait until this node knows a leader; its endpoint. Raises UnavailableError after `timeout_s` seconds."""
         node = self._running("wait_for_leader")
-        return node.options.endpoints[node.wait_for_leader(timeout_s)]
+        leader = node.wait_for_leader(timeout_s)
+        # It may be gone again by now, or be a node that has joined and of which only the id is known yet.
+        return node.endpoints.get(leader, f"node {leader}")
 
     def trigger_election(self) -> None:
         """Let this node stand for election now. A healthy leader is not disturbed, if pre-votes are on."""
@@ -315,6 +351,81 @@ class RaftServer:
     def get_cluster_status(self) -> dict[str, Any]:
         """What this node knows of itself and of the cluster, as values for JSON."""
         return self._running("get_cluster_status").status()
+
+    def get_members(self) -> Members:
+        """Who takes part in the cluster, as far as this node has applied it; `get_cluster_status` says where they are."""
+        return self._running("get_members").members()
+
+    def add_node(self, node_id: int, endpoint: str, *, learner: bool = False, timeout_s: float = 10.0) -> int:
+        """Add a node that was started with ``join``; like `change_membership`. A learner gets the log and has no vote."""
+        kind = ChangeKind.ADD_LEARNER if learner else ChangeKind.ADD_VOTER
+        return self.change_membership([Change(kind, node_id)], {node_id: endpoint}, timeout_s=timeout_s)
+
+    def remove_node(self, node_id: int, *, timeout_s: float = 10.0) -> int:
+        """Remove a node, this one included; like `change_membership`."""
+        return self.change_membership([Change(ChangeKind.REMOVE, node_id)], timeout_s=timeout_s)
+
+    def change_membership(
+        self,
+        changes: Sequence[Change],
+        endpoints: Mapping[int, str] | None = None,
+        *,
+        transition: Transition = Transition.AUTO,
+        timeout_s: float = 10.0,
+    ) -> int:
+        """Change who takes part, all changes in one step; return the index at which that is committed.
+
+        Parameters
+        ----------
+        changes
+            What to change. None at all: leave a joint group that waits for it.
+        endpoints
+            ``host:port`` of each node that is new.
+        transition
+            Whether, and for how long, two majorities decide (Raft §6).
+        timeout_s
+            How long to wait, in seconds.
+
+        Raises
+        ------
+        NotLeaderError
+            If this node does not lead; it names the leader. Nothing was changed.
+        UnavailableError
+            If another change is under way, or this leader has just begun. Nothing was changed: retry.
+        OutcomeUnknownError
+            If it was not decided in time: look at `get_members`.
+        UsageError
+            If the changes make no sense.
+        """
+        node = self._running("change_membership")
+        places = {each: format_endpoint(*parse_endpoint(where)) for each, where in (endpoints or {}).items()}
+        check_endpoints(changes, places, node.endpoints)
+        return self._wait(node.change_membership(changes, places, transition), timeout_s, "the change").index
+
+    def transfer_leadership(self, to: int, timeout_s: float = 10.0) -> None:
+        """Let voter `to` lead; returns when it does.
+
+        Raises
+        ------
+        NotLeaderError
+            If this node does not lead; it names the leader.
+        UsageError
+            If `to` is no voter.
+        UnavailableError
+            If `to` did not take over within an election timeout; this node leads on.
+        """
+        self._wait(self._running("transfer_leadership").transfer_leadership(to), timeout_s, "the transfer")
+
+    def forget_leader(self) -> None:
+        """Let this follower be free to vote at once, when somebody knows better than its timer that its leader is gone."""
+        self._wait(self._running("forget_leader").forget_leader(), 10.0, "forgetting the leader")
+
+    def take_snapshot(self, timeout_s: float = 600.0) -> int:
+        """Write a snapshot of this node's state now and forget the log behind it; return the index that it covers.
+
+        Raises UnavailableError if it could not be written now.
+        """
+        return self._wait(self._running("take_snapshot").snapshot(), timeout_s, "the snapshot")
 
     def propose_operation(
         self, operation: bytes | bytearray | memoryview | pa.Buffer | Proposal, timeout_s: float = 10.0
@@ -344,16 +455,20 @@ class RaftServer:
             if not isinstance(operation, bytes | bytearray | memoryview | pa.Buffer):
                 raise UsageError(f"an operation must be bytes or a Proposal, not a {type(operation).__name__}")
             operation = Proposal(EntryKind.COMMAND, 0, payload.encode_command(bytes(operation)))
-        future: Future[Committed] = node.propose(operation)
-        try:
-            return future.result(timeout_s).index
-        except TimeoutError:
-            raise OutcomeUnknownError(f"the operation was not decided in {timeout_s} s: it may still be") from None
+        return self._wait(node.propose(operation), timeout_s, "the operation").index
 
     @property
     def database(self) -> Database:
         """The tables, for this process: reads on any node, writes while this node leads (else NotLeaderError)."""
-        return Database(_ServerBackend(self._running("database"), self._machine))
+        node = self._running("database")
+        return Database(_ServerBackend(node, self._machine, lease_reads=node.options.lease_reads))
+
+    @staticmethod
+    def _wait(future: Future[T], timeout_s: float, what: str) -> T:
+        try:
+            return future.result(timeout_s)
+        except TimeoutError:
+            raise OutcomeUnknownError(f"{what} was not decided in {timeout_s} s: it may still be") from None
 
     def _running(self, what: str) -> Node:
         if self._phase is not _Phase.STARTED or self._node is None:

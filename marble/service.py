@@ -14,7 +14,7 @@ The verbs (see `marble.transport.wire` for the JSON in them):
 - DoExchange ``[table, "get"]`` or ``[table, "get", "local"]``: for each batch of keys one batch of rows; with
   "upsert" or "delete" like DoPut, the acks as metadata without rows.
   With a stamp (`marble.transport.wire.Stamp`) as its ``app_metadata`` a batch takes effect once, however often it comes.
-- ListFlights, GetFlightInfo and GetSchema of ``[table]``; ListActions; DoAction of `ACTIONS`.
+- ListFlights, GetFlightInfo and GetSchema of ``[table]``; ListActions; DoAction of `marble.actions.ACTIONS`.
 
 What changes something is relayed to the leader if this node does not lead, unless the call has the header
 ``marble-forward: never``. Reads are answered by every node.
@@ -33,17 +33,15 @@ from typing import Any, Final, TypeVar
 import pyarrow as pa
 import pyarrow.flight as flight
 
+from marble.actions import ACTIONS, Actions, may_forward
 from marble.config import parse_endpoint
 from marble.database import check_scan
 from marble.errors import (
     MarbleError,
-    NotLeaderError,
-    OutcomeUnknownError,
     UnavailableError,
     UsageError,
 )
 from marble.local import ANSWER_MARGIN_S, LocalBackend, then
-from marble.lsm import payload
 from marble.lsm.view import TableView
 from marble.promises import Committed
 from marble.schema import TableInfo, check_table_name, conform_keys
@@ -51,7 +49,6 @@ from marble.transport import wire
 from marble.transport.faults import to_flight_error
 from marble.transport.intake import Intake, StreamEndedError, Ways
 from marble.transport.relay import Relays
-from marble.types import EntryKind, Role
 
 logger = logging.getLogger("marble.service")
 
@@ -66,19 +63,6 @@ READ_BATCH_BYTES_MAX: Final = 16 * 1024 * 1024
 
 KEYS_MAX: Final = 1024 * 1024
 """Keys in one batch of a lookup; its rows are gathered at once."""
-
-ACTIONS: Final = {
-    "campaign": "Let this node stand for election now. No body.",
-    "close_session": 'Body {"session"}: its answers are forgotten, and what it still sends is refused.',
-    "create_table": 'Body {"name", "key": [..], "schema": base64 of Schema.serialize()}; answers the table.',
-    "drop_table": 'Body {"name"}; answers {"index"}.',
-    "open_session": 'Begin a session, for the stamps of what is to take effect once. No body; answers {"session"}.',
-    "ping": "Answers {}.",
-    "propose": 'Body: any bytes, replicated as one operation; answers {"index", "term"}.',
-    "status": "This node's picture of itself and its cluster.",
-    "tables": 'All tables. Body empty or {"consistency": "linearizable" or "local"}.',
-}
-"""Name and description of each action. All answers are JSON."""
 
 
 def _answering(method: _Method) -> _Method:
@@ -120,17 +104,7 @@ class TablesService:
         self._lock = threading.Lock()
         self._intakes: set[Intake] = set()
         self._streams = threading.BoundedSemaphore(STREAMS_MAX)
-        self._actions: dict[str, Callable[[flight.ServerCallContext, bytes | pa.Buffer], bytes]] = {
-            "campaign": self._campaign,
-            "close_session": self._close_session,
-            "create_table": self._create_table,
-            "drop_table": self._drop_table,
-            "open_session": self._open_session,
-            "ping": lambda context, body: b"{}",
-            "propose": self._propose,
-            "status": lambda context, body: wire.encode_json(self._node.status()),
-            "tables": self._tables,
-        }
+        self._actions = Actions(backend, self._relays, self._result, self._confirm)
 
     def stop(self) -> None:
         """End all waits and streams: what is under way is answered with OutcomeUnknownError. Idempotent."""
@@ -193,13 +167,13 @@ class TablesService:
                 # All that is under way at once belongs to one leadership, so that none of it can pass what was refused.
                 term = self._node.leading_term
             if not term:
-                raise self._not_leader()
+                raise self._actions.not_leader()
             return then(write(self._table(name), batch, term, stamp), _ack)
 
         ways = Ways(
             offer=offer,
             leads=lambda: self._node.leading_term != 0,
-            open_relay=(lambda: self._relays.open_stream(path, reader.schema)) if _may_forward(context) else None,
+            open_relay=(lambda: self._relays.open_stream(path, reader.schema)) if may_forward(context) else None,
             timeout_s=self._timeout_s + ANSWER_MARGIN_S,
         )
         with self._stream(), Intake(name, ways, answer, acks_max) as intake, self._listed(intake):
@@ -288,10 +262,10 @@ class TablesService:
         return flight.SchemaResult(self._view(name, "linearizable").info.schema)
 
     def _info(self, view: TableView) -> flight.FlightInfo:
-        options = self._node.options
-        mine = options.endpoints[options.node_id]
+        known = self._node.endpoints
+        mine = known.get(self._node.options.node_id)
         # Every node can answer; this one is named first, as the client has found it already.
-        nodes = [mine, *(endpoint for endpoint in options.endpoints.values() if endpoint != mine)]
+        nodes = sorted(known.values(), key=lambda endpoint: endpoint != mine)
         locations = [flight.Location.for_grpc_tcp(*parse_endpoint(endpoint)) for endpoint in nodes]
         endpoint = flight.FlightEndpoint(wire.encode_ticket(view.info.name), locations)
         descriptor = flight.FlightDescriptor.for_path(view.info.name)
@@ -313,7 +287,9 @@ class TablesService:
 
     def _confirm(self) -> None:
         """Wait until what this node has applied is at least what was committed anywhere when the call came."""
-        self._result(self._node.read_index(), self._node.options.read_timeout_s, UnavailableError)
+        self._result(
+            self._node.read_index(lease=self._backend.lease_reads), self._node.options.read_timeout_s, UnavailableError
+        )
 
     # -- actions -----------------------------------------------------------------------------------------------------
 
@@ -324,96 +300,10 @@ class TablesService:
 
     @_answering
     def do_action(self, context: Any, action: flight.Action) -> Iterator[bytes]:
-        """Do one of `ACTIONS`; one result."""
-        handler = self._actions.get(action.type)
-        if handler is None:
-            known = ", ".join(repr(name) for name in sorted(self._actions))
-            raise UsageError(f"there is no action {action.type[:80]!r}: there is {known}")
-        return iter([handler(context, action.body or b"")])
-
-    def _create_table(self, context: Any, body: bytes | pa.Buffer) -> bytes:
-        asked = wire.decode_object(body, "create_table", wire.TABLE_BYTES_MAX, ("name", "key", "schema"))
-        encoded = payload.encode_create_table(asked["name"], wire.decode_schema(asked["schema"]), asked["key"])
-
-        stamp = _stamp(context)
-
-        def create() -> bytes:
-            committed = self._commit(EntryKind.CREATE_TABLE, encoded, stamp)
-            return wire.encode_table_info(self._machine.table(committed.value))
-
-        return self._at_leader(context, "create_table", body, create, repeatable=stamp is None)
-
-    def _drop_table(self, context: Any, body: bytes | pa.Buffer) -> bytes:
-        asked = wire.decode_object(body, "drop_table", wire.TICKET_BYTES_MAX, ("name",))
-        encoded = payload.encode_drop_table(asked["name"])
-
-        stamp = _stamp(context)
-
-        def drop() -> bytes:
-            return wire.encode_json({"index": self._commit(EntryKind.DROP_TABLE, encoded, stamp).index})
-
-        return self._at_leader(context, "drop_table", body, drop, repeatable=False)
-
-    def _propose(self, context: Any, body: bytes | pa.Buffer) -> bytes:
-        limit = self._node.options.entry_bytes_max
-        if len(body) > limit:
-            raise UsageError(f"the operation has {len(body)} bytes, more than max_entry_size ({limit})")
-
-        stamp = _stamp(context)
-
-        def propose() -> bytes:
-            committed = self._commit(EntryKind.COMMAND, payload.encode_command(bytes(body)), stamp)
-            return wire.encode_json({"index": committed.index, "term": committed.term})
-
-        return self._at_leader(context, "propose", body, propose, repeatable=False)
-
-    def _open_session(self, context: Any, body: bytes | pa.Buffer) -> bytes:
-        def open_session() -> bytes:
-            return wire.encode_json({"session": self._commit(EntryKind.OPEN_SESSION, None).value})
-
-        # A session that was opened and whose number was lost costs a little memory until it expires.
-        return self._at_leader(context, "open_session", body, open_session, repeatable=True)
-
-    def _close_session(self, context: Any, body: bytes | pa.Buffer) -> bytes:
-        asked = wire.decode_object(body, "close_session", wire.STAMP_BYTES_MAX, ("session",))
-        session = wire.check_number(asked["session"], "session")
-
-        def close_session() -> bytes:
-            future = self._backend.propose(EntryKind.CLOSE_SESSION, 0, None, stamp=wire.Stamp(session, 0))
-            return wire.encode_json({"index": self._result(future, self._timeout_s, OutcomeUnknownError).index})
-
-        return self._at_leader(context, "close_session", body, close_session, repeatable=True)
-
-    def _campaign(self, context: Any, body: bytes | pa.Buffer) -> bytes:
-        self._node.campaign()
-        return b"{}"
-
-    def _tables(self, context: Any, body: bytes | pa.Buffer) -> bytes:
-        consistency = "linearizable"
-        if len(body):
-            asked = wire.decode_object(body, "tables", wire.TICKET_BYTES_MAX, (), ("consistency",))
-            consistency = wire.check_consistency(asked.get("consistency", consistency))
-        if consistency == "linearizable":
-            self._confirm()
-        return wire.encode_tables(self._machine.tables())
-
-    def _at_leader(
-        self, context: Any, name: str, body: bytes | pa.Buffer, do: Callable[[], bytes], *, repeatable: bool
-    ) -> bytes:
-        """The answer of `do`, or of the leader to the same action if this node does not lead."""
-        try:
-            if self._node.role is not Role.LEADER:
-                raise self._not_leader()
-            return do()
-        except NotLeaderError:
-            if not _may_forward(context):
-                raise
-        return self._relays.action(name, bytes(body), repeatable=repeatable, stamp=_stamp(context))
+        """Do one of `marble.actions.ACTIONS`; one result."""
+        return iter([self._actions.do(context, action)])
 
     # -- waiting -----------------------------------------------------------------------------------------------------
-
-    def _commit(self, kind: EntryKind, body: pa.Buffer | None, stamp: wire.Stamp | None = None) -> Committed:
-        return self._result(self._backend.propose(kind, 0, body, stamp=stamp), self._timeout_s, OutcomeUnknownError)
 
     def _result(self, future: Future[T], timeout_s: float, late: type[MarbleError]) -> T:
         """The result of `future`. If the engine is silent or the server stops, raises `late`."""
@@ -423,11 +313,6 @@ class TablesService:
             return future.result()
         why = "the node stops" if self._stopped.done() else "the engine does not answer (a slow disk?)"
         raise late(f"{why}: the call has no answer")
-
-    def _not_leader(self) -> NotLeaderError:
-        return NotLeaderError(
-            f"node {self._node.options.node_id} does not lead, and nothing was written", self._node.leader_endpoint
-        )
 
     def _find_leader(self, timeout_s: float) -> str | None:
         with contextlib.suppress(UnavailableError):
@@ -457,16 +342,6 @@ def _chunks(reader: Any) -> Iterator[Any]:
             yield reader.read_chunk()
         except StopIteration:
             return
-
-
-def _may_forward(context: Any) -> bool:
-    headers = context.get_middleware(wire.CallHeaders.KEY)
-    return headers is None or bool(headers.forward)
-
-
-def _stamp(context: Any) -> wire.Stamp | None:
-    headers: wire.CallHeaders | None = context.get_middleware(wire.CallHeaders.KEY)
-    return None if headers is None else headers.stamp()
 
 
 def _ack(committed: Committed) -> wire.Ack:

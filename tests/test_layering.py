@@ -19,8 +19,8 @@ FLOORS = [
     ("transport",),
     ("driver", "groups", "identity", "jobs", "options", "promises", "recovery", "snapshotting", "transfer"),
     ("node", "engine", "desk", "workers"),
-    ("local", "client", "orders"),
-    ("server", "service"),
+    ("local", "client", "orders", "admin"),
+    ("server", "service", "actions"),
     ("cli", "demo", "simulate"),
 ]
 
@@ -35,8 +35,10 @@ STEPS = {
     "engine": {"desk", "workers"},
     "node": {"desk", "engine"},
     "client": {"orders"},
+    "admin": {"client"},
     "server": {"service"},
     "cli": {"demo", "simulate"},
+    "service": {"actions"},
 }
 """The few steps inside a floor: whose module may import which others of its own floor."""
 
