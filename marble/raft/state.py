@@ -285,7 +285,11 @@ class State:
 
     @property
     def promised(self) -> bool:
-        """Whether a leader may hold a lease that rests on this node's patience."""
+        """Whether a leader may hold a lease that rests on this node's patience (thesis §6.4.1).
+
+        It outlives a change of role or term, and a restart, which may have forgotten it; and it ends by time alone, so
+        that the group can elect another when its leader is gone.
+        """
         return self.config.lease_reads and self.since_leader < self.config.election_ticks
 
     def restore(self, meta: SnapshotMeta) -> None:
