@@ -72,11 +72,13 @@ def answer_request(state: State, message: Message) -> None:
     """Answer a REQUEST_VOTE of this term, or a REQUEST_PRE_VOTE of this term or a later one."""
     pre_vote = message.kind is MessageKind.REQUEST_PRE_VOTE
     response = MessageKind.REQUEST_PRE_VOTE_RESPONSE if pre_vote else MessageKind.REQUEST_VOTE_RESPONSE
+    # It may have entered the candidate's term by another message, and with a leader's lease still resting on it.
+    bound = state.bound_by_lease and message.context != TRANSFER_CAMPAIGN
     may_vote = (
         # It repeats what was granted: the answer may have been lost.
         state.vote == message.sender
         # Neither a vote nor a leader binds this node in this term.
-        or (state.vote == NO_NODE and state.leader == NO_NODE)
+        or (state.vote == NO_NODE and state.leader == NO_NODE and not bound)
         # A pre-vote for a later term binds nobody.
         or (pre_vote and message.term > state.term)
     )
