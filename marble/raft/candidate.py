@@ -97,6 +97,8 @@ def _would_rather(state: State, message: Message) -> bool:
         message.priority < state.config.priority
         and message.context != TRANSFER_CAMPAIGN
         and state.membership.is_voter(state.id)
+        # While it may not campaign the others must not wait for it.
+        and not state.log.has_change_to_apply
         and state.vote != message.sender
         and (message.log_term, message.log_index) == (state.log.last_term, state.log.last_index)
     )
