@@ -102,10 +102,9 @@ def _install(state: State, message: Message) -> None:
 def _quiesce(state: State, message: Message) -> None:
     """The leader has nothing to say any more: sleep, if this log is all that it would say."""
     log = state.log
-    if (message.log_index, message.log_term) == (
-        log.last_index,
-        log.last_term,
-    ) and log.persisted_index == log.last_index:
+    level = (message.log_index, message.log_term) == (log.last_index, log.last_term)
+    # Who sleeps counts no time, and so would never tell a caller that its read was lost.
+    if level and log.persisted_index == log.last_index and not state.reads.forwarding:
         log.commit_to(message.log_index)
         state.quiesced = True
     else:

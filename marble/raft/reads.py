@@ -77,6 +77,11 @@ class Reads:
         """Whether anybody waits for an answer of this leader."""
         return bool(self._waiting or self._deferred)
 
+    @property
+    def forwarding(self) -> bool:
+        """Whether anybody waits for an answer of this follower's leader."""
+        return bool(self._forwarded)
+
     def open_round(self, now_us: int) -> int:
         """A round of heartbeats goes out, for a lease, whether or not a read waits. Returns its context."""
         if not self.round_due:
