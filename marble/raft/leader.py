@@ -220,6 +220,9 @@ def _on_append_response(state: State, message: Message) -> None:
     elif progress.state is ProgressState.PROBE or progress.match_index + 1 >= state.log.first_index:
         # Whatever brought it there, the peer can go on with the log.
         progress.become_replicate()
+    elif progress.match_index >= progress.pending_snapshot:
+        # It has the snapshot, but what follows that was purged meanwhile: it needs the next one.
+        progress.become_probe()
     if not _committed(state) and progress.can_bump_commit(state.log.commit_index):
         _send_append(state, message.sender)
     # The answer may have made room for several messages.
