@@ -212,9 +212,12 @@ class Raft(View):
     def apply_membership(self, members: Members) -> None:
         """An entry that makes the group consist of `members` is being applied; `applied` of its index follows.
 
-        A leader that is no voter any more steps down.
+        A leader that is no voter any more steps down. While a snapshot is being installed or restored this says nothing:
+        what is still applied then is older than the members in the snapshot.
         """
         state = self._state
+        if state.log.restoring:
+            return
         if state.role is Role.LEADER:
             leader.apply_membership(state, members)
         else:

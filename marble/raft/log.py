@@ -190,10 +190,15 @@ class RaftLog:
         return tuple(self.changes[bisect_left(self.changes, first) : bisect_left(self.changes, end)])
 
     @property
+    def restoring(self) -> bool:
+        """Whether a snapshot is being installed, or its state being restored."""
+        return self.applied_index + 1 < self.first_index
+
+    @property
     def has_change_to_apply(self) -> bool:
-        """Whether the membership in use is older than what is known to be committed."""
-        if self.applied_index + 1 < self.first_index:
-            return True  # A snapshot is being installed.
+        """Whether the membership in use may be older, or the state is, than what is known to be committed."""
+        if self.restoring:
+            return True
         at = bisect_right(self.changes, self.applied_index)
         return at < len(self.changes) and self.changes[at] <= self.commit_index
 
