@@ -47,8 +47,10 @@ def tick(state: State) -> None:
     state.election_elapsed += 1
     state.idle_ticks += 1
     state.hanging_ticks = state.hanging_ticks + 1 if state.unfinished_write else 0
-    if state.config.check_quorum and state.hanging_ticks >= state.config.election_ticks:
-        # Its disk hangs. The others could commit without it, but nobody could apply or read here (hashicorp/raft#503).
+    hangs = state.hanging_ticks >= state.config.election_ticks
+    if hangs and state.config.check_quorum and state.membership.voters != (state.id,):
+        # The others could commit without its disk, but nobody could apply or read here (hashicorp/raft#503). A single
+        # voter goes on: nobody else could lead.
         state.become_follower(state.term, NO_NODE)
         return
     if state.election_elapsed >= state.config.election_ticks:
