@@ -228,7 +228,8 @@ class Raft(View):
 
     def transfer_leadership(self, target: int) -> None:
         """Hand the leadership to `target` when it has the whole log. Until then, for an election timeout, nothing is
-        proposed; ``transferee`` tells whether it is still being tried.
+        proposed; ``transferee`` tells whether it is still being tried. Another target replaces the one before; this
+        node itself ends it.
 
         Raises
         ------

@@ -137,7 +137,11 @@ def leave_if_due(state: State) -> None:
 
 def transfer(state: State, target: int) -> None:
     """Hand the leadership to `target`. See `Raft.transfer_leadership`."""
-    if target in (state.id, state.transferee):
+    if target == state.transferee:
+        return
+    if target == state.id:
+        # Rather not, as in etcd.
+        state.transferee = NO_NODE
         return
     state.transferee = target
     # It has one election timeout to take over.
