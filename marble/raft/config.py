@@ -177,7 +177,7 @@ class MemoryStorage:
     voters
         Ids of all voters, where `members` is not given.
     applied_index
-        How far the state machine is. None: as far as the snapshot, or 0.
+        How far the state machine is. None: as far as the snapshot, or to where the log starts.
     members
         Who takes part. None: the snapshot's, or `voters`.
     snapshot
@@ -214,7 +214,7 @@ class MemoryStorage:
             snapshot = SnapshotMeta(purged, self.term_index.term_at(purged), members)
         self.snapshot = snapshot
         self.changes = tuple(changes)
-        self.applied_index = start.index if applied_index is None else applied_index
+        self.applied_index = max(start.index, purged) if applied_index is None else applied_index
 
 
 def check_hard_state(hard_state: HardState) -> None:
