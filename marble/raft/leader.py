@@ -199,9 +199,7 @@ def _uncommitted_bytes(state: State) -> int:
 
 
 def _on_append_response(state: State, message: Message) -> None:
-    progress = state.progress.get(message.sender)
-    if progress is None:
-        return  # It was removed.
+    progress = state.progress[message.sender]
     if not message.reject and message.log_index > state.log.last_index:
         raise ProtocolError(
             f"node {message.sender} acknowledges entry {message.log_index}, but the log ends at {state.log.last_index}"
@@ -239,9 +237,7 @@ def _on_append_response(state: State, message: Message) -> None:
 
 
 def _on_heartbeat_response(state: State, message: Message) -> None:
-    progress = state.progress.get(message.sender)
-    if progress is None:
-        return  # It was removed.
+    progress = state.progress[message.sender]
     progress.recent_active = True
     # Even with a full window one empty message may go: its answer tells whether what fills the window arrived at all.
     progress.paused = False

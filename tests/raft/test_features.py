@@ -12,6 +12,7 @@ from marble._core.term_index import EntrySpan, TermIndex
 from marble.errors import CorruptionError, InvariantError, NotLeaderError, ProtocolError, UnavailableError, UsageError
 from marble.raft.core import MemoryStorage, Raft, RaftConfig
 from marble.raft.messages import PRIORITY_MAX, MembershipProposed, Message, MessageKind, ReadState, Span
+from marble.raft.reads import ROUNDS_MAX
 from marble.types import MEMBERS_MAX, Change, ChangeKind, HardState, Members, Role, SnapshotMeta, Transition
 
 GROUP = Members((1, 2, 3))
@@ -470,3 +471,39 @@ def test_leader_that_has_not_applied_everything_does_not_sleep() -> None:
     raft.applied(2)
     raft.tick()
     assert raft.quiesced
+
+
+def test_acknowledgement_that_does_not_reach_the_log_leaves_a_snapshot_under_way() -> None:
+    raft = make_leader(log=[2], snapshot=SnapshotMeta(7, 2, GROUP))
+    refusal = {"log_index": 8, "reject": True, "reject_hint": 3, "log_term": 1}
+    raft.step(message(MessageKind.APPEND_ENTRIES_RESPONSE, 3, 3, **refusal))
+    assert [m.log_index for m in of_kind(carry_out(raft), MessageKind.INSTALL_SNAPSHOT)] == [7]
+    raft.step(accept(3, 3, 5))
+    assert of_kind(carry_out(raft), MessageKind.INSTALL_SNAPSHOT) == []
+    assert repr(raft.progress[3]) == "snapshot match=5 next=6 snapshot=7"
+    raft.step(accept(3, 3, 6))
+    assert repr(raft.progress[3]) == "snapshot match=6 next=7 snapshot=7"
+    raft.step(accept(3, 3, 7))
+    assert of_kind(carry_out(raft), MessageKind.APPEND_ENTRIES)[0].log_index == 7
+
+
+def test_rounds_that_nobody_answers_are_bounded() -> None:
+    raft = make(lease_reads=True)
+    raft.randomized_election_timeout = 10
+    for _ in range(10):
+        raft.tick()
+    carry_out(raft)
+    raft.step(message(MessageKind.REQUEST_VOTE_RESPONSE, 2, 1))
+    carry_out(raft)
+    commit_noop(raft)
+    contexts = []
+    for now_us in range(1, ROUNDS_MAX + 2):
+        raft.read_index(now_us, now_us)
+        contexts.append(of_kind(carry_out(raft), MessageKind.HEARTBEAT)[0].context)
+    assert contexts == sorted(set(contexts))
+    # The oldest is forgotten: its answer confirms a read, and gives no lease.
+    raft.step(message(MessageKind.HEARTBEAT_RESPONSE, 2, 1, context=contexts[0]))
+    assert raft.ready().reads == (ReadState(1, 1),)
+    assert raft.lease_until_us == 0
+    raft.step(message(MessageKind.HEARTBEAT_RESPONSE, 2, 1, context=contexts[1]))
+    assert raft.lease_until_us > 0
