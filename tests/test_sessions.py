@@ -117,6 +117,12 @@ def test_the_highest_numbers_are_kept() -> None:
     refused(sessions.recall(1, 1, 0))
     assert sessions.recall(1, 3, 0) == Result(3, index=13)
     assert len(rows(sessions)[0]["errors"]) == 0  # type: ignore[arg-type]
+    other = restored(sessions)
+    assert rows(other) == rows(sessions)
+    assert other.recall(1, SESSION_ANSWERS_MAX + 2, 0) == Result(
+        SESSION_ANSWERS_MAX + 2, index=SESSION_ANSWERS_MAX + 12
+    )
+    refused(other.recall(1, 2, 0))
 
 
 def test_a_late_number_above_all_that_was_forgotten_is_executed() -> None:
@@ -139,20 +145,47 @@ def test_the_session_unused_for_longest_makes_room(monkeypatch: pytest.MonkeyPat
     assert sessions.recall(3, 1, 0) is None
 
 
-def test_answers_of_all_sessions_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_answers_of_all_sessions_together_are_bounded(snapshot: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ANSWERS_MAX", 20)
     sessions = opened(1, 2)
-    for sequence in range(1, 10):
-        execute(sessions, 1, sequence, sequence, Result(0))
-    for sequence in range(1, 10):
-        execute(sessions, 2, sequence, sequence, Result(0))
-    assert len(sessions) == 2
-    execute(sessions, 2, 10, 10, replace(FAILED, message="x" * 320))
+    for id_ in (1, 2):
+        for sequence in range(1, 9):
+            execute(sessions, id_, sequence, sequence, Result(0))
+    if snapshot:
+        sessions = restored(sessions)
+    execute(sessions, 2, 9, 9, replace(FAILED, message=""))
+    assert len(sessions) == 2, "an error without words counts as two answers: 20 in all"
+    execute(sessions, 2, 10, 10, Result(0))
+    assert len(sessions) == 1
     refused(sessions.recall(1, 1, 0))
     for sequence in range(11, 40):
         execute(sessions, 2, sequence, sequence, Result(0))
-    assert sessions.recall(2, 1, 0) == Result(0, index=1)
+    assert sessions.recall(2, 1, 0) == Result(0, index=1), "the only one stays, whatever it costs"
     assert len(restored(sessions)) == 1
+
+
+def test_a_long_error_counts_by_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ANSWERS_MAX", 14)
+    sessions = opened(1, 2)
+    execute(sessions, 2, 1, 9, replace(FAILED, message="x" * 319))
+    assert len(sessions) == 2
+    execute(sessions, 2, 2, 9, Result(0))
+    assert len(sessions) == 2
+    execute(sessions, 2, 3, 9, Result(0))
+    assert len(sessions) == 1
+
+
+def test_closed_sessions_and_dropped_answers_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ANSWERS_MAX", 20)
+    monkeypatch.setattr(module, "SESSION_ANSWERS_MAX", 3)
+    sessions = opened(1)
+    for id_ in range(2, 50):
+        sessions.open(id_, 0)
+        for sequence in range(1, 30):
+            execute(sessions, id_, sequence, sequence, FAILED)
+        assert sessions.close(id_)
+    assert len(sessions) == 1
 
 
 def test_a_snapshot_changes_nothing() -> None:
@@ -191,6 +224,14 @@ def test_a_state_does_not_change_once_taken() -> None:
     assert [row for batch in again for row in batch.to_pylist()] == before
     assert [row["sequences"] for batch in later for row in batch.to_pylist()] == [[1, 2], []]
     assert [row["sequences"] for row in rows(sessions)] == [[], [1, 2, 3]]
+
+
+def test_a_state_taken_between_the_two_halves_of_a_write_does_not_change() -> None:
+    sessions = opened(1)
+    assert sessions.recall(1, 1, 0) is None
+    taken = sessions.state()
+    sessions.remember(1, 1, 2, Result(0))
+    assert [row["sequences"] for batch in taken for row in batch.to_pylist()] == [[]]
 
 
 def test_a_state_is_read_on_another_thread_while_writes_go_on() -> None:
@@ -316,7 +357,7 @@ STEP = st.tuples(
 @settings(deadline=None, max_examples=200)
 @given(st.lists(STEP, max_size=60))
 def test_against_a_model_that_forgets_nothing(steps: list[tuple[str, int, int, int, bool]]) -> None:
-    model, sessions, time_us = Model(ttl=20, sessions_max=3, answers_max=4), Sessions(), 100
+    model, sessions, time_us = Model(ttl=20, sessions_max=3, answers_max=2), Sessions(), 100
     ids: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "SESSION_TTL_US", model.ttl)

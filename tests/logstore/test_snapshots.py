@@ -189,6 +189,17 @@ def test_pruned_but_for_the_newest_and_the_pinned(files: SimulatedFiles) -> None
         store.pin(20)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_what_was_pruned_does_not_come_back(seed: int) -> None:
+    files = disk(seed)
+    store = SnapshotStore(files, 1)
+    write(store, 10)
+    write(store, 20)
+    store.prune(20)
+    files.crash()
+    assert [info.index for info in SnapshotStore(files, 1).infos()] == [20]
+
+
 def test_what_was_pruned_is_unavailable(files: SimulatedFiles) -> None:
     store = SnapshotStore(files, 1)
     old = write(store, 10)
@@ -392,6 +403,25 @@ def test_receiving_goes_on_after_a_crash_with_what_is_sound(seed: int) -> None:
     transfer(SOURCE, INFO, receiver)
     receiver.finish()
     check_whole(files, (20,))
+
+
+def test_what_an_earlier_process_was_receiving_makes_room_for_another(files: SimulatedFiles) -> None:
+    source = SnapshotStore(disk(), 1)
+    old = write(source, 10)
+    SnapshotStore(files, 1).receive(old).write(0, source.piece(old, 0, 1000))
+    store = SnapshotStore(files, 1)
+    assert store.receive(INFO).offset == 0
+    (name,) = files.list("snapshots")
+    assert f"{INFO.checksum:016x}" in name
+
+
+def test_a_part_that_is_longer_than_announced_is_not_gone_on_with(files: SimulatedFiles) -> None:
+    SnapshotStore(files, 1).receive(INFO)
+    (name,) = files.list("snapshots")
+    longer = SnapshotStore(disk(), 1)
+    info = write(longer, 20, 9)
+    files.put(f"snapshots/{name}", longer.piece(info, 0, info.nbytes))
+    assert SnapshotStore(files, 1).receive(INFO).offset == 0
 
 
 def test_receiving_goes_on_after_a_failed_sync_with_what_is_written_anew(files: SimulatedFiles) -> None:

@@ -135,6 +135,13 @@ def test_large_rows_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert everything(restored(machine.capture())) == everything(machine)
 
 
+def test_rows_are_restored_to_memory_of_their_own() -> None:
+    data = pa.py_buffer(bytes(range(200)))
+    copy = module._aligned(data.slice(3, 128))
+    assert copy.address % 64 == 0
+    assert copy.to_pybytes() == bytes(range(3, 131))
+
+
 def test_through_a_file_and_back(machine: TableMachine) -> None:
     store = SnapshotStore(SimulatedFiles(SystemRandom(1)), 1)
     info = store.write(SnapshotMeta(9, 1, Members((1,))), {}, machine.capture().batches())
@@ -364,7 +371,7 @@ def test_time_is_that_of_entries_and_never_goes_back() -> None:
     for each in (machine, other):
         (result,) = at(each, 5, once(write((2, "b")), 1, 2))
         assert result.error_code == "session_expired"
-        assert each.session_count == 0
+        assert (each.session_count, each.time_us) == (0, 1001 + 2 * hour)
         assert content(each) == [(1, "a")]
 
 
