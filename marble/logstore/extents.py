@@ -72,14 +72,14 @@ class OnDisk:
         self.purged_index, self.purged_term, self.last_index = start[1:]
 
 
-def term_runs(terms: pa.UInt64Array, first: int, first_term: int, last_term: int) -> list[tuple[int, int]]:
-    """Where in a run of entries from index `first` on the term changes: ``(index, term)``, the first one included.
+def term_runs(rows: pa.RecordBatch, first: int, first_term: int, last_term: int) -> list[tuple[int, int]]:
+    """Where in `rows`, entries from index `first` on, the term changes: ``(index, term)``, the first one included.
 
     Terms do not fall, so that the ends tell whether it is worth looking between them.
     """
     runs = [(first, first_term)]
     if first_term != last_term:
-        for index, term in enumerate(terms.to_pylist(), start=first):
+        for index, term in enumerate(rows.column(2).to_pylist(), start=first):
             if term != runs[-1][1]:
                 runs.append((index, term))
     return runs

@@ -195,7 +195,7 @@ class Log:
             if hard_state is not None:
                 extents.hard_state = self._states[group] = hard_state
             if entries is not None:
-                runs = term_runs(entries.column(2), first, first_term, last_term)
+                runs = term_runs(entries, first, first_term, last_term)
                 pending = extents.add(first, first + entries.num_rows, runs, entries)
                 self._queue.append((extents, pending, nbytes))
 
@@ -285,7 +285,9 @@ class Log:
         except OSError as error:
             raise InvariantError(f"the log's mark could not be written: {error}") from error
         finally:
-            self._closed = True
+            with self._purge_lock:
+                # A purge that went on after the files were given back would meet their next owner.
+                self._closed = True
             if self._file is not None:
                 self._file.close()
 
@@ -370,6 +372,13 @@ class Log:
             # Neither slot may speak of the lost bytes any more.
             self._mark = MarkFile(self._files, None)
         self._mark.write(self._tail.segment, self._tail.end, self._tail.chain)
+
+    def holders(self) -> tuple[int, ...]:
+        """The groups of which something that is needed lies in the first segment, ascending: nothing can be purged before
+        a snapshot lets each of them begin later."""
+        with self._lock:
+            first = self._first_segment
+            return tuple(sorted(g for g, extents in self._extents.items() if extents.on_disk.oldest_segment == first))
 
     def purge(self) -> int:
         """Delete the first segments, up to one that holds something that is still needed, and return how many bytes

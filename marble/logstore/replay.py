@@ -190,7 +190,7 @@ class _Group:
         span = EntrySpan.from_buffers(place.first, *frame.terms_and_sizes(batch, place.row, end))
         self.terms.append(span)
         rows = batch.slice(place.row, end - place.row)
-        extents.recover(place, term_runs(rows.column(2), place.first, span.first_term, span.last_term))
+        extents.recover(place, term_runs(rows, place.first, span.first_term, span.last_term))
         self.changes += entry_batch.changes(rows)
 
     def finish(self) -> GroupState:

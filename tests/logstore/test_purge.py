@@ -202,6 +202,7 @@ def test_segment_stays_while_any_group_needs_it() -> None:
     log.append(5, None, entries(1, [1], group=5))
     log.sync()
     held = segment_numbers(files)[-1]
+    assert log.holders() == (1,)
     for first in range(4, 14):
         log.append(1, None, entries(first, [1], size=2000))
         log.sync()
@@ -209,12 +210,14 @@ def test_segment_stays_while_any_group_needs_it() -> None:
     log.sync()
     log.purge()
     assert segment_numbers(files)[0] == held
+    assert log.holders() == (5,)
     log.append(5, None, entries(1, [2], group=5, mark=1))
     log.purge()
     assert segment_numbers(files)[0] == held, "the old entry comes back if the power goes now"
     log.sync()
     log.purge()
     assert segment_numbers(files)[0] > held
+    assert 5 not in log.holders()
     log.close()
     assert [row["session"] for row in groups_of(files)[5].rows] == [1]
 
