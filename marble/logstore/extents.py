@@ -214,7 +214,9 @@ class Extents:
         if min(place.end, pending.end) <= first:
             return
         check(self.pending and self.pending[0] is pending, "extents settle in another order than they came")
-        self._push(place._replace(first=first, row=place.row + first - place.first))
+        if first > place.first:
+            place = place._replace(first=first, row=place.row + first - place.first)
+        self._push(place)
         if pending.end <= place.end:
             self.pending.pop(0)
         else:

@@ -189,7 +189,10 @@ class Log:
             if hard_state is not None:
                 check_hard_state(group, old, hard_state)
                 # A crash may keep this and not what comes after it: it must not call an older log committed.
-                check(hard_state.commit <= end, f"{hard_state} of group {group} passes the log, which ends at {end}")
+                check(
+                    hard_state.commit <= end,
+                    f"commit index {hard_state.commit} of group {group} passes the log, which ends at {end}",
+                )
             if extents is None:
                 extents = self._extents[group] = Extents()
             if hard_state is not None:
@@ -237,7 +240,10 @@ class Log:
             if hard_state is not None:
                 check_hard_state(group, extents.hard_state, hard_state)
                 end = max(index, extents.last_index)
-                check(hard_state.commit <= end, f"{hard_state} of group {group} passes the log, which ends at {end}")
+                check(
+                    hard_state.commit <= end,
+                    f"commit index {hard_state.commit} of group {group} passes the log, which ends at {end}",
+                )
             self._extents[group] = extents
             if index > purged:
                 extents.start_after(index, term)

@@ -234,7 +234,7 @@ class _Group:
 def check_hard_state(group: int, old: HardState, new: HardState) -> None:
     """Raise InvariantError unless a node that had promised `old` may promise `new`."""
     in_range = 0 <= new.term <= INDEX_MAX and 0 <= new.commit <= INDEX_MAX and 0 <= new.vote <= NODE_ID_MAX
-    check(in_range, f"{new} of group {group} is out of range")
+    check(in_range, f"term {new.term}, vote {new.vote} or commit index {new.commit} of group {group} is out of range")
     check(new.term >= old.term, f"the term of group {group} went back from {old.term} to {new.term}")
     changed_vote = new.term == old.term and old.vote not in (0, new.vote)
     check(not changed_vote, f"the vote of group {group} in term {new.term} changed from {old.vote} to {new.vote}")

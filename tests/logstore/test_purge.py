@@ -10,7 +10,7 @@ from logstore.support import SEGMENT, SYNCED, disk, entries
 from logstore.test_log import rows_of
 
 from marble.errors import CorruptionError, InvariantError, UsageError
-from marble.logstore.log import Log
+from marble.logstore.log import Log, LogOptions
 from marble.logstore.segment import segment_numbers
 from marble.logstore.show import rows as shown
 from marble.testing.disk import SimulatedFiles
@@ -18,7 +18,7 @@ from marble.types import HardState
 
 
 def test_purge_frees_the_segments_that_nobody_needs() -> None:
-    files, log = filled()
+    files, log = filled(options=LogOptions(segment_bytes_max=14_000))
     numbers = segment_numbers(files)
     assert numbers == [1, 2, 3, 4]
     assert log.purge() == 0, "all is needed"
@@ -29,6 +29,7 @@ def test_purge_frees_the_segments_that_nobody_needs() -> None:
     freed = log.purge()
     assert segment_numbers(files) == [3, 4]
     assert freed > 8192
+    assert {segment for segment, _ in log._cache._frames} <= {3, 4}, "frames that are gone take no memory"
     assert log.nbytes == before - freed == sum(files.size(SEGMENT(n)) for n in (3, 4))
     assert log.purge() == 0
     assert rows_of(log, 7, 11) == [(7, 1), (8, 1), (9, 1), (10, 1)]

@@ -32,6 +32,17 @@ def test_log_goes_on_behind_a_snapshot_of_its_own() -> None:
     assert log.last_index(1) == 8
 
 
+def test_what_is_purged_takes_no_memory() -> None:
+    log = Log.open(disk(), THREES)
+    for index in range(1, 200):
+        log.append(1, None, entries(index, [index]))
+        log.sync()
+        log.start_after(1, index - index % 10 or 1, index - index % 10 or 1)
+    extents = log._extents[1]
+    assert max(len(extents._terms), len(extents._firsts)) <= 10
+    assert (extents.term_at(190), extents.term_at(195)) == (190, 195)
+
+
 @pytest.mark.parametrize(("index", "term"), [(20, 3), (9, 3), (6, 2)])
 def test_snapshot_of_another_node_takes_the_place_of_everything(index: int, term: int) -> None:
     files, log = filled(6)
