@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from logstore.late import THREES, UNCACHED, filled, groups_of
 from logstore.model import Group
@@ -9,7 +11,8 @@ from logstore.support import disk, entries
 from logstore.test_log import BlockingFiles, rows_of
 
 from marble.errors import InvariantError
-from marble.logstore.log import Log
+from marble.logstore.log import Log, LogOptions
+from marble.testing.disk import DiskCrash
 from marble.types import EntryKind, HardState
 
 
@@ -171,3 +174,32 @@ def test_snapshot_while_a_sync_is_under_way() -> None:
         log = Log.open(files, UNCACHED, writable=False)
         assert log.groups[1].purged_index == index
         assert log.read(1, index + 1, last + 1).to_pylist() == live
+
+
+def test_snapshot_of_a_write_of_several_frames_brings_its_commit_index_or_nothing() -> None:
+    """A commit index without its snapshot would be lowered to the last of the entries that the snapshot replaces."""
+    options = LogOptions(frame_bytes_max=1 << 20)
+    outcomes = set()
+    for seed in range(6):
+        for operation in range(1, 8):
+            files = disk(seed)
+            log = Log.open(files, options)
+            log.append(1, HardState(1, 1, 4), entries(1, [1] * 10))
+            log.sync()
+            log.append(2, None, entries(1, [1] * 15, group=2, size=100_000))
+            log.start_after(1, 50, 4, HardState(5, 2, 50))
+            log.append(1, None, entries(51, [5] * 15, size=100_000))
+            files.lose_power_at = files.operations + operation
+            with contextlib.suppress(DiskCrash):
+                log.sync()
+            files.crash()
+            log = Log.open(files, options)
+            state = log.groups[1]
+            outcomes.add((state.purged_index, state.last_index))
+            if state.purged_index:
+                assert (state.purged_index, state.purged_term) == (50, 4)
+                assert state.hard_state == HardState(5, 2, 50)
+            else:
+                assert (state.hard_state, state.last_index) == (HardState(1, 1, 4), 10)
+    assert {(0, 10), (50, 50), (50, 65)} <= outcomes
+    assert len(outcomes) > 3
