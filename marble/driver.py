@@ -196,6 +196,9 @@ class Driver:
             check_endpoints(Members(tuple(sorted(offered))), offered)
         except ProtocolError as error:
             raise UsageError(str(error)) from None
+        strangers = offered.keys() - {change.node for change in changes} - set(self.raft.members.all)
+        if strangers:
+            raise UsageError(f"endpoints of nodes {sorted(strangers)}, which neither take part nor are to")
         position = self.raft.propose_membership(changes, transition)
         self._offered = position, offered
         return position
