@@ -25,6 +25,22 @@ def test_a_directory_is_bound_at_first_use_and_for_good() -> None:
     assert files.read(IDENTITY_FILE) == bound
 
 
+def test_who_votes_first_is_bound_too_and_no_configuration_changes_it() -> None:
+    files = disk()
+    assert bind(files, "c", 1, (1, 2, 3)) == (1, 2, 3)
+    assert bind(files, "c", 1, (1, 2, 3, 4)) == (1, 2, 3)
+    waiting = disk()
+    assert bind(waiting, "c", 4) == ()
+    assert bind(waiting, "c", 4, (1, 2, 3, 4)) == ()
+
+
+def test_an_identity_without_voters_is_damage() -> None:
+    files = disk()
+    files.put(IDENTITY_FILE, b'{"format": 1, "cluster_id": "c", "node_id": 1}')
+    with pytest.raises(CorruptionError, match="first voters"):
+        bind(files, "c", 1, (1,))
+
+
 @pytest.mark.parametrize("damaged", [b"", b"{", b"\xff\xfe\xfd"])
 def test_an_identity_that_cannot_be_read_is_damage(damaged: bytes) -> None:
     files = disk()
