@@ -452,7 +452,6 @@ class Node:
     def _status(self, driver: Driver) -> dict[str, Any]:
         raft, options, members = driver.raft, self.options, driver.raft.members
         endpoints = driver.endpoints
-        sessions = getattr(driver.machine, "sessions", None)
         return {
             "cluster_id": options.cluster_id,
             "node_id": options.node_id,
@@ -474,7 +473,7 @@ class Node:
             "snapshot_index": 0 if raft.snapshot is None else raft.snapshot.index,
             "purged_index": raft.log.first_index - 1,
             "quiesced": raft.quiesced,
-            "sessions": sessions if isinstance(sessions, int) else 0,
+            "sessions": getattr(driver.machine, "session_count", 0),
             "log_bytes": self._log.nbytes,
             "peers": {
                 str(peer): {
