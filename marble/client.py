@@ -67,6 +67,11 @@ FOLLOW_MAX: Final = 3
 CLOSE_SESSION_TIMEOUT_S: Final = 1.0
 """How long `close` waits for the end of a session, which would also end by itself."""
 
+REFRESH_S: Final = 10.0
+"""How often a client with streams open asks which nodes there are. Those that it knows may all be removed in time."""
+
+REFRESH_TIMEOUT_S: Final = 1.0
+
 WATCH_WAIT_MAX_S: Final = 1.0
 """How late the deadline of a stream may be noticed."""
 
@@ -331,16 +336,26 @@ class RemoteBackend:
                 del self._scans[reader]
 
     def _hold_to_deadlines(self) -> None:
-        wait_s = WATCH_WAIT_MAX_S
+        wait_s = min(REFRESH_S, WATCH_WAIT_MAX_S)
+        refresh = time.monotonic() + REFRESH_S
         while not self._closed.wait(wait_s):
             now = time.monotonic()
+            if now >= refresh:
+                self._refresh()
+                refresh = now = time.monotonic()
+                refresh += REFRESH_S
             with self._lock:
                 puts = list(self._puts.values())
                 late = [reader for reader, deadline in self._scans.items() if deadline <= now]
             for reader in late:
                 reader.cancel()
             due = min((put.expire(now) for put in puts), default=now + WATCH_WAIT_MAX_S)
-            wait_s = min(max(RETRY_WAIT_MIN_S, due - now), WATCH_WAIT_MAX_S)
+            wait_s = min(max(RETRY_WAIT_MIN_S, min(due, refresh) - now), WATCH_WAIT_MAX_S)
+
+    def _refresh(self) -> None:
+        """Ask the likely leader which nodes there are; not to know it now costs nothing."""
+        with contextlib.suppress(MarbleError):
+            self._learn(as_object(self._action(self._candidates()[0], "status", b"", REFRESH_TIMEOUT_S)))
 
     def _client(self, endpoint: str) -> fl.FlightClient:
         self._check_open()

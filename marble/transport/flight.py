@@ -186,13 +186,18 @@ class FlightTransport:
 
         A visitor is another node of the cluster that has opened a stream to this one: a node that joined while this one was
         away leads now, say, and will tell it so. It is answered where its hello says that it is found.
+
+        After `stop` this does nothing: the node that calls may be still at work.
         """
-        self._check_usable()
+        if self._forked:
+            self._check_usable()
         wanted = {peer: endpoint for peer, endpoint in sorted(endpoints.items()) if peer != self.node_id}
         for endpoint in wanted.values():
             _host_of(endpoint)
         fresh = []
         with self._lock:
+            if self._stopped:
+                return
             gone = [
                 link
                 for peer, link in self._links.items()

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,9 @@ import pytest
 
 import marble
 from marble.cli import _Signals, main
+from marble.config import parse_config
 from marble.demo.processes import NodeProcess, Nodes, find_free_ports, serve_command
+from marble.server import server_from_config
 
 SCHEMA = pa.schema([("id", pa.int64()), ("v", pa.string())])
 
@@ -43,6 +46,10 @@ def test_version_names_what_matters_in_a_report(capsys: pytest.CaptureFixture[st
         (["serve", "--config", "/nowhere/node.toml"], "/nowhere/node.toml: cannot be read"),
         (["status", "127.0.0.1:5001"], "is not the address of a cluster"),
         (["log", "/nowhere"], "not a node's data directory"),
+        (["members", "127.0.0.1:5001"], "is not the address of a cluster"),
+        (["members", "grpc://h:1", "--remove", "1", "--leave"], "--leave ends a transition"),
+        (["transfer", "h:1", "--to", "1"], "is not the address of a cluster"),
+        (["snapshot", "h:1"], "is not the address of a cluster"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_status_2(
@@ -55,7 +62,19 @@ def test_a_wrong_call_is_one_line_and_status_2(
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["destroy"], ["demo", "--row", "x"], ["serve"], ["log"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["destroy"],
+        ["demo", "--row", "x"],
+        ["serve"],
+        ["log"],
+        ["members", "grpc://h:1", "--add", "h:2"],
+        ["members", "grpc://h:1", "--add", "x=h:2"],
+        ["transfer", "grpc://h:1"],
+    ],
+)
 def test_a_call_that_cannot_be_read_is_status_2_with_the_usage(
     capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
@@ -173,6 +192,67 @@ def test_status_of_a_cluster_that_does_not_answer_is_1(capsys: pytest.CaptureFix
     status, out, _ = run(capsys, "status", f"grpc://127.0.0.1:{find_free_ports(1)[0]}")
     assert status == 1
     assert len(out.splitlines()) == 2
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """A cluster of node 1, and node 2 that waits to be added; their endpoints."""
+    endpoints = [f"127.0.0.1:{port}" for port in find_free_ports(2)]
+    text = f'[cluster]\ncluster_id = "c"\nnode_endpoints = ["{endpoints[0]}"]\nelection_timeout_ms = 600\n'
+    text += "heartbeat_interval_ms = 100\n"
+    first = parse_config(f'[node]\nid = 1\ndata_dir = "1"\n{text}', tmp_path)
+    node = f'[node]\nid = 2\ndata_dir = "2"\njoin = true\npriority = 1\nendpoint = "{endpoints[1]}"\n'
+    second = parse_config(f"{node}{text}", tmp_path)
+    with server_from_config(first) as one, server_from_config(second) as two:
+        one.start()
+        two.start()
+        yield endpoints[0], endpoints[1]
+
+
+def test_members_are_shown_added_promoted_demoted_and_removed(
+    capsys: pytest.CaptureFixture[str], started: tuple[str, str]
+) -> None:
+    url = f"grpc://{started[0]}"
+    one, two = f"1     voter    {started[0]}", f"2     learner  {started[1]}"
+    status, out, err = run(capsys, "members", url, "--learner", f"2={started[1]}")
+    assert (status, err) == (0, "")
+    assert out.splitlines() == ["node  part     endpoint", one, two]
+    assert run(capsys, "members", url, "--local")[1] == out
+    status, promoted, err = run(capsys, "members", url, "--promote", "2")
+    assert (status, err) == (0, "")
+    assert "2     voter" in promoted
+    assert run(capsys, "members", url, "--demote", "2")[1] == out
+    status, out, _ = run(capsys, "members", url, "--remove", "2")
+    assert [line.split()[0] for line in out.splitlines()] == ["node", "1"]
+    status, out, err = run(capsys, "members", url, "--remove", "1")
+    assert (status, out) == (2, "")
+    assert "voter" in err
+
+
+def test_an_explicit_transition_is_shown_and_left(capsys: pytest.CaptureFixture[str], started: tuple[str, str]) -> None:
+    url = f"grpc://{started[0]}"
+    status, out, err = run(capsys, "members", url, "--add", f"2={started[1]}", "--transition", "explicit")
+    assert (status, err) == (0, "")
+    assert "joining" in out
+    assert out.endswith("two majorities decide until: marble members URL --leave\n")
+    status, out, err = run(capsys, "members", url, "--leave")
+    assert (status, err) == (0, "")
+    assert [line.split()[:2] for line in out.splitlines()[1:]] == [["1", "voter"], ["2", "voter"]]
+
+
+def test_leadership_is_handed_over_and_snapshots_are_taken(
+    capsys: pytest.CaptureFixture[str], started: tuple[str, str]
+) -> None:
+    url = f"grpc://{started[0]},{started[1]}"
+    assert run(capsys, "members", url, "--add", f"2={started[1]}")[0] == 0
+    assert run(capsys, "transfer", url, "--to", "2") == (0, "node 2 leads\n", "")
+    assert run(capsys, "transfer", url, "--to", "2") == (0, "node 2 leads\n", "")
+    status, _, err = run(capsys, "transfer", url, "--to", "7")
+    assert status == 2
+    assert "7" in err
+    status, out, err = run(capsys, "snapshot", url)
+    assert (status, err) == (0, "")
+    assert re.fullmatch(rf"endpoint +snapshot\n{started[0]}  \d+\n{started[1]}  \d+\n", out)
 
 
 def test_a_signal_wakes_who_waits_for_it() -> None:

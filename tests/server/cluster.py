@@ -63,6 +63,7 @@ class Cluster:
         self.settings = {"election_timeout_ms": 600, "heartbeat_interval_ms": 100} | settings
         self.commands: dict[int, list[tuple[int, bytes]]] = {}
         self.servers: dict[int, RaftServer] = {}
+        self.joined: dict[int, str] = {}
         self._clients: dict[str, flight.FlightClient] = {}
         for attempt in range(5):
             self.config = RaftClusterConfig("test", free_endpoints(nodes), **self.settings)
@@ -89,11 +90,26 @@ class Cluster:
         self.servers[1].trigger_election()
         return False
 
+    def join_node(self, node: int) -> RaftServer:
+        """Start a node that waits to be added, or that was added; `joined` says where it is."""
+        for attempt in range(5):
+            try:
+                self.joined.setdefault(node, free_endpoints(1)[0])
+                return self.start_node(node)
+            except UnavailableError:
+                del self.joined[node]
+                if attempt == 4:
+                    raise
+        raise AssertionError
+
     def start_node(self, node: int) -> RaftServer:
         commands = self.commands[node] = []
         machine = TableMachine(on_command=lambda index, operation: commands.append((index, operation)))
-        transport = create_arrow_flight_transport(self.config.endpoints[node])
-        server = create_raft_server(transport, data_dir=self.directory / str(node), machine=machine)
+        join = self.joined.get(node)
+        transport = create_arrow_flight_transport(join or self.config.endpoints[node])
+        server = create_raft_server(
+            transport, data_dir=self.directory / str(node), machine=machine, node_id=node if join else None, join=join
+        )
         server.initialize(self.config)
         server.start()
         self.servers[node] = server
@@ -115,7 +131,11 @@ class Cluster:
         def agreed() -> int | None:
             known = {server.get_leader_endpoint() for server in self.servers.values()}
             leading = [node for node, server in self.servers.items() if server.get_role() is Role.LEADER]
-            return leading[0] if len(leading) == 1 and known == {self.config.endpoints[leading[0]]} else None
+            return (
+                leading[0]
+                if len(leading) == 1 and known == {self.joined.get(leading[0]) or self.config.endpoints[leading[0]]}
+                else None
+            )
 
         return int(eventually(agreed, "a leader known to all"))
 
@@ -124,7 +144,7 @@ class Cluster:
         return next(node for node in sorted(self.servers) if node != leader)
 
     def client(self, node: int) -> flight.FlightClient:
-        endpoint = self.config.endpoints[node]
+        endpoint = self.joined.get(node) or self.config.endpoints[node]
         if endpoint not in self._clients:
             self._clients[endpoint] = wire.connect(endpoint)
         return self._clients[endpoint]
