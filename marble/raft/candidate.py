@@ -73,7 +73,7 @@ def answer_request(state: State, message: Message) -> None:
     pre_vote = message.kind is MessageKind.REQUEST_PRE_VOTE
     response = MessageKind.REQUEST_PRE_VOTE_RESPONSE if pre_vote else MessageKind.REQUEST_VOTE_RESPONSE
     # It may have entered the candidate's term by another message, and with a leader's lease still resting on it.
-    bound = state.bound_by_lease and message.context != TRANSFER_CAMPAIGN
+    bound = state.promised and message.context != TRANSFER_CAMPAIGN
     may_vote = (
         # It repeats what was granted: the answer may have been lost.
         state.vote == message.sender
