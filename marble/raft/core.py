@@ -254,6 +254,7 @@ class Raft(View):
         UsageError
             With ``lease_reads`` the leader's leases rest on this node's patience.
         """
+        self._state.wake()
         if self._state.role is Role.FOLLOWER:
             follower.forget_leader(self._state)
             self._note()
