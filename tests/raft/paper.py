@@ -69,6 +69,18 @@ def accept(sender: int, term: int, index: int) -> Message:
     return message(MessageKind.APPEND_ENTRIES_RESPONSE, sender, term, log_index=index)
 
 
+def elect(raft: Raft) -> Raft:
+    """Let all others vote for it."""
+    raft.campaign()
+    carry_out(raft)
+    for voter in raft.voters:
+        if voter != raft.id and raft.role is Role.CANDIDATE:
+            raft.step(message(MessageKind.REQUEST_VOTE_RESPONSE, voter, raft.term, to=raft.id))
+    assert raft.role is Role.LEADER
+    carry_out(raft)
+    return raft
+
+
 def make_leader(voters: int = 3, log: Sequence[int] = (), **options: object) -> Raft:
     """Node 1, elected and with its no-op durable at itself only."""
     raft = make(1, voters, log, **options)

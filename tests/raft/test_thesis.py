@@ -6,11 +6,8 @@ core takes etcd's way instead, the test says so; ``docs/raft.md`` says why.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import chain, combinations
-
 import pytest
-from raft.paper import accept, append, carry_out, commit_noop, make, make_leader, message, of_kind
+from raft.paper import accept, append, carry_out, commit_noop, elect, make, make_leader, message, of_kind
 
 from marble.errors import NotLeaderError, UnavailableError
 from marble.raft.core import Raft
@@ -18,37 +15,6 @@ from marble.raft.messages import MessageKind, ReadState
 from marble.types import Change, ChangeKind, HardState, Members, Role, SnapshotMeta
 
 GROUP = Members((1, 2, 3))
-JOINT_GROUPS = [
-    Members((1, 2, 3), (1, 4, 5)),
-    Members((2, 3), (1, 2, 3)),
-    Members((1,), (1, 2, 3, 4)),
-    Members((1, 2, 3, 4), (1,), learners=(6,)),
-    Members((4, 5), (1, 2, 3), learners=(6,), learners_next=(3,)),
-    Members((1, 2, 3), learners=(4, 5)),
-]
-
-
-def subsets(nodes: Iterable[int]) -> list[tuple[int, ...]]:
-    found = list(nodes)
-    return list(chain.from_iterable(combinations(found, size) for size in range(len(found) + 1)))
-
-
-def decides(members: Members, nodes: set[int]) -> bool:
-    """The oracle: a majority of either half, by counting."""
-    halves = [half for half in (members.voters, members.outgoing) if half]
-    return all(2 * sum(node in nodes for node in half) > len(half) for half in halves)
-
-
-def elect(raft: Raft) -> Raft:
-    """Let all others vote for it."""
-    raft.campaign()
-    carry_out(raft)
-    for voter in raft.voters:
-        if voter != raft.id and raft.role is Role.CANDIDATE:
-            raft.step(message(MessageKind.REQUEST_VOTE_RESPONSE, voter, raft.term, to=raft.id))
-    assert raft.role is Role.LEADER
-    carry_out(raft)
-    return raft
 
 
 def add(node: int) -> Change:
@@ -60,32 +26,6 @@ def remove(node: int) -> Change:
 
 
 # §6 Cluster membership changes
-
-
-@pytest.mark.parametrize("members", JOINT_GROUPS, ids=str)
-def test_agreement_requires_separate_majorities(members: Members) -> None:
-    """§6: Agreement (for elections and entry commitment) requires separate majorities from both the old and new
-    configurations: every set of acknowledgements, against counting.
-    """
-    for acceptors in subsets(node for node in members.all if node != 1):
-        raft = elect(make(members=members))
-        for acceptor in acceptors:
-            raft.step(accept(acceptor, 1, 1))
-        assert (raft.commit_index == 1) is decides(members, {1, *acceptors}), acceptors
-
-
-@pytest.mark.parametrize("members", JOINT_GROUPS, ids=str)
-def test_elections_require_separate_majorities(members: Members) -> None:
-    """§6: The same of elections: every set of voters that grant, and the others refuse."""
-    for granting in subsets(node for node in members.all if node != 1):
-        raft = make(members=members)
-        raft.campaign()
-        carry_out(raft)
-        for voter in members.all:
-            if voter != 1:
-                raft.step(message(MessageKind.REQUEST_VOTE_RESPONSE, voter, 1, reject=voter not in granting))
-        expected = Role.LEADER if decides(members, {1, *granting}) else Role.FOLLOWER
-        assert raft.role is expected, granting
 
 
 def test_log_entries_are_replicated_to_all_servers_in_both_configurations() -> None:

@@ -1,0 +1,101 @@
+"""Joint consensus against counting: who decides in a group of two halves, for every set of nodes that say yes.
+
+§6 of the paper: "Agreement (for elections and entry commitment) requires separate majorities from both the old and new
+configurations." So do reads, leases and the check of the quorum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain, combinations
+
+import pytest
+from raft.paper import accept, carry_out, elect, make, message, of_kind
+
+from marble.raft.messages import MessageKind, ReadState
+from marble.types import Members, Role
+
+JOINT_GROUPS = [
+    Members((1, 2, 3), (1, 4, 5)),
+    Members((2, 3), (1, 2, 3)),
+    Members((1,), (1, 2, 3, 4)),
+    Members((1, 2, 3, 4), (1,), learners=(6,)),
+    Members((4, 5), (1, 2, 3), learners=(6,), learners_next=(3,)),
+    Members((1, 2, 3), learners=(4, 5)),
+]
+
+
+def subsets(nodes: Iterable[int]) -> list[tuple[int, ...]]:
+    found = list(nodes)
+    return list(chain.from_iterable(combinations(found, size) for size in range(len(found) + 1)))
+
+
+def decides(members: Members, nodes: set[int]) -> bool:
+    """The oracle: a majority of either half, by counting."""
+    halves = [half for half in (members.voters, members.outgoing) if half]
+    return all(2 * sum(node in nodes for node in half) > len(half) for half in halves)
+
+
+@pytest.mark.parametrize("members", JOINT_GROUPS, ids=str)
+def test_agreement_requires_separate_majorities(members: Members) -> None:
+    """§6: Agreement (for elections and entry commitment) requires separate majorities from both the old and new
+    configurations: every set of acknowledgements, against counting.
+    """
+    for acceptors in subsets(node for node in members.all if node != 1):
+        raft = elect(make(members=members))
+        for acceptor in acceptors:
+            raft.step(accept(acceptor, 1, 1))
+        assert (raft.commit_index == 1) is decides(members, {1, *acceptors}), acceptors
+
+
+@pytest.mark.parametrize("members", JOINT_GROUPS, ids=str)
+def test_elections_require_separate_majorities(members: Members) -> None:
+    """§6: The same of elections: every set of voters that grant, and the others refuse."""
+    for granting in subsets(node for node in members.all if node != 1):
+        raft = make(members=members)
+        raft.campaign()
+        carry_out(raft)
+        for voter in members.all:
+            if voter != 1:
+                raft.step(message(MessageKind.REQUEST_VOTE_RESPONSE, voter, 1, reject=voter not in granting))
+        expected = Role.LEADER if decides(members, {1, *granting}) else Role.FOLLOWER
+        assert raft.role is expected, granting
+
+
+@pytest.mark.parametrize("members", JOINT_GROUPS, ids=str)
+def test_reads_require_separate_majorities(members: Members) -> None:
+    """Thesis §6.4: A round of heartbeats confirms a read, and (§6.4.1) gives a lease, if a quorum answers it."""
+    for answering in subsets(node for node in members.all if node != 1):
+        raft = make(members=members, lease_reads=True)
+        for _ in range(10):
+            raft.tick()
+        raft = elect(raft)
+        for peer in members.all:
+            if peer != 1:
+                raft.step(accept(peer, raft.term, 1))
+        carry_out(raft)
+        raft.read_index(7, now_us=1)
+        context = of_kind(carry_out(raft), MessageKind.HEARTBEAT)[0].context
+        for peer in answering:
+            raft.step(message(MessageKind.HEARTBEAT_RESPONSE, peer, raft.term, context=context))
+        confirmed = decides(members, {1, *answering})
+        assert (ReadState(7, 1) in raft.ready().reads) is confirmed, answering
+        assert (raft.lease_until_us > 0) is confirmed, answering
+
+
+@pytest.mark.parametrize("members", JOINT_GROUPS, ids=str)
+def test_check_of_the_quorum_requires_separate_majorities(members: Members) -> None:
+    """Thesis §6.2: A leader steps down if an election timeout elapses without a successful round of heartbeats."""
+    for answering in subsets(node for node in members.all if node != 1):
+        raft = elect(make(members=members))
+        for peer in members.all:
+            if peer != 1:
+                raft.step(accept(peer, 1, 1))
+        for _ in range(10):
+            raft.tick()
+        assert raft.role is Role.LEADER
+        for peer in answering:
+            raft.step(message(MessageKind.HEARTBEAT_RESPONSE, peer, 1))
+        for _ in range(10):
+            raft.tick()
+        assert (raft.role is Role.LEADER) is decides(members, {1, *answering}), answering
