@@ -1,4 +1,4 @@
-"""The edges of membership, snapshots, transfers, leases and sleep: what is refused, and what a Ready promises of them."""
+"""The edges of membership, snapshots, transfers and leases: what is refused, and what a Ready promises of them."""
 
 from __future__ import annotations
 
@@ -382,95 +382,6 @@ def test_reports_of_snapshots_that_nobody_waits_for_change_nothing() -> None:
     follower = make(2)
     follower.report_snapshot(1, ok=False)
     assert not follower.has_ready()
-
-
-# Sleep.
-
-
-def make_asleep(quiesce_ticks: int = 3) -> Raft:
-    raft = make_leader(quiesce_ticks=quiesce_ticks)
-    commit_noop(raft)
-    raft.step(accept(3, 1, 1))
-    while not raft.quiesced:
-        raft.tick()
-        for beat in of_kind(carry_out(raft), MessageKind.HEARTBEAT):
-            raft.step(message(MessageKind.HEARTBEAT_RESPONSE, beat.to, 1))
-    carry_out(raft)
-    return raft
-
-
-def test_who_sleeps_wants_nothing() -> None:
-    raft = make_asleep()
-    for _ in range(100):
-        raft.tick()
-    assert raft.quiesced
-    assert not raft.has_ready()
-
-
-def test_leader_that_wakes_gives_its_peers_time() -> None:
-    raft = make_asleep(quiesce_ticks=15)
-    raft.wake()
-    for _ in range(10):
-        raft.tick()
-    assert raft.role is Role.LEADER
-    for _ in range(10):
-        raft.tick()
-    assert raft.role is Role.FOLLOWER
-
-
-@pytest.mark.parametrize(
-    "wake",
-    [
-        lambda raft: raft.propose([1]),
-        lambda raft: raft.propose_membership([add(4)]),
-        lambda raft: raft.transfer_leadership(2),
-        lambda raft: raft.read_index(1),
-        lambda raft: raft.step(message(MessageKind.HEARTBEAT_RESPONSE, 3, 1)),
-        lambda raft: raft.step(message(MessageKind.REQUEST_PRE_VOTE, 3, 2)),
-        lambda raft: raft.step(message(MessageKind.READ_INDEX, 3, 1, context=5)),
-        lambda raft: raft.wake(),
-    ],
-)
-def test_anything_wakes_a_leader(wake) -> None:  # type: ignore[no-untyped-def]
-    raft = make_asleep()
-    wake(raft)
-    assert not raft.quiesced
-    carry_out(raft)
-    raft.tick()
-    assert {m.to for m in of_kind(carry_out(raft), MessageKind.HEARTBEAT)} == {2, 3}
-
-
-@pytest.mark.parametrize(
-    "busy",
-    [
-        lambda raft: raft.propose([1]),
-        lambda raft: raft.propose_membership([learn(4)]),
-        lambda raft: raft.transfer_leadership(2),
-        lambda raft: raft.read_index(1),
-    ],
-)
-def test_busy_leader_does_not_sleep(busy) -> None:  # type: ignore[no-untyped-def]
-    raft = make_asleep()
-    busy(raft)
-    for _ in range(8):
-        raft.tick()
-        for beat in of_kind(carry_out(raft), MessageKind.HEARTBEAT):
-            raft.step(message(MessageKind.HEARTBEAT_RESPONSE, beat.to, 1))
-    assert not raft.quiesced
-
-
-def test_leader_that_has_not_applied_everything_does_not_sleep() -> None:
-    raft = make_leader(voters=1, quiesce_ticks=1)
-    raft.propose([1])
-    ready = raft.ready()
-    raft.persisted(ready.number)
-    raft.ready()
-    for _ in range(5):
-        raft.tick()
-    assert not raft.quiesced
-    raft.applied(2)
-    raft.tick()
-    assert raft.quiesced
 
 
 def test_acknowledgement_that_does_not_reach_the_log_leaves_a_snapshot_under_way() -> None:
