@@ -20,10 +20,7 @@ import pyarrow as pa
 
 from marble._core import entry_batch
 from marble.errors import InvariantError, ProtocolError
-from marble.types import NODE_ID_MAX, Members
-
-MEMBERS_MAX: Final = 1024
-"""Nodes of one group, in whatever part: far above what one leader can feed, and a bound for what a peer may send."""
+from marble.types import MEMBERS_MAX, NODE_ID_MAX, Members
 
 ENDPOINT_BYTES_MAX: Final = 512
 """A host name has at most 253 bytes, and a port follows it."""

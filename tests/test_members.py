@@ -14,13 +14,12 @@ from marble._core import entry_batch
 from marble.errors import InvariantError, MarbleError, ProtocolError
 from marble.members import (
     ENDPOINT_BYTES_MAX,
-    MEMBERS_MAX,
     MEMBERS_SCHEMA,
     check_members,
     decode_members,
     encode_members,
 )
-from marble.types import NODE_ID_MAX, Members
+from marble.types import MEMBERS_MAX, NODE_ID_MAX, Members
 
 NODES = st.integers(1, NODE_ID_MAX) | st.integers(1, 9)
 
