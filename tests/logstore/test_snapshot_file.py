@@ -131,6 +131,18 @@ def test_another_schema_or_compression_is_refused(files: SimulatedFiles) -> None
         content(store, info)
 
 
+def test_a_message_that_only_claims_to_be_a_schema(files: SimulatedFiles) -> None:
+    """With these four bytes wrong pyarrow followed an offset into nowhere, and the process died."""
+    store = SnapshotStore(files, 1)
+    info = write(store, 10)
+    whole = bytearray(files.read(NAME(10)))
+    for at, byte in ((29, 0), (127, 36), (139, 127), (257, 107)):
+        whole[at] = byte
+    files.put(NAME(10), bytes(whole))
+    with pytest.raises(CorruptionError, match=r"schema.*offset 0"):
+        content(store, info)
+
+
 def test_lengths_that_lie_take_no_memory(files: SimulatedFiles) -> None:
     store = SnapshotStore(files, 1)
     info = write(store, 10)
