@@ -36,7 +36,7 @@ STEPS = {
     "node": {"desk", "engine"},
     "client": {"orders"},
     "admin": {"client"},
-    "server": {"service"},
+    "server": {"service", "actions"},
     "cli": {"demo", "simulate"},
     "service": {"actions"},
 }
