@@ -101,7 +101,9 @@ class Desk:
         self._refuse(over, NotLeaderError("this node's leadership is over"))
         limit = self._options.log_bytes_max
         if limit is not None and self._log_bytes() > limit:
-            error = UnavailableError(f"the log has {self._log_bytes()} bytes, more than max_log_size ({limit})")
+            # A snapshot should have made room before. If one can be written by now, it will.
+            self.driver.request_snapshot()
+            error = UnavailableError(f"the log has {self._log_bytes()} bytes, more than max_log_size ({limit}): retry")
             self._refuse(batch, error)
             return False
         stalled_since, self._stalled_since = self._stalled_since, None

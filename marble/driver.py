@@ -217,7 +217,8 @@ class Driver:
             if self.snapshots is None:
                 raise ProtocolError(f"a {envelope.message.kind.name}, but this node keeps no snapshots")
             message = self.snapshots.receive(envelope)
-            self.outcome.members_changed = True  # An offer may say where nodes are reached.
+            # An offer may say where nodes are reached.
+            self.outcome.members_changed |= envelope.message.kind is MessageKind.INSTALL_SNAPSHOT
         elif envelope.batch is not None:
             self._staged.append(envelope.batch)
         if message is not None:
@@ -300,7 +301,7 @@ class Driver:
                 self._applying = None if snapshots.has_install else snapshots.take_restore(self._persisted)
                 return self._applying
             due = snapshots.due()
-        if first < end or (snapshots is not None and snapshots.wanted):
+        if first < end or (snapshots is not None and snapshots.overdue):
             nbytes = self.raft.log.bytes(first, end)
             self._applying = ApplyJob(self.group, self._log, self.machine, first, end, nbytes, due)
         return self._applying
@@ -437,6 +438,10 @@ class Driver:
                 continue
             batch = None
             if message.kind is MessageKind.APPEND_ENTRIES and message.entries:
+                if message.entries.first < self.raft.log.first_index:
+                    # Purged since the core wrote the message: to it this is one that got lost.
+                    self.raft.report_unreachable(message.to)
+                    continue
                 key = (message.entries.first, message.entries.end)
                 batch = read.get(key)
                 if batch is None:

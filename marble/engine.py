@@ -261,6 +261,8 @@ class Engine:
     def _loop(self) -> None:
         tick_s = self._options.tick_ms / 1000
         next_tick = self._clock.monotonic() + tick_s
+        for group in self._desks:
+            self._groups.use(group)  # The replay may have left a snapshot to be written.
         while not self.closing.is_set():
             try:
                 self._inbox.get(timeout=max(0.0, next_tick - self._clock.monotonic()))()

@@ -251,8 +251,10 @@ class Groups:
                 del self._asleep[leader]
 
 
-def run_turn(groups: Groups, log: Log) -> list[Driver]:
+def run_turn(groups: Groups, log: Log, files: bool = True) -> list[Driver]:
     """Carry out inline all that the touched groups have to do, with one sync for all of them, until nothing is left.
+
+    Without `files`, what is to be done with files of snapshots is left.
 
     Returns the drivers that were touched. Raises whatever the log or a machine raised: the node must then stop.
     """
@@ -269,7 +271,7 @@ def run_turn(groups: Groups, log: Log) -> list[Driver]:
             job.run()
             groups.finish_apply(job)
             busy = True
-        for file_job in groups.take_snapshots():
+        for file_job in groups.take_snapshots() if files else ():
             file_job.run()
             groups.finish_snapshot(file_job)
             busy = True

@@ -95,7 +95,7 @@ class Node:
         if options.node_id not in options.endpoints and not options.join:
             raise UsageError(f"node {options.node_id} is not among the cluster's nodes {sorted(options.endpoints)}")
         # The size of a frame stays as it is: a smaller one could not read what an earlier run wrote.
-        log_options = LogOptions(options.segment_bytes_max, options.cache_bytes_max)
+        log_options = LogOptions(options.log_segment_bytes, options.cache_bytes_max)
         if options.entry_bytes_max > log_options.entry_bytes_max:
             raise UsageError(
                 f"max_entry_size {options.entry_bytes_max} is above {log_options.entry_bytes_max}, the most that fits the log"
@@ -190,11 +190,11 @@ class Node:
         """Replay what is known to be committed, then start the engine. A cluster of one leads when this returns."""
         if self._engine.started:
             raise UsageError("a node starts once: make a new one")
-        run_turn(self._groups, self._log)
+        run_turn(self._groups, self._log, files=False)
         alone = [driver for driver in self._groups if driver.raft.members.all == (self.options.node_id,)]
         for driver in alone:
             self._groups.use(driver.group).raft.campaign()
-        run_turn(self._groups, self._log)
+        run_turn(self._groups, self._log, files=False)
         for desk in self._desks.values():
             desk.publish()
             self._warn_of_configuration(desk)
@@ -390,7 +390,7 @@ class Node:
         )
         policy = SnapshotPolicy(
             distance=options.snapshot_distance,
-            log_bytes=options.snapshot_log_bytes,
+            log_bytes=options.log_bytes_kept,
             tail=options.purge_tail,
             piece_bytes_max=min(options.snapshot_piece_bytes, options.append_bytes_max),
             patience_ticks=options.election_ticks,

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
+
+SEGMENT_BYTES_MIN: Final = 4096
+"""A segment has a header and at least one sync's worth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +28,8 @@ class NodeOptions:
     pre_vote: bool = True
     check_quorum: bool = True
     log_bytes_max: int | None = None
-    """Writes are refused with UnavailableError while the log is larger. None: as large as the disk."""
+    """Snapshots are taken, and segments ended, so often that the log stays well below. While it is larger all the same (they
+    cannot be written, or a peer needs what is old), writes are refused with UnavailableError. None: as large as the disk."""
     entry_bytes_max: int = 16 * 1024 * 1024
     append_bytes_max: int = 4 * 1024 * 1024
     """One AppendEntries carries at most this much, but always one entry."""
@@ -60,3 +65,17 @@ class NodeOptions:
     """A group that had nothing to do for so long sleeps. 0: never."""
     join: bool = False
     """An empty directory becomes a node that waits to be added to a cluster which is there, and has no vote until then."""
+
+    @property
+    def log_bytes_kept(self) -> int:
+        """After so many bytes of entries a snapshot is taken, and so much of the log stays behind one."""
+        if self.log_bytes_max is None:
+            return self.snapshot_log_bytes
+        return max(1, min(self.snapshot_log_bytes, self.log_bytes_max // 4))
+
+    @property
+    def log_segment_bytes(self) -> int:
+        """Size at which the log begins another file: small enough that whole files become superfluous in time."""
+        if self.log_bytes_max is None:
+            return self.segment_bytes_max
+        return min(self.segment_bytes_max, max(SEGMENT_BYTES_MIN, self.log_bytes_max // 8))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from marble.errors import check
-from marble.jobs import NEVER, ApplyJob, Due, FileJob, Log, Pace, RestoreJob, WriteJob
+from marble.jobs import ApplyJob, Due, FileJob, Log, Pace, RestoreJob, WriteJob
 from marble.logstore.snapshots import SnapshotStore
 from marble.machine import StateMachine
 from marble.raft.core import Raft
@@ -101,14 +101,17 @@ class Snapshots:
         return True
 
     @property
-    def wanted(self) -> bool:
+    def overdue(self) -> bool:
         """Whether a capture is due even if there is nothing to be applied."""
-        return self._wanted and self._write is None and self._install is None and self._restore is None
+        if self._write is not None or self.installing:
+            return False
+        due = self.due()
+        return self._raft.applied_index >= due.index or due.nbytes <= 0
 
     def due(self) -> Due:
-        """When the next apply job is to capture the state."""
+        """When the next apply job is to capture the state: never while the last one is still being written."""
         if self._write is not None:
-            return Due(NEVER, NEVER)
+            return Due()
         if self._wanted:
             return Due(0)
         return Due(max(self.index + self._policy.distance, self._not_before), self._policy.log_bytes - self._bytes)
@@ -221,7 +224,8 @@ class Snapshots:
 
     def install(self, meta: SnapshotMeta, number: int) -> None:
         """The core's write `number` starts the log anew behind the snapshot `meta`: restore it when that is durable."""
-        info = next((info for info in self._store.infos() if info.meta == meta), None)
+        found = (info for info in self._store.infos() if (info.index, info.term) == (meta.index, meta.term))
+        info = next(found, None)
         check(info is not None, f"the core installs a snapshot at {meta.index} that is not here")
         assert info is not None
         self._store.pin(info.index)

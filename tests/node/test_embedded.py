@@ -98,7 +98,28 @@ def test_a_log_without_identity_is_refused(tmp_path: Path) -> None:
         marble.open(tmp_path)
 
 
-def test_a_full_log_refuses_writes_and_stays_readable(tmp_path: Path) -> None:
+def test_a_log_with_a_limit_is_purged_behind_snapshots(tmp_path: Path) -> None:
+    limit = 400_000
+    with marble.open(tmp_path, max_log_size=limit) as db:
+        table = db.create_table("t", SCHEMA, key=["id"])
+        for count in range(400):
+            while True:
+                try:
+                    table.write(rows(count % 10 * 100, 100))
+                except UnavailableError:
+                    continue  # The writer is faster than the snapshots: what the error says is to retry.
+                break
+            assert db.status()["log_bytes"] < 2 * limit
+        assert db.status()["purged_index"] > 0
+        before = table.scan().to_table()
+    with marble.open(tmp_path, max_log_size=limit) as db:
+        assert db.table("t").scan().to_table().equals(before)
+
+
+def test_a_full_log_refuses_writes_and_stays_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
     with marble.open(tmp_path, max_log_size=20_000) as db:
         table = db.create_table("t", SCHEMA, key=["id"])
         written = 0
@@ -108,8 +129,10 @@ def test_a_full_log_refuses_writes_and_stays_readable(tmp_path: Path) -> None:
             while table.write(rows(written * 100, 100)):
                 written += 1
 
-        with pytest.raises(UnavailableError, match="max_log_size"):
-            fill()
+        with monkeypatch.context() as broken:
+            broken.setattr("marble.logstore.snapshots.SnapshotStore.write", full)
+            with pytest.raises(UnavailableError, match="max_log_size"):
+                fill()
         assert 0 < written < 1000
         assert table.scan().count_rows() == written * 100
 

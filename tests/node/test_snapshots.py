@@ -8,9 +8,10 @@ from node.ring import POLICY, Ring, expected, write
 from marble.errors import CorruptionError, InvariantError
 from marble.jobs import ApplyJob, RestoreJob
 from marble.logstore.log import Log, LogOptions
-from marble.raft.messages import MessageKind
+from marble.raft.messages import Message, MessageKind
 from marble.raft.progress import ProgressState
 from marble.snapshotting import SnapshotPolicy
+from marble.transport.codec import Envelope
 from marble.types import Role
 
 
@@ -225,7 +226,6 @@ def test_an_offer_that_is_of_no_use_is_answered_and_not_fetched() -> None:
     offers: list = []
     leader._post = lambda messages, hold=True: offers.extend(messages)
     info = ring[1].stores[0].newest()
-    from marble.raft.messages import Message
 
     message = Message(
         MessageKind.INSTALL_SNAPSHOT,
@@ -294,3 +294,47 @@ def test_a_full_disk_gives_no_snapshot_and_does_no_harm() -> None:
     ring.write(20, first=25)
     assert ring[1].raft.snapshot is not None
     assert ring[1].rows() == expected(45)
+
+
+def test_entries_that_are_purged_before_their_message_leaves_count_as_a_message_that_was_lost() -> None:
+    ring = ring_with_rows(15)
+    leader = ring[1]
+    ring.drop = lambda sender, to, envelope: to == 3
+    for key in range(15, 19):
+        leader.propose(write(key))
+        ring.settle()
+    # A capture is written while the follower's answer makes the core send it old entries once more.
+    leader.driver.request_snapshot()
+    job = leader.driver.take_apply()
+    job.run()
+    leader.driver.finish_apply(job)
+    file_job = leader.driver.take_snapshot()
+    file_job.run()
+    leader.raft.report_unreachable(3)
+    answer = Message(MessageKind.HEARTBEAT_RESPONSE, 3, 1, leader.raft.term)
+    leader.groups.receive(Envelope(0, answer))
+    leader.driver.snapshots._policy = SnapshotPolicy(distance=20, tail=0, piece_bytes_max=256, patience_ticks=4)
+    leader.driver.finish_snapshot(file_job)
+    assert leader.raft.log.first_index > 16
+    leader.turn()
+    ring.drop = lambda sender, to, envelope: False
+    ring.tick(10)
+    assert ring[3].rows() == expected(19)
+
+
+def test_what_becomes_due_while_a_snapshot_is_written_is_taken_when_that_is_done() -> None:
+    ring = ring_with_rows(3)
+    driver = ring[1].driver
+    driver.request_snapshot()
+    job = driver.take_apply()
+    job.run()
+    driver.finish_apply(job)
+    writing = driver.take_snapshot()
+    for key in range(3, 40):
+        ring[1].propose(write(key))
+        ring.settle()
+    assert ring[1].raft.snapshot is None
+    writing.run()
+    driver.finish_snapshot(writing)
+    ring[1].turn()
+    assert ring[1].raft.snapshot.index == ring[1].raft.applied_index
