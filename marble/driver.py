@@ -438,10 +438,6 @@ class Driver:
                 continue
             batch = None
             if message.kind is MessageKind.APPEND_ENTRIES and message.entries:
-                if message.entries.first < self.raft.log.first_index:
-                    # Purged since the core wrote the message: to it this is one that got lost.
-                    self.raft.report_unreachable(message.to)
-                    continue
                 key = (message.entries.first, message.entries.end)
                 batch = read.get(key)
                 if batch is None:
