@@ -14,9 +14,9 @@ from typing import Final, Generic, NoReturn, Protocol, TypeVar
 
 from marble.env import Clock
 
-QUICK_S: Final = 0.002
+QUICK_S: Final = 0.005
 """Who posts to the engine meanwhile waits no longer than this, as a rule."""
-QUICK_AFTER: Final = 32
+QUICK_AFTER: Final = 8
 """How many jobs in a row must have been quick before the next is done on the spot."""
 
 

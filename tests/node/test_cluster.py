@@ -126,8 +126,9 @@ def keys(node: Node, group: int = 0) -> list[int]:
     return sorted(node.machines[group].read("t").scan(["k"], None).read_all()["k"].to_pylist())
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
+@pytest.fixture(params=[60.0, -1.0], ids=["on the spot", "handed over"])
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    monkeypatch.setattr("marble.workers.QUICK_S", request.param)
     cluster = Cluster(tmp_path)
     for number in ENDPOINTS:
         cluster.start(number)
