@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from marble._core.entry_batch import Proposal
-from marble.env import SystemFiles
+from marble.env import AppendFile, SystemFiles
 from marble.errors import MarbleError, NotLeaderError, UnavailableError, UsageError
 from marble.lsm import payload
 from marble.lsm.machine import TableMachine
@@ -65,6 +65,8 @@ class Cluster:
         }
         self.nodes: dict[int, Node] = {}
         self.wires: dict[int, Wire] = {}
+        self.files: dict[int, SystemFiles] = {}
+        self.on_command: dict[int, Callable[[int, bytes], None]] = {}
 
     def start(self, number: int, **options: object) -> Node:
         wire = self.wires[number] = Wire(self, number)
@@ -72,8 +74,8 @@ class Cluster:
         settings = NodeOptions(
             **{"cluster_id": "c", "node_id": number, "endpoints": ENDPOINTS, **self.options, **options}
         )
-        machines = {group: TableMachine() for group in (0, 5)}
-        node = Node(settings, SystemFiles(self.path / str(number)), machines, wire)
+        machines = {0: TableMachine(self.on_command.get(number)), 5: TableMachine()}
+        node = Node(settings, self.files.get(number, SystemFiles(self.path / str(number))), machines, wire)
         node.start()
         self.nodes[number] = node
         return node
@@ -102,6 +104,31 @@ class Cluster:
         futures = [self.nodes[leader].propose(write(key), group=group) for key in range(first, end)]
         for future in futures:
             future.result(DEADLINE_S)
+
+
+class HangingFiles(SystemFiles):
+    """A disk whose syncs hang while `gate` is closed."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def create(self, path: str) -> AppendFile:
+        return self._gated(super().create(path))
+
+    def open_append(self, path: str) -> AppendFile:
+        return self._gated(super().open_append(path))
+
+    def _gated(self, file: AppendFile) -> AppendFile:
+        sync = file.sync
+
+        def wait() -> None:
+            assert self.gate.wait(DEADLINE_S)
+            sync()
+
+        file.sync = wait
+        return file
 
 
 def eventually(condition: Callable[[], object], what: str) -> None:
@@ -153,6 +180,62 @@ def test_a_node_that_was_away_past_the_purge_comes_back_by_a_snapshot(cluster: C
     node = cluster.start(3)
     assert node.status()["applied_index"] > 100
     eventually(lambda: keys(node) == list(range(300)), "all rows after the restart")
+
+
+def test_a_leader_whose_disk_hangs_steps_down_and_goes_on_when_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("marble.workers.QUICK_S", -1.0)
+    cluster = Cluster(tmp_path)
+    files = cluster.files[1] = HangingFiles(tmp_path / "1")
+    for number in ENDPOINTS:
+        cluster.start(number)
+    try:
+        leader = cluster.lead(1)
+        leader.propose(create()).result(DEADLINE_S)
+        files.gate.clear()
+        first = leader.propose(write(0))
+        # It still hears and answers, and it knows what it cannot do.
+        eventually(lambda: leader.status()["role"] != "leader", "the leader steps down")
+        eventually(lambda: cluster.nodes[2].leading_term or cluster.nodes[3].leading_term, "another one leads")
+        files.gate.set()
+        # The others may have committed it without its disk; then it is told so.
+        with contextlib.suppress(MarbleError):
+            first.result(DEADLINE_S)
+        cluster.lead(1)
+        cluster.write(1, 1, 3)
+        assert keys(cluster.nodes[2])[-2:] == [1, 2]
+    finally:
+        files.gate.set()
+        for number in list(cluster.nodes):
+            cluster.stop(number)
+
+
+def test_a_slow_call_of_apply_does_not_cost_the_leadership(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("marble.workers.QUICK_S", -1.0)
+    gate = threading.Event()
+    cluster = Cluster(tmp_path)
+    cluster.on_command[1] = lambda index, operation: gate.wait(DEADLINE_S) and None
+    for number in ENDPOINTS:
+        cluster.start(number)
+    try:
+        leader = cluster.lead(1)
+        leader.propose(create()).result(DEADLINE_S)
+        term = leader.leading_term
+        held = leader.propose(Proposal(EntryKind.COMMAND, 0, payload.encode_command(b"wait")))
+        behind = leader.propose(write(0))
+        # The followers hear of the commit: the engine goes on to speak while its machine stands.
+        for other in (2, 3):
+            node = cluster.nodes[other]
+            eventually(lambda node=node: node.status()["commit_index"] >= 4, f"node {node.options.node_id} hears of it")
+        assert not held.done()
+        assert leader.status()["applied_index"] < 4
+        gate.set()
+        assert behind.result(DEADLINE_S).term == term
+    finally:
+        gate.set()
+        for number in list(cluster.nodes):
+            cluster.stop(number)
 
 
 def test_groups_have_leaders_of_their_own(cluster: Cluster) -> None:
