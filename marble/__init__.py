@@ -36,14 +36,18 @@ from marble.errors import (
 )
 from marble.local import open  # noqa: A004
 from marble.server import RaftServer, create_arrow_flight_transport, create_raft_server
+from marble.types import Change, ChangeKind, Members, Transition
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Change",
+    "ChangeKind",
     "CorruptionError",
     "Database",
     "InvariantError",
     "MarbleError",
+    "Members",
     "NotLeaderError",
     "OutcomeUnknownError",
     "ProtocolError",
@@ -52,6 +56,7 @@ __all__ = [
     "Scan",
     "SessionExpiredError",
     "Table",
+    "Transition",
     "UnavailableError",
     "UsageError",
     "connect",

@@ -346,7 +346,7 @@ def _status(options: argparse.Namespace) -> int:
     from marble.config import parse_url
 
     lines: list[tuple[str, ...]] = [
-        ("endpoint", "node", "role", "term", "leader", "commit", "applied", "last", "log bytes")
+        ("endpoint", "node", "role", "term", "leader", "commit", "applied", "last", "snapshot", "log bytes")
     ]
     answered = 0
     for endpoint in parse_url(options.url):
@@ -354,10 +354,11 @@ def _status(options: argparse.Namespace) -> int:
             try:
                 status = database.status()
             except MarbleError as error:
-                lines.append((endpoint, "-", f"{error}", "", "", "", "", "", ""))
+                lines.append((endpoint, "-", f"{error}", "", "", "", "", "", "", ""))
                 continue
         answered += 1
-        names = ("node_id", "role", "term", "leader_id", "commit_index", "applied_index", "last_index", "log_bytes")
+        positions = ("commit_index", "applied_index", "last_index", "snapshot_index", "log_bytes")
+        names = ("node_id", "role", "term", "leader_id", *positions)
         lines.append((endpoint, *(str(status[name]) for name in names)))
     _print_columns(lines)
     return EXIT_OK if answered else EXIT_FAILED
