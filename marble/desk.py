@@ -95,6 +95,7 @@ class Desk:
         """
         raft = self.driver.raft
         leading = raft.term if raft.role is Role.LEADER else 0
+        self._refuse_lanes()
         over = [offer for offer in self._offers if offer.term not in (None, leading)]
         batch = [offer for offer in self._offers if offer.term in (None, leading)] if over else self._offers
         self._offers = []
@@ -232,7 +233,20 @@ class Desk:
         self._release(offers)
         error = self._placed(error)
         for offer in offers:
+            if offer.lane is not None:
+                offer.lane.refusal = error
             offer.future.set_exception(error)
+
+    def _refuse_lanes(self) -> None:
+        """Refuse what would overtake an earlier offer of its lane."""
+        kept: list[Offer] = []
+        for offer in self._offers:
+            refusal = None if offer.lane is None else offer.lane.refusal
+            if refusal is None:
+                kept.append(offer)
+            else:
+                self._refuse([offer], refusal)
+        self._offers = kept
 
     def _placed(self, error: MarbleError) -> MarbleError:
         """`error`, with the place of the leader: the core knows ids only, and a caller needs to know where to go."""

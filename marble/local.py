@@ -24,7 +24,7 @@ from marble.lsm.machine import TableMachine
 from marble.lsm.view import TableView
 from marble.node import Node
 from marble.options import NodeOptions
-from marble.promises import Committed, promise
+from marble.promises import Committed, Lane, promise
 from marble.schema import TableInfo, conform, conform_keys
 from marble.transport.wire import Stamp
 from marble.types import EntryKind
@@ -81,23 +81,36 @@ class LocalBackend:
         body: pa.Buffer | None,
         term: int | None = None,
         stamp: Stamp | None = None,
+        lane: Lane | None = None,
     ) -> Future[Committed]:
-        """Offer one entry of `kind` for the log; see `Node.propose` for `term`. `stamp`: the client's, if it gave one."""
+        """Offer one entry of `kind` for the log; see `Node.propose` for `term` and `lane`. `stamp`: the client's, if any."""
         self._check_open()
         session, sequence = (0, 0) if stamp is None else (stamp.session, stamp.sequence)
-        return self.node.propose(Proposal(kind, table_id, body, session, sequence), term)
+        return self.node.propose(Proposal(kind, table_id, body, session, sequence), term, lane=lane)
 
     def write_entry(
-        self, table: TableInfo, batch: pa.RecordBatch, term: int | None = None, stamp: Stamp | None = None
+        self,
+        table: TableInfo,
+        batch: pa.RecordBatch,
+        term: int | None = None,
+        stamp: Stamp | None = None,
+        lane: Lane | None = None,
     ) -> Future[Committed]:
         """Upsert the rows of `batch`, whoever it came from, as one entry."""
-        return self.propose(EntryKind.WRITE, table.id, payload.encode_rows(conform(batch, table)), term, stamp)
+        body = payload.encode_rows(conform(batch, table))
+        return self.propose(EntryKind.WRITE, table.id, body, term, stamp, lane)
 
     def delete_entry(
-        self, table: TableInfo, keys: pa.RecordBatch, term: int | None = None, stamp: Stamp | None = None
+        self,
+        table: TableInfo,
+        keys: pa.RecordBatch,
+        term: int | None = None,
+        stamp: Stamp | None = None,
+        lane: Lane | None = None,
     ) -> Future[Committed]:
         """Delete the rows with these `keys`, whoever they came from, as one entry."""
-        return self.propose(EntryKind.DELETE, table.id, payload.encode_rows(conform_keys(keys, table)), term, stamp)
+        body = payload.encode_rows(conform_keys(keys, table))
+        return self.propose(EntryKind.DELETE, table.id, body, term, stamp, lane)
 
     def write(self, table: TableInfo, batch: pa.RecordBatch) -> Future[int]:
         # `Table` has conformed what it hands over.

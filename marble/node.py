@@ -29,7 +29,7 @@ from marble.logstore.snapshots import SnapshotStore
 from marble.machine import StateMachine
 from marble.metrics import Metrics
 from marble.options import NodeOptions
-from marble.promises import Committed, Offer, promise
+from marble.promises import Committed, Lane, Offer, promise
 from marble.raft.config import RaftConfig
 from marble.raft.core import Raft
 from marble.recovery import recover
@@ -212,11 +212,14 @@ class Node:
         self._engine.stop(timeout_s)
         self._resources.close()
 
-    def propose(self, proposal: Proposal, term: int | None = None, group: int = GROUP) -> Future[Committed]:
+    def propose(
+        self, proposal: Proposal, term: int | None = None, group: int = GROUP, lane: Lane | None = None
+    ) -> Future[Committed]:
         """Offer `proposal` for the log; if `term` is given, only under this node's leadership of that term.
 
         What is offered under one term takes effect in the order in which it was offered, without gaps: after one that was
-        refused because the leadership is over, none of it can be accepted any more. The future ends with `Committed`, or
+        refused because the leadership is over, none of it can be accepted any more. What is offered in one `lane` has no
+        gaps for any other reason either (a full log). The future ends with `Committed`, or
         with NotLeaderError or UnavailableError (nothing was replicated), OutcomeUnknownError, or the error that
         applying it gave on every replica.
         """
@@ -227,7 +230,7 @@ class Node:
                 f"the entry takes {size} bytes, more than max_entry_size ({self.options.entry_bytes_max}): write smaller batches"
             )
         future: Future[Committed] = promise()
-        self._engine.offer(group, Offer(proposal, future, term))
+        self._engine.offer(group, Offer(proposal, future, term, lane))
         return future
 
     def read_index(self, group: int = GROUP, lease: bool = False) -> Future[int]:

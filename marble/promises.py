@@ -33,12 +33,25 @@ class Committed:
     value: int
 
 
+class Lane:
+    """What the offers of one stream share: once one of them is refused, those after it are, or they would overtake it.
+
+    ``refusal`` is the engine thread's.
+    """
+
+    __slots__ = ("refusal",)
+
+    def __init__(self) -> None:
+        self.refusal: MarbleError | None = None
+
+
 class Offer(NamedTuple):
-    """A proposal on its way to the core; under the leadership of `term` only, if that is not None."""
+    """A proposal on its way to the core; under the leadership of `term` only, and in `lane`, if these are not None."""
 
     proposal: Proposal
     future: Future[Committed]
     term: int | None
+    lane: Lane | None = None
 
 
 @dataclass(slots=True)

@@ -43,7 +43,7 @@ from marble.errors import (
 )
 from marble.local import ANSWER_MARGIN_S, LocalBackend, then
 from marble.lsm.view import TableView
-from marble.promises import Committed
+from marble.promises import Committed, Lane
 from marble.schema import TableInfo, check_table_name, conform_keys
 from marble.transport import wire
 from marble.transport.faults import to_flight_error
@@ -159,16 +159,16 @@ class TablesService:
         name, verb = path
         write = self._backend.write_entry if verb == wire.UPSERT else self._backend.delete_entry
 
-        term = 0
+        term, lane = 0, Lane()
 
         def offer(batch: pa.RecordBatch, stamp: wire.Stamp | None, begins: bool) -> Future[wire.Ack]:
-            nonlocal term
+            nonlocal term, lane
             if begins:
                 # All that is under way at once belongs to one leadership, so that none of it can pass what was refused.
-                term = self._node.leading_term
+                term, lane = self._node.leading_term, Lane()
             if not term:
                 raise self._actions.not_leader()
-            return then(write(self._table(name), batch, term, stamp), _ack)
+            return then(write(self._table(name), batch, term, stamp, lane), _ack)
 
         ways = Ways(
             offer=offer,
