@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.flight as flight
 import pytest
-from server.cluster import WAIT_S, Cluster, eventually, refused, rows
+from server.cluster import SCHEMA, WAIT_S, Cluster, eventually, refused, rows
 
+from marble import actions as actions_module
 from marble import client as client_module
 from marble.admin import ClusterAdmin
 from marble.client import ClientOptions, RemoteBackend
 from marble.database import Database
 from marble.errors import NotLeaderError, UnavailableError, UsageError
+from marble.local import open as marble_open
 from marble.server import create_raft_server
 from marble.types import Change, ChangeKind, Members, Role, Transition
 
@@ -68,10 +71,10 @@ class Load:
         assert self.failure is None, repr(self.failure)
 
 
-def settled(cluster: Cluster, voters: list[int], learners: tuple[int, ...] = ()) -> None:
-    """Wait until every running node knows these members."""
+def settled(cluster: Cluster, voters: Sequence[int], learners: tuple[int, ...] = ()) -> None:
+    """Wait until each of these members that runs knows them."""
     wanted = Members(tuple(voters), learners=learners)
-    for node in [*voters, *learners]:
+    for node in {*voters, *learners} & set(cluster.servers):
         server = cluster.servers[node]
         eventually(lambda server=server: server.get_members() == wanted, f"node {node} to know {wanted}")
 
@@ -234,8 +237,6 @@ def test_a_new_node_gets_a_snapshot_and_restarts_from_it(make_cluster: MakeClust
 
 
 def test_an_embedded_database_forgets_its_log_and_keeps_its_rows(tmp_path: Path) -> None:
-    from marble.local import open as marble_open
-
     with marble_open(tmp_path, snapshot_distance=10) as database:
         table = database.create_table("t", rows(0, 1).schema, ["id"])
         for number in range(50):
@@ -309,3 +310,55 @@ def test_a_node_that_was_not_added_waits_and_knows_nobody(lonely: Cluster) -> No
     with pytest.raises(UnavailableError):
         server.wait_for_leader(0.3)
     assert lonely.act(2, "members", {"consistency": "local"})["voters"] == []
+
+
+def test_a_node_that_was_away_is_called_by_a_leader_that_it_never_heard_of(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster()
+    cluster.create_table("t")
+    away = cluster.follower()
+    cluster.stop_node(away)
+    cluster.join_node(4)
+    cluster.join_node(5)
+    with admin(cluster) as operator:
+        operator.change_membership([Change(ChangeKind.ADD_VOTER, 4), Change(ChangeKind.ADD_VOTER, 5)], cluster.joined)
+        operator.transfer_leadership(4)
+    settled(cluster, (1, 2, 3, 4, 5))
+    # Those that the other one knows are gone now, and its config has never heard of who is left.
+    for node in {1, 2, 3} - {away}:
+        cluster.stop_node(node)
+    server = cluster.start_node(away)
+    eventually(lambda: server.get_members() == Members((1, 2, 3, 4, 5)), "the node to learn who takes part")
+    (ack,) = cluster.put(away, ["t"], [rows(0, 3)])
+    assert ack.error_code is None
+    same_everywhere(cluster, 3)
+
+
+def test_a_lost_answer_to_an_action_is_fetched(shared: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "created_once"
+    lost: list[str] = []
+    do = actions_module.Actions.do
+
+    def lose_first(self: actions_module.Actions, context: Any, action: flight.Action) -> bytes:
+        answer = do(self, context, action)
+        if action.type in ("create_table", "drop_table") and lost.count(action.type) == 0:
+            lost.append(action.type)
+            raise OSError("the connection broke")
+        return answer
+
+    monkeypatch.setattr(actions_module.Actions, "do", lose_first)
+    backend = RemoteBackend(tuple(shared.config.endpoints.values()), ClientOptions(WAIT_S))
+    with Database(backend) as database:
+        database.create_table(name, SCHEMA, ["id"])
+        # Dropping what an earlier attempt has dropped would be an error: this is the answer to that attempt.
+        assert 0 < database.drop_table(name) < shared.last_index()
+    assert lost == ["create_table", "drop_table"]
+
+
+def test_an_action_whose_session_ended_has_another(shared: Cluster) -> None:
+    backend = RemoteBackend(tuple(shared.config.endpoints.values()), ClientOptions(WAIT_S))
+    with Database(backend) as database:
+        database.create_table("ended", SCHEMA, ["id"])
+        ended = backend._orders.session
+        shared.act(1, "close_session", {"session": ended})
+        database.drop_table("ended")
+        assert backend._orders.session not in (0, ended)
