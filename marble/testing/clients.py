@@ -43,6 +43,8 @@ class Operation:
     value: int | None = None
     number: int = -1
     done: bool = False
+    last: bool = False
+    """It is one of those that a client ends with."""
     open: int = 0
     """Attempts that may have an effect yet, or may have had one."""
 
@@ -81,7 +83,7 @@ class Client:
         self.finished = False
         """It was told to end, and has ended with an answered read of each key."""
         self._last: list[tuple[int, int]] | None = None
-        self._wrote = False
+        self._turn = 0
         self._contact = 0
         self._keys: dict[int, pa.RecordBatch] = {}
 
@@ -90,7 +92,10 @@ class Client:
         self._loop.after(self._loop.between(0, self._world.plan.load.think_us), self._begin)
 
     def finish(self) -> None:
-        """The faults are over: end with one write, and a read of each key, each of which must be answered."""
+        """The faults are over: end with a read, a write and another read of each key, each of which must be answered.
+
+        The read comes first: a leader must be able to answer it although nobody writes (Raft §8).
+        """
         load = self._world.plan.load
         self._last = [(group, key) for group in range(self._world.plan.groups) for key in range(load.keys)]
 
@@ -104,8 +109,7 @@ class Client:
             if not self._last:
                 self.finished = True
                 return
-            # A write and a read of what it wrote show that the cluster takes both again.
-            draw = 0.0 if self._wrote else 1.0
+            draw = 1.0 if self._turn == 1 else 0.0
             group, key = self._last[-1]
         if group not in sales.tables:
             operation = Operation("create", group, 0)
@@ -119,6 +123,7 @@ class Client:
             operation = Operation("write", group, key, sales.next_value)
             sales.next_value += 1
             operation.number = sales.history.write(self.number, (group, key), operation.value, loop.now)
+        operation.last = self._last is not None and operation.kind != "create"
         self.operation = operation
         loop.after(load.timeout_us, self._give_up, operation)
         self._ask(operation)
@@ -213,10 +218,10 @@ class Client:
             self._sales.history.answer(operation.number, answer, self._loop.now)
         self._loop.note(0, "client {}: {} at node {}: {}", self.number, operation, number, value)
         self._contact = number
-        if self._last:
-            # In the end every key must be answered for: written once more by each client, and read.
-            self._wrote = operation.kind == "write" or (self._wrote and operation.kind != "read")
-            if operation.kind == "read" and (operation.group, operation.key) == self._last[-1]:
+        if operation.last and self._last:
+            self._turn += 1
+            if self._turn == 3:
+                self._turn = 0
                 self._last.pop()
         self._end(operation)
 

@@ -24,6 +24,7 @@ from marble.testing.node import SimulatedNode
 from marble.testing.plan import Plan, plan_for
 from marble.testing.world import World
 from marble.transport.codec import Envelope
+from marble.types import Role
 
 STEPS: Final = 10_000
 """How many events the faulty part of a history has, unless somebody says otherwise."""
@@ -88,7 +89,7 @@ class Simulation:
     def _plan_faults(self) -> None:
         plan = self.plan
         faults: Sequence[tuple[float, Callable[[], None]]] = (
-            (plan.network.cuts, lambda: self.network.cut(list(self.nodes))),
+            (plan.network.cuts, lambda: self.network.cut(list(self.nodes), self._leaders())),
             (plan.process.blackouts, self._blackout),
             *(
                 (rate, self._at_some_node(action))
@@ -118,11 +119,18 @@ class Simulation:
 
     def _at_some_node(self, action: Callable[[SimulatedNode], None]) -> Callable[[], None]:
         def act() -> None:
-            nodes = [node for node in self.nodes.values() if node.alive]
-            if nodes:
-                action(nodes[int(self.loop.random.random() * len(nodes))])
+            numbers = self._leaders() or [node.id for node in self.nodes.values() if node.alive]
+            if numbers:
+                action(self.nodes[numbers[int(self.loop.random.random() * len(numbers))]])
 
         return act
+
+    def _leaders(self) -> list[int]:
+        """Those who take themselves for leaders, whether or not they still are, if the plan wants them hit now; else nobody."""
+        if not self.loop.chance(self.plan.at_leaders):
+            return []
+        cores = self.world.cores[self.loop.between(0, self.plan.groups - 1)]
+        return sorted(number for number, core in cores.items() if core.role is Role.LEADER)
 
     def _down(self, node: SimulatedNode, longest: int) -> None:
         self.loop.after(self.loop.between(0, longest), node.start)

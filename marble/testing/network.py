@@ -51,12 +51,14 @@ class Network:
             self._carry(sender, to, envelopes)
         return True
 
-    def cut(self, nodes: Sequence[int]) -> None:
-        """Cut some links of these nodes for a while: around one node or between two halves, wholly or partly, both ways or one."""
+    def cut(self, nodes: Sequence[int], around: Sequence[int] = ()) -> None:
+        """Cut some links of these nodes for a while, `around` some of them if any are given: wholly or partly, both ways or one."""
         loop, faults = self._loop, self.faults
         if len(nodes) < 2:
             return
-        inside = [node for node in nodes if loop.chance(0.4)] or [nodes[loop.between(0, len(nodes) - 1)]]
+        inside = (
+            list(around) or [node for node in nodes if loop.chance(0.4)] or [nodes[loop.between(0, len(nodes) - 1)]]
+        )
         partial = loop.chance(0.3)
         ways = loop.between(0, 3)
         links = []

@@ -29,7 +29,7 @@ class NetworkFaults:
     duplication: float = 0.01
     split: float = 0.1
     """Chance that the messages of one packet travel each on its own."""
-    cuts: float = 0.05
+    cuts: float = 0.15
     cut_us: int = 8_000 * MILLISECOND
     flap: float = 0.2
     """Chance that a cut opens and closes all the time while it lasts."""
@@ -65,8 +65,8 @@ class ClockFaults:
 class ProcessFaults:
     """Crashes lose power, now or in the middle of what the disk does next; kills leave the disk as the kernel sees it."""
 
-    crashes: float = 0.03
-    kills: float = 0.02
+    crashes: float = 0.05
+    kills: float = 0.03
     down_us: int = 4_000 * MILLISECOND
     blackouts: float = 0.004
     """All nodes lose power at once."""
@@ -114,6 +114,8 @@ class Plan:
     check_quorum: bool = True
     one_by_one: float = 0.3
     """Chance that a node sends entries one to a message, so that a message may carry old terms only (Raft figure 8)."""
+    at_leaders: float = 0.5
+    """Chance that a fault hits one that takes itself for a leader, rather than anybody: that is where most of a history is made."""
     heal_us: int = 60_000 * MILLISECOND
 
     def healed(self) -> Plan:
@@ -135,45 +137,49 @@ PLANS: Final[dict[str, Plan]] = {
     for plan in (
         replace(_CALM, name="calm"),
         Plan("mixed"),
-        replace(
-            _CALM, name="crashes", process=ProcessFaults(crashes=0.15, kills=0.1, down_us=2_000_000, blackouts=0.03)
-        ),
-        replace(
-            _CALM,
-            name="network",
-            network=NetworkFaults(
-                delay_us=30_000, slow=0.1, slow_us=2_000_000, loss=0.1, duplication=0.1, split=0.3, cuts=0.02
-            ),
-        ),
-        replace(
-            _CALM,
-            name="partitions",
-            network=NetworkFaults(cuts=0.3, cut_us=10_000_000, flap=0.3),
-            load=Load(reads=0.6, stray=0.5),
-        ),
+        replace(_CALM, name="crashes", process=ProcessFaults(0.15, 0.1, 2_000_000, 0.03, 0.02)),
+        replace(_CALM, name="network", network=NetworkFaults(30_000, 0.1, 2_000_000, 0.1, 0.1, 0.3, 0.05)),
+        replace(_CALM, name="partitions", network=NetworkFaults(cuts=0.4, flap=0.3), load=Load(reads=0.5, stray=0.5)),
         replace(
             _CALM,
             name="disk",
-            disk=DiskFaults(sync_us=30_000, slow=0.1, slow_us=5_000_000, failed_syncs=0.03, full=0.03, flips=0.01),
-            process=ProcessFaults(crashes=0.05, kills=0.05),
+            disk=DiskFaults(30_000, 0.1, 5_000_000, failed_syncs=0.03, full=0.03, flips=0.01),
+            process=ProcessFaults(0.1, 0.05, 2_000_000, elections=0.1),
         ),
         replace(
             _CALM,
             name="clocks",
-            clocks=ClockFaults(drift=0.01, jumps=0.2, pauses=0.2, pause_us=5_000_000),
+            clocks=ClockFaults(0.01, jumps=0.2, pauses=0.2, pause_us=5_000_000),
             load=Load(reads=0.6, stray=0.5),
         ),
         # Leaders come and go before they have replicated what they took in: where old terms are committed wrongly, if they are.
         replace(
             _CALM,
             name="elections",
-            network=NetworkFaults(
-                delay_us=60_000, slow=0.05, slow_us=1_500_000, loss=0.05, cuts=0.3, cut_us=2_000_000, split=0.5
-            ),
-            process=ProcessFaults(crashes=0.05, kills=0.05, down_us=1_500_000, elections=0.5),
-            load=Load(clients=6, think_us=100_000, timeout_us=1_500_000),
+            network=NetworkFaults(60_000, 0.05, 1_500_000, 0.05, split=0.5, cuts=0.5, cut_us=3_000_000),
+            process=ProcessFaults(0.05, 0.05, 1_500_000, elections=0.3),
+            load=Load(clients=6, think_us=100_000, timeout_us=1_500_000, reads=0.2),
             pre_vote=False,
             one_by_one=0.8,
+        ),
+        # Leaders are cut off for long and go on taking writes, while several others come and go: logs that differ at more than their end.
+        replace(
+            _CALM,
+            name="islands",
+            network=NetworkFaults(20_000, 0.02, 1_000_000, cuts=0.4, cut_us=15_000_000, flap=0.1),
+            disk=DiskFaults(sync_us=20_000, slow=0.05, slow_us=1_000_000),
+            process=ProcessFaults(0.03, 0.05, 1_500_000, 0.01, elections=0.4),
+            load=Load(clients=8, think_us=50_000, timeout_us=1_000_000, reads=0.2, stray=0.5),
+            one_by_one=0.6,
+        ),
+        # Everybody reads everywhere, on a slow network, while the lead changes hands and nobody tells a leader that it is over.
+        replace(
+            _CALM,
+            name="reads",
+            network=NetworkFaults(80_000, 0.1, 2_500_000, cuts=0.3, cut_us=6_000_000),
+            process=ProcessFaults(0.05, 0.2, 500_000, elections=0.3),
+            load=Load(clients=8, think_us=30_000, timeout_us=1_000_000, keys=2, reads=0.8, deletes=0.0, stray=0.8),
+            check_quorum=False,
         ),
     )
 }
@@ -203,7 +209,11 @@ def plan_for(name: str, seed: int, nodes: int = 0) -> Plan:
 
 
 def _drawn(random: Random) -> Plan:
-    base = PLANS[random.choice(("mixed", "crashes", "network", "partitions", "disk", "clocks", "elections"))]
+    base = PLANS[
+        random.choice(
+            ("mixed", "crashes", "network", "partitions", "disk", "clocks", "elections", "islands", "islands", "reads")
+        )
+    ]
     other = PLANS[random.choice(sorted(PLANS))]
     parts: dict[str, Any] = {
         part: _turned(getattr(random.choice((base, other)), part), random)

@@ -16,7 +16,8 @@ from types import ModuleType
 from typing import Any
 
 CATALOGUE = Path(__file__).with_name("mutants.toml")
-STEPS = 3000
+STEPS = 5000
+SEEDS = 30
 
 
 def mutants() -> dict[str, dict[str, Any]]:
@@ -54,14 +55,11 @@ class Planter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def hunt(mutant: dict[str, Any]) -> int:
     """Play histories until one breaks. Returns the seed that noticed the bug, or 0."""
-    from marble.testing.cluster import Faults, run
+    from marble.testing.cluster import simulate
 
-    crashes = Faults(crash=0.01, restart=0.1, partition=0.005)
-    bad_network = Faults(loss=0.2, duplication=0.1, delay_steps_max=60, tick=0.3)
-    split = Faults(partition=0.01, mend=0.004, loss=0.05, delay_steps_max=30, read=0.15, tick=0.5, slow=0.002)
-    for seed in range(1, mutant.get("seeds", 100) + 1):
+    for seed in range(1, mutant.get("seeds", SEEDS) + 1):
         try:
-            run(seed, STEPS, mutant.get("size", 3), (crashes, bad_network, split)[seed % 3])
+            simulate(mutant.get("plan", "swarm"), seed, STEPS, nodes=mutant.get("nodes", 0))
         except Exception as error:
             print(f"{mutant['name']}: noticed by seed {seed}: {type(error).__name__}: {error}")
             return seed
@@ -72,4 +70,4 @@ if __name__ == "__main__":
     chosen = mutants()[sys.argv[1]]
     sys.meta_path.insert(0, Planter(chosen))
     if not hunt(chosen):
-        sys.exit(f"{chosen['name']} ({chosen['why']}) survived {chosen.get('seeds', 100)} histories")
+        sys.exit(f"{chosen['name']} ({chosen['why']}) survived {chosen.get('seeds', SEEDS)} histories")
