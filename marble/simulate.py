@@ -96,7 +96,8 @@ class Totals:
         lines = [
             f"{self.histories} histories held: {self.steps:,} steps, {rate:,.0f} steps/s of one core ({rate * 60 / 1e6:.2f} M a minute), "
             f"{self.simulated_us / 3.6e9:.2f} h simulated",
-            f"{self.acknowledged:,} operations answered, {self.lost:,} given up, {self.reads:,} reads confirmed, {self.elections:,} terms led",
+            f"{self.acknowledged:,} operations answered, {self.lost:,} given up, {self.reads:,} reads confirmed, "
+            f"{self.elections:,} terms led",
         ]
         if self.undecided:
             lines.append(f"{self.undecided} histories were too tangled for the linearizability checker")

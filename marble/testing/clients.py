@@ -147,7 +147,7 @@ class Client:
         elif operation.kind == "read":
             found: Future[int] = promise()
             found.add_done_callback(partial(self._read, operation, number))
-            node.read_index(operation.group, found)
+            node.read_index(operation.group, found, self._loop.chance(0.5))
         else:
             done: Future[Committed] = promise()
             done.add_done_callback(partial(self._written, operation, number))

@@ -16,8 +16,9 @@ from typing import Any, Final
 
 from marble.errors import MarbleError
 from marble.testing.clients import Client, Sales
-from marble.testing.history import Answer, History, check
+from marble.testing.history import History, check
 from marble.testing.ledger import Ledger, Violation
+from marble.testing.linearize import Answer
 from marble.testing.loop import SECOND, Loop
 from marble.testing.network import Network
 from marble.testing.node import SimulatedNode
@@ -158,7 +159,8 @@ class Simulation:
 
     def _election(self, node: SimulatedNode) -> None:
         self.world.injected["elections out of turn"] += 1
-        node.campaign(self.loop.between(0, self.plan.groups - 1), self.loop.chance(0.5))
+        force = self.loop.chance(0.5)
+        node.act(self.loop.between(0, self.plan.groups - 1), lambda driver: driver.raft.campaign(force))
 
     def _pause(self, node: SimulatedNode) -> None:
         self.world.injected["pauses"] += 1

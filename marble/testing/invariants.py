@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from marble.errors import SessionExpiredError
 from marble.machine import Result
 from marble.raft.core import Raft
 from marble.raft.messages import Message, MessageKind
 from marble.testing.ledger import Ledger, Seen, Shelf, Violation
-from marble.types import HardState, Role
+from marble.types import HardState, Members, Role
 
 _SPEAKS_FOR_ITS_TERM: Final = frozenset(
     {
@@ -100,7 +101,7 @@ def leader_completeness(ledger: Ledger, raft: Raft) -> None:
     """
     index = max((last for term, last in ledger.committed_in.items() if term < raft.term), default=0)
     hold(
-        index == 0 or raft.log.matches(index, ledger.committed[index - 1]),
+        index < raft.log.first_index - 1 or raft.log.matches(index, ledger.committed[index - 1] if index else 0),
         f"node {raft.id} leads term {raft.term} without entry {index}, which was committed before",
     )
 
@@ -176,8 +177,8 @@ def state_machine_safety(
     checksums: Sequence[int],
     results: Sequence[Result],
 ) -> None:
-    """If a server has applied a log entry at a given index to its state machine, no other server will ever apply a different log entry for the
-    same index (Raft §5.4.3, figure 3); nor does the same entry give another answer there."""
+    """If a server has applied a log entry at a given index to its state machine, no other server will ever apply a different
+    log entry for the same index (Raft §5.4.3, figure 3); nor does the same entry give another answer there."""
     for index, (term, checksum, result) in enumerate(zip(terms, checksums, results, strict=True), first):
         if index > len(ledger.committed) or ledger.committed[index - 1] != term:
             raise Violation(f"node {node} applied entry {index} of term {term}, which is not committed")
@@ -214,11 +215,18 @@ def message_is_true(ledger: Ledger, raft: Raft, message: Message, cores: Mapping
         hold(having > 0, f"node {raft.id} acknowledges entry {index}, which is not on its disk")
         leader = cores.get(message.to)
         leads = leader is not None and leader.role is Role.LEADER and leader.term == term
-        if leader is not None and leads and not leader.log.matches(index, having):
+        if leader is not None and leads and not _has(ledger, leader, index, having):
             raise Violation(
                 f"node {raft.id} acknowledges its entry {index} of term {having}, and the leader's is of term "
                 f"{leader.log.term_or_zero(index)}"
             )
+
+
+def _has(ledger: Ledger, raft: Raft, index: int, term: int) -> bool:
+    """Whether a core has the entry, in its log or in the snapshot before it."""
+    if index < raft.log.first_index - 1:
+        return ledger.committed[index - 1] == term
+    return raft.log.matches(index, term)
 
 
 def one_vote_in_a_term(ledger: Ledger, durable: HardState, node: int, term: int, candidate: int) -> None:
@@ -234,24 +242,57 @@ def one_vote_in_a_term(ledger: Ledger, durable: HardState, node: int, term: int,
 def durable_survives(shelf: Shelf, node: int, found: HardState, terms: Sequence[int]) -> None:
     """What a sync has covered is there after any crash: term, vote, and entries that nothing was to replace (docs/log-format.md).
 
-    What no sync had covered may be there or not, but only as a prefix of what was appended.
+    Of what no sync had covered there may be a first part, and nothing else.
     """
-    kept = shelf.hard_state
+    possible = [((state.term, state.vote), entries) for state, entries in shelf.possible()]
+    if ((found.term, found.vote), list(terms)) not in possible:
+        raise Violation(
+            f"node {node} came back with {found} and {len(terms)} entries; durable were {shelf.hard_state} and "
+            f"{len(shelf.terms)} entries, and {len(shelf.waiting)} changes waited"
+        )
+
+
+def snapshot_is_committed(ledger: Ledger, node: int, index: int, term: int) -> None:
+    """The last included index and term of a snapshot name a committed entry (Raft §7), and so does everything that is purged."""
     hold(
-        (found.term, found.vote) in {(state.term, state.vote) for state in _hard_states(shelf)},
-        f"node {node} came back with {found}; durable was {kept}",
-    )
-    untouched = min((first - 1 for _, first, new in shelf.waiting if new), default=len(shelf.terms))
-    untouched = min(untouched, len(shelf.terms))
-    hold(
-        list(terms[:untouched]) == shelf.terms[:untouched],
-        f"node {node} lost durable entries: {untouched} were safe, and it came back with {len(terms)}",
+        0 < index <= len(ledger.committed) and ledger.committed[index - 1] == term,
+        f"node {node} starts its log after entry {index} of term {term}, which is not committed",
     )
 
 
-def _hard_states(shelf: Shelf) -> list[HardState]:
-    """What was durable, and all that may have become durable since."""
-    return [shelf.hard_state, *(state for state, _, _ in shelf.waiting if state is not None)]
+def membership_changes_one_at_a_time(ledger: Ledger, raft: Raft, index: int, term: int, members: Members) -> None:
+    """A leader changes the membership only when all earlier changes, and its own no-op, are applied (thesis §4.1; Ongaro's correction of
+    2015), and only so that any majority of the old and any of the new share a server (Raft §6).
+
+    Asked when the entry reaches the leader's log.
+    """
+    if raft.role is not Role.LEADER or term != raft.term:
+        return
+    earlier = [change for change in raft.log.changes if change < index]
+    hold(
+        (not earlier or earlier[-1] <= raft.applied_index) and raft.log.term_at(raft.applied_index) == raft.term,
+        f"node {raft.id} changes the membership at {index} before what came earlier is applied",
+    )
+    old = raft.members
+    if members.outgoing:
+        neighbours = not old.outgoing and members.outgoing == old.voters
+    elif old.outgoing:
+        neighbours = members.voters == old.voters
+    else:
+        neighbours = len(set(old.voters) ^ set(members.voters)) <= 1
+    hold(neighbours, f"node {raft.id} goes from {old} to {members}: they have majorities without a common server")
+
+
+def exactly_once(
+    ledger: Ledger, first: int, sessions: Sequence[int], sequences: Sequence[int], results: Sequence[Result]
+) -> None:
+    """If a command with a session's serial number was executed, it is not executed again (Raft §8, thesis §6.3)."""
+    for index, (session, sequence, result) in enumerate(zip(sessions, sequences, results, strict=True), first):
+        if not (session and sequence) or result.index or result.error_code == SessionExpiredError.code:
+            continue
+        known = ledger.executed.setdefault((session, sequence), index)
+        if known != index:
+            raise Violation(f"write {sequence} of session {session} was executed at {known} and at {index}")
 
 
 def read_is_current(ledger: Ledger, node: int, request: int, index: int) -> None:

@@ -20,7 +20,8 @@ class Shelf:
     """One group's part of one node's disk, as the node's log was told to write it.
 
     - ``written[i]`` is the term of entry ``i + 1`` as last appended, synced or not; ``terms`` the same for what a sync has covered.
-    - ``waiting`` are the appends since the last sync, in order: (hard state or None, first index, terms).
+      What a snapshot covers counts as written: the witness knows what was committed there.
+    - ``waiting`` are the changes since the last sync, in order: (hard state or None, first index, terms from there on).
     """
 
     hard_state: HardState = field(default_factory=HardState)
@@ -30,24 +31,44 @@ class Shelf:
 
     def append(self, hard_state: HardState | None, first: int, terms: list[int]) -> None:
         """The log took this over."""
-        if terms:
-            del self.written[first - 1 :]
-            self.written.extend(terms)
+        _splice(self.written, first, terms)
         self.waiting.append((hard_state, first, terms))
+
+    def start_after(self, hard_state: HardState | None, covered: list[int]) -> None:
+        """The log goes on behind a snapshot of entries with these terms. What it has beyond stays if it has the last of them."""
+        end = len(covered)
+        if len(self.written) >= end and self.written[end - 1] == covered[-1]:
+            self.waiting.append((hard_state, 0, []))
+        else:
+            self.append(hard_state, 1, covered)
 
     def settle(self) -> None:
         """A sync has covered everything that waited."""
         for hard_state, first, terms in self.waiting:
             if hard_state is not None:
                 self.hard_state = hard_state
-            if terms:
-                del self.terms[first - 1 :]
-                self.terms.extend(terms)
+            _splice(self.terms, first, terms)
         self.waiting.clear()
+
+    def possible(self) -> list[tuple[HardState, list[int]]]:
+        """What may be on the disk after a crash: what was durable, or that and a first part of what waited."""
+        hard_state, terms = self.hard_state, list(self.terms)
+        states = [(hard_state, list(terms))]
+        for new, first, more in self.waiting:
+            hard_state = new or hard_state
+            _splice(terms, first, more)
+            states.append((hard_state, list(terms)))
+        return states
 
     def term_at(self, index: int) -> int:
         """Term of the durable entry `index`; 0 if there is none."""
         return self.terms[index - 1] if 1 <= index <= len(self.terms) else 0
+
+
+def _splice(terms: list[int], first: int, more: list[int]) -> None:
+    if more:
+        del terms[first - 1 :]
+        terms.extend(more)
 
 
 @dataclass(slots=True)
@@ -80,6 +101,8 @@ class Ledger:
         Index -> (term, checksum, what applying it gave).
     votes
         (node, term) -> whom it granted its vote.
+    executed
+        (session, sequence) -> index of the entry that was executed for it.
     reads
         (node, request) -> how many entries were committed anywhere when the read began.
     """
@@ -91,6 +114,7 @@ class Ledger:
     committed_in: dict[int, int] = field(default_factory=dict)
     applied: dict[int, tuple[int, int, int, str | None]] = field(default_factory=dict)
     votes: dict[tuple[int, int], int] = field(default_factory=dict)
+    executed: dict[tuple[int, int], int] = field(default_factory=dict)
     reads: dict[tuple[int, int], int] = field(default_factory=dict)
     shelves: dict[int, Shelf] = field(default_factory=dict)
     """Node -> its disk."""

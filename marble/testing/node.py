@@ -11,75 +11,33 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Final
 
-import pyarrow as pa
-
 from marble._core.entry_batch import Proposal
-from marble._core.term_index import TermIndex
-from marble.driver import Driver, DurableState
+from marble.driver import Driver
 from marble.errors import CorruptionError, InvariantError, NotLeaderError, UnavailableError
 from marble.groups import Groups, Write
-from marble.jobs import ApplyJob
+from marble.identity import bind
+from marble.jobs import FileJob, MachineJob, RestoreJob, WriteJob
 from marble.logstore.log import Log, LogOptions
+from marble.logstore.replay import GroupState
 from marble.logstore.segment import segment_numbers, segment_path
-from marble.lsm.machine import TableMachine
-from marble.machine import Result
+from marble.logstore.snapshots import SnapshotStore
 from marble.promises import Committed, Promises
 from marble.raft.config import RaftConfig
 from marble.raft.core import Raft
+from marble.recovery import recover
+from marble.snapshotting import SnapshotPolicy
 from marble.testing import invariants
 from marble.testing.clocks import SimulatedClock
 from marble.testing.disk import DiskCrash, SimulatedFiles
 from marble.testing.ledger import Ledger, Shelf, Violation
 from marble.testing.loop import SECOND
+from marble.testing.observed import ObservedLog, ObservedMachine
 from marble.testing.world import World
 from marble.transport.codec import Envelope
 from marble.types import HardState, Members
 
-SEGMENT_BYTES_MAX: Final = 64 * 1024
+SEGMENT_BYTES_MAX: Final = 32 * 1024
 """Small, so that histories roll over many segments."""
-
-
-class ObservedLog:
-    """The node's log, with a witness beside it."""
-
-    def __init__(self, log: Log, node: int, ledgers: dict[int, Ledger]) -> None:
-        self._log = log
-        self._node = node
-        self._ledgers = ledgers
-        self.read = log.read
-
-    def append(self, group: int, hard_state: HardState | None, entries: pa.RecordBatch | None) -> None:
-        self._log.append(group, hard_state, entries)
-        ledger = self._ledgers[group]
-        shelf = ledger.shelves[self._node]
-        if entries is None:
-            shelf.append(hard_state, 0, [])
-            return
-        first = entries.column("index")[0].as_py()
-        terms = entries.column("term").to_pylist()
-        invariants.log_matching(ledger, shelf, self._node, first, terms, entries.column("checksum").to_pylist())
-        shelf.append(hard_state, first, terms)
-
-    def sync(self) -> None:
-        self._log.sync()
-        for ledger in self._ledgers.values():
-            ledger.shelves[self._node].settle()
-
-
-class ObservedMachine(TableMachine):
-    """The node's tables, with a witness beside them."""
-
-    def __init__(self, ledger: Ledger, node: int) -> None:
-        super().__init__()
-        self._ledger = ledger
-        self._node = node
-
-    def apply(self, entries: pa.RecordBatch) -> list[Result]:
-        results = super().apply(entries)
-        terms, checksums = entries.column("term").to_pylist(), entries.column("checksum").to_pylist()
-        first = self.applied_index + 1 - len(terms)
-        invariants.state_machine_safety(self._ledger, self._node, first, terms, checksums, results)
-        return results
 
 
 class Seat:
@@ -122,8 +80,10 @@ class SimulatedNode:
         self._world = world
         self._loop = world.loop
         self._log: ObservedLog | None = None
-        self._groups = Groups(self._send)
+        self._groups = self._no_groups()
         self._unsynced: list[Write] = []
+        self._purge = False
+        self._purging = False
         self._syncing = False
         self._pumping = False
         self._paused_until = 0
@@ -145,6 +105,7 @@ class SimulatedNode:
 
     def _start(self) -> None:
         self.files.make_directory("")
+        genesis = Members(bind(self.files, "simulated", self.id, self._voters))
         try:
             log = Log.open(self.files, LogOptions(segment_bytes_max=SEGMENT_BYTES_MAX, cache_bytes_max=1 << 20))
         except CorruptionError as error:
@@ -158,11 +119,18 @@ class SimulatedNode:
                 raise Violation(f"node {self.id}: {log.report.lost_durable_bytes} bytes that were durable are gone")
             self._break(CorruptionError("the log's end is lost"))
             return
-        self._log = ObservedLog(log, self.id, self._world.ledgers)
-        self._groups = Groups(self._send)
-        self._unsynced, self._syncing, self._pumping = [], False, False
-        for group, ledger in self._world.ledgers.items():
-            self._open_group(group, ledger, log)
+        self._log = ObservedLog(log, self.id, self._world.ledgers, lambda group: self._world.cores[group].get(self.id))
+        self._groups = self._no_groups()
+        self._unsynced, self._purge, self._syncing, self._pumping = [], False, False, False
+        try:
+            for group, ledger in self._world.ledgers.items():
+                self._open_group(group, ledger, log, genesis)
+        except CorruptionError as error:
+            if not self.damaged:
+                raise
+            self._end()
+            self._break(error)
+            return
         self._loop.after(self._tick_us(), self._tick, self.life)
         self._pump(self.life)
 
@@ -171,40 +139,68 @@ class SimulatedNode:
         self.broken = str(error)
         self._loop.note(self.id, "stays away: {}", error)
 
-    def _open_group(self, group: int, ledger: Ledger, log: Log) -> None:
+    def _no_groups(self) -> Groups:
         plan = self._world.plan
+        return Groups(self.id, self._send, plan.heartbeat_ticks, plan.election_ticks, self.life + 1)
+
+    def _open_group(self, group: int, ledger: Ledger, log: Log, genesis: Members) -> None:
+        plan, loop = self._world.plan, self._loop
         found = log.groups.get(group)
-        hard_state = found.hard_state if found else HardState()
-        term_index = found.term_index if found else TermIndex()
-        terms = term_index.span(term_index.first_index, term_index.last_index + 1).terms()
-        shelf = ledger.shelves.get(self.id)
-        if shelf is not None:
-            invariants.durable_survives(shelf, self.id, hard_state, terms)
-        ledger.shelves[self.id] = Shelf(hard_state, terms, list(terms))
+        self._check_survived(ledger, found)
+        machine = ObservedMachine(ledger, self.id)
+        store = SnapshotStore(self.files, group)
+        recovered = recover(group, found, store, genesis, machine)
         config = RaftConfig(
             id=self.id,
             election_ticks=plan.election_ticks,
             heartbeat_ticks=plan.heartbeat_ticks,
-            append_bytes_max=1 if self._loop.chance(plan.one_by_one) else 4096,
+            append_bytes_max=1 if loop.chance(plan.one_by_one) else 4096,
             pre_vote=plan.pre_vote,
             check_quorum=plan.check_quorum,
-            random=self._loop.random,
+            lease_reads=plan.lease_reads,
+            tick_us=plan.tick_us,
+            clock_drift=plan.clock_drift_allowed,
+            quiesce_ticks=plan.quiesce_ticks,
+            priority=self.id % 3 if plan.priorities else 0,
+            random=loop.random,
         )
+        raft = Raft(config, recovered.state)
         assert self._log is not None
-        machine = ObservedMachine(ledger, self.id)
-        raft = Raft(config, DurableState(hard_state, Members(tuple(self._voters)), term_index))
-        driver = Driver(group, raft, self._log, machine, self._groups.post)
+        driver = Driver(
+            group,
+            raft,
+            self._log,
+            machine,
+            self._groups.post,
+            store=store,
+            policy=SnapshotPolicy(plan.snapshot_distance, 1 << 20, plan.snapshot_tail, 512, plan.election_ticks),
+            replicated=recovered.endpoints,
+            wall_us=self.clock.wall_us,
+        )
         self._groups.add(driver)
-        timeout_s = plan.load.timeout_us / SECOND
-
-        def ask(request: int) -> None:
-            ledger.reads[self.id, request] = len(ledger.committed)
-            raft.read_index(request)
-
-        promises = Promises(timeout_s, timeout_s, ask, ask_again_ticks=plan.heartbeat_ticks)
-        self.seats[group] = Seat(driver, machine, ledger, promises)
+        self.seats[group] = Seat(driver, machine, ledger, self._promises(ledger, raft))
         self._world.cores[group][self.id] = raft
         invariants.after_input(ledger, raft, self._world.cores[group])
+
+    def _check_survived(self, ledger: Ledger, found: GroupState | None) -> None:
+        """Compare what the log found with what the witness knows to be there, and note it as what is there now."""
+        hard_state = found.hard_state if found else HardState()
+        terms: list[int] = []
+        if found:
+            behind = found.term_index.span(found.first_index, found.last_index + 1).terms()
+            terms = [*ledger.committed[: found.purged_index], *behind]
+        shelf = ledger.shelves.get(self.id)
+        if shelf is not None:
+            invariants.durable_survives(shelf, self.id, hard_state, terms)
+        ledger.shelves[self.id] = Shelf(hard_state, terms, list(terms))
+
+    def _promises(self, ledger: Ledger, raft: Raft) -> Promises:
+        def ask(request: int, lease: bool) -> None:
+            ledger.reads[self.id, request] = len(ledger.committed)
+            raft.read_index(request, self.clock.monotonic_us(), lease)
+
+        timeout_s = self._world.plan.load.timeout_us / SECOND
+        return Promises(timeout_s, timeout_s, ask, ask_again_ticks=self._world.plan.heartbeat_ticks)
 
     def crash(self) -> None:
         """The power goes: what no sync covered is lost, in part or whole."""
@@ -279,17 +275,17 @@ class SimulatedNode:
         else:
             self._do(self._propose, group, proposal, future)
 
-    def read_index(self, group: int, future: Future[int]) -> None:
+    def read_index(self, group: int, future: Future[int], lease: bool) -> None:
         """Take a client's read."""
         if self._paused_until > self._loop.now:
-            self._later(self._read_index, group, future)
+            self._later(self._read_index, group, future, lease)
         else:
-            self._do(self._read_index, group, future)
+            self._do(self._read_index, group, future, lease)
 
-    def campaign(self, group: int, force: bool) -> None:
-        """Stand for election out of turn."""
+    def act(self, group: int, action: Callable[[Driver], object]) -> None:
+        """Let an operator do something with the driver of `group`, if the node can hear."""
         if self.seats and self._paused_until <= self._loop.now:
-            self._do(self._campaign, group, force)
+            self._do(self._acted, group, action)
 
     def _later(self, action: Callable[..., None], *arguments: Any) -> None:
         self._loop.after(self._paused_until - self._loop.now, self._if_alive, self.life, action, *arguments)
@@ -313,15 +309,14 @@ class SimulatedNode:
         self.seats[group].offers.append((proposal, future))
         self._pump_soon()
 
-    def _read_index(self, group: int, future: Future[int]) -> None:
-        self._groups.use(group)
-        self.seats[group].promises.add_read(future, self.clock.monotonic())
+    def _acted(self, group: int, action: Callable[[Driver], object]) -> None:
+        action(self._groups.use(group))
+        self._check(self.seats[group])
         self._pump_soon()
 
-    def _campaign(self, group: int, force: bool) -> None:
-        self._loop.note(self.id, "stands for election")
-        self._groups.use(group).raft.campaign(force)
-        self._check(self.seats[group])
+    def _read_index(self, group: int, future: Future[int], lease: bool) -> None:
+        self._groups.use(group)
+        self.seats[group].promises.add_read(future, self.clock.monotonic(), lease)
         self._pump_soon()
 
     def _tick_us(self) -> int:
@@ -338,7 +333,7 @@ class SimulatedNode:
         self._do(self._ticked)
 
     def _ticked(self) -> None:
-        self._groups.tick()
+        self._groups.tick(self.clock.monotonic_us())
         now = self.clock.monotonic()
         for seat in self.seats.values():
             self._check(seat)
@@ -377,11 +372,14 @@ class SimulatedNode:
         while begun:
             begun, writes = groups.begin()
             self._unsynced.extend(writes)
+            self._purge |= groups.take_purged()
             for job in groups.take_applies():
                 self._loop.after(self._loop.between(20, 1000), self._apply, life, job)
-        for driver in groups.take_touched():
+            for file_job in groups.take_snapshots():
+                self._loop.after(self._loop.between(100, 200_000), self._file, life, file_job)
+        for driver in groups.end_turn():
             self._publish(self.seats[driver.group])
-        if self._unsynced and not self._syncing:
+        if (self._unsynced or self._purge) and not self._syncing:
             self._begin_sync()
 
     def _offer(self, group: int, seat: Seat) -> None:
@@ -420,6 +418,7 @@ class SimulatedNode:
             self._world.injected["slow syncs"] += 1
             longest = disk.slow_us
         writes, self._unsynced = self._unsynced, []
+        self._purging, self._purge = self._purge, False
         self._syncing = True
         # The bytes reach the disk at some moment of the sync: what came later may be among them, or may not.
         early = loop.random.random() < 0.5
@@ -430,6 +429,9 @@ class SimulatedNode:
     def _sync(self) -> None:
         assert self._log is not None
         self._log.sync()
+        if self._purging:
+            self._world.injected["purges"] += 1
+            self._log.purge()
 
     def _end_sync(self, life: int, writes: list[Write], early: bool) -> None:
         if life == self.life:
@@ -451,16 +453,34 @@ class SimulatedNode:
             self._check(self.seats[write.driver.group])
         self._pump(self.life)
 
-    def _apply(self, life: int, job: ApplyJob) -> None:
+    def _apply(self, life: int, job: MachineJob) -> None:
         if life == self.life:
             if self._paused_until > self._loop.now:
                 self._later(self._applied, job)
             else:
                 self._do(self._applied, job)
 
-    def _applied(self, job: ApplyJob) -> None:
+    def _applied(self, job: MachineJob) -> None:
         job.run()
+        if isinstance(job, RestoreJob):
+            self._world.injected["snapshots installed"] += 1
+            self._loop.note(self.id, "has restored a snapshot at {}", job.info.index)
         self._groups.finish_apply(job)
+        self._check(self.seats[job.group])
+        self._pump(self.life)
+
+    def _file(self, life: int, job: FileJob) -> None:
+        if life == self.life:
+            if self._paused_until > self._loop.now:
+                self._later(self._filed, job)
+            else:
+                self._do(self._filed, job)
+
+    def _filed(self, job: FileJob) -> None:
+        job.run()
+        if isinstance(job, WriteJob) and job.error is None:
+            self._world.injected["snapshots taken"] += 1
+        self._groups.finish_snapshot(job)
         self._check(self.seats[job.group])
         self._pump(self.life)
 

@@ -110,6 +110,13 @@ class Plan:
     tick_us: int = 100 * MILLISECOND
     election_ticks: int = 10
     heartbeat_ticks: int = 2
+    snapshot_distance: int = 40
+    """Tiny, so that snapshots are taken, sent and purged behind all the time."""
+    snapshot_tail: int = 15
+    lease_reads: bool = False
+    clock_drift_allowed: float = 0.01
+    quiesce_ticks: int = 0
+    priorities: bool = False
     pre_vote: bool = True
     check_quorum: bool = True
     one_by_one: float = 0.3
