@@ -22,6 +22,7 @@ from marble.testing.linearize import Answer
 from marble.testing.loop import SECOND, Loop
 from marble.testing.network import Network
 from marble.testing.node import SimulatedNode
+from marble.testing.operator import Operator
 from marble.testing.plan import Plan, plan_for
 from marble.testing.world import World
 from marble.transport.codec import Envelope
@@ -79,6 +80,7 @@ class Simulation:
         self.clients = [
             Client(self.world, number, self.nodes, self.sales) for number in range(1, plan.load.clients + 1)
         ]
+        self.operator = Operator(self.world, self.nodes)
         for node in self.nodes.values():
             self.loop.after(self.loop.between(0, 50_000), node.start)
         for client in self.clients:
@@ -92,6 +94,9 @@ class Simulation:
         faults: Sequence[tuple[float, Callable[[], None]]] = (
             (plan.network.cuts, lambda: self.network.cut(list(self.nodes), self._leaders())),
             (plan.process.blackouts, self._blackout),
+            (plan.operations.changes, self.operator.change),
+            (plan.operations.transfers, self._transfer),
+            (plan.operations.wipes * plan.nodes, self._at_some_node(self.operator.wipe)),
             *(
                 (rate, self._at_some_node(action))
                 for rate, action in (
@@ -162,6 +167,9 @@ class Simulation:
         force = self.loop.chance(0.5)
         node.act(self.loop.between(0, self.plan.groups - 1), lambda driver: driver.raft.campaign(force))
 
+    def _transfer(self) -> None:
+        self.operator.transfer(self.loop.between(0, self.plan.groups - 1))
+
     def _pause(self, node: SimulatedNode) -> None:
         self.world.injected["pauses"] += 1
         self.loop.note(node.id, "stands still")
@@ -185,10 +193,8 @@ class Simulation:
         node.files.full = False
 
     def _flip(self, node: SimulatedNode) -> None:
-        """Damage one log, of one node only: a bit on each of several disks may be more than a cluster can bear."""
-        if len(self.nodes) < 3 or any(other.damaged for other in self.nodes.values()):
-            return
-        if node.flip_a_bit():
+        """Damage one log, if the cluster can do without that node."""
+        if self.operator.can_lose(node) and node.flip_a_bit():
             self.world.injected["flipped bits"] += 1
 
     # -- what happens ------------------------------------------------------------------------------------------------
@@ -226,6 +232,7 @@ class Simulation:
             node.files.full = False
             node.pause(0)
             node.start()
+        self.operator.settle()
         for client in self.clients:
             client.finish()
         end = loop.now + self.plan.heal_us
@@ -243,12 +250,19 @@ class Simulation:
             client.finished for client in self.clients
         ):
             return False
-        for group, ledger in self.world.ledgers.items():
-            for node in self.nodes.values():
-                if node.broken is None and (
-                    group not in node.seats or node.seats[group].raft.applied_index != len(ledger.committed)
-                ):
-                    return False
+        return all(self._agree(group, ledger) for group, ledger in self.world.ledgers.items())
+
+    def _agree(self, group: int, ledger: Ledger) -> bool:
+        """Whether all members are well and have applied everything."""
+        members = self.operator.members(group)
+        if members.joint or not members.voters:
+            return False
+        for number in members.all:
+            node = self.nodes[number]
+            if node.broken is not None:
+                return False
+            if group not in node.seats or node.seats[group].raft.applied_index != len(ledger.committed):
+                return False
         return True
 
     def _what_lacks(self) -> str:
@@ -286,9 +300,8 @@ class Simulation:
         if group not in tables:
             return
         pictures = {
-            node.id: _rows(node.seats[group].machine.read(tables[group]))
-            for node in self.nodes.values()
-            if group in node.seats
+            number: _rows(self.nodes[number].seats[group].machine.read(tables[group]))
+            for number in self.operator.members(group).all
         }
         first = min(pictures)
         for node, rows in pictures.items():

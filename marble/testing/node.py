@@ -213,6 +213,12 @@ class SimulatedNode:
         self._loop.note(self.id, "is killed")
         self._end()
 
+    def retire(self, why: str) -> None:
+        """End for good."""
+        self._loop.note(self.id, "ends for good: {}", why)
+        self._end()
+        self.broken = why
+
     def _end(self) -> None:
         self.life += 1
         self.seats.clear()

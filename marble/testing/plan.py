@@ -75,6 +75,17 @@ class ProcessFaults:
 
 
 @dataclass(frozen=True, slots=True)
+class Operations:
+    """What the operator does, for the whole cluster."""
+
+    changes: float = 0.0
+    """Changes of the membership, of any size and kind."""
+    transfers: float = 0.03
+    wipes: float = 0.0
+    """Disks that are lost with all that is on them, where the others can do without."""
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """What clients do. Each waits for an answer, or gives up, before it goes on."""
 
@@ -106,6 +117,7 @@ class Plan:
     disk: DiskFaults = field(default_factory=DiskFaults)
     clocks: ClockFaults = field(default_factory=ClockFaults)
     process: ProcessFaults = field(default_factory=ProcessFaults)
+    operations: Operations = field(default_factory=Operations)
     load: Load = field(default_factory=Load)
     tick_us: int = 100 * MILLISECOND
     election_ticks: int = 10
@@ -133,6 +145,7 @@ class Plan:
             disk=DiskFaults(sync_us=self.disk.sync_us, slow=0),
             clocks=ClockFaults(drift=self.clocks.drift, jumps=0, pauses=0),
             process=ProcessFaults(crashes=0, kills=0, blackouts=0, elections=0),
+            operations=Operations(transfers=0),
             load=replace(self.load, loss=0, stray=0),
         )
 
@@ -179,6 +192,27 @@ PLANS: Final[dict[str, Plan]] = {
             load=Load(clients=8, think_us=50_000, timeout_us=1_000_000, reads=0.2, stray=0.5),
             one_by_one=0.6,
         ),
+        # Nodes come and go, the leader among them, on a network and disks that fail.
+        replace(
+            _CALM,
+            name="members",
+            network=NetworkFaults(cuts=0.1, cut_us=4_000_000),
+            process=ProcessFaults(0.05, 0.05, 2_000_000, elections=0.1),
+            operations=Operations(changes=0.7, transfers=0.05, wipes=0.05),
+            load=Load(think_us=150_000),
+        ),
+        # The lead is handed over and reads rest on leases, while processes stand still and groups fall asleep.
+        replace(
+            _CALM,
+            name="leases",
+            network=NetworkFaults(20_000, 0.05, 1_500_000, cuts=0.2, cut_us=5_000_000),
+            process=ProcessFaults(0.05, 0.1, 1_000_000, elections=0.1),
+            clocks=ClockFaults(0.01, jumps=0.05, pauses=0.2, pause_us=4_000_000),
+            operations=Operations(transfers=0.3),
+            load=Load(clients=6, think_us=100_000, timeout_us=1_500_000, reads=0.7, stray=0.4),
+            lease_reads=True,
+            quiesce_ticks=15,
+        ),
         # Everybody reads everywhere, on a slow network, while the lead changes hands and nobody tells a leader that it is over.
         replace(
             _CALM,
@@ -218,13 +252,27 @@ def plan_for(name: str, seed: int, nodes: int = 0) -> Plan:
 def _drawn(random: Random) -> Plan:
     base = PLANS[
         random.choice(
-            ("mixed", "crashes", "network", "partitions", "disk", "clocks", "elections", "islands", "islands", "reads")
+            (
+                "mixed",
+                "crashes",
+                "network",
+                "partitions",
+                "disk",
+                "clocks",
+                "elections",
+                "islands",
+                "islands",
+                "reads",
+                "members",
+                "members",
+                "leases",
+            )
         )
     ]
     other = PLANS[random.choice(sorted(PLANS))]
     parts: dict[str, Any] = {
         part: _turned(getattr(random.choice((base, other)), part), random)
-        for part in ("network", "disk", "clocks", "process")
+        for part in ("network", "disk", "clocks", "process", "operations")
     }
     # The drift is what leases are allowed to count on: no plan goes beyond it.
     parts["clocks"] = replace(parts["clocks"], drift=random.choice((0.0, 0.01)))
@@ -240,7 +288,12 @@ def _drawn(random: Random) -> Plan:
             stray=random.choice((0.0, 0.3, 1.0)),
         ),
         pre_vote=random.random() < 0.8,
-        check_quorum=random.random() < 0.8,
+        check_quorum=base.lease_reads or random.random() < 0.8,
+        lease_reads=base.lease_reads,
+        quiesce_ticks=random.choice((0, 0, 15)),
+        priorities=random.random() < 0.3,
+        snapshot_distance=random.choice((20, 40, 1000)),
+        snapshot_tail=random.choice((0, 5, 15)),
         one_by_one=random.choice((0.0, 0.3, 1.0)),
         **parts,
     )
