@@ -51,6 +51,8 @@ def on_persisted(state: State) -> None:
 
 def step(state: State, message: Message) -> None:
     """A message of this candidate's term."""
+    if message.kind in (MessageKind.REQUEST_PRE_VOTE_RESPONSE, MessageKind.REQUEST_VOTE_RESPONSE):
+        learn_commit(state, message)
     match message.kind:
         case MessageKind.APPEND_ENTRIES | MessageKind.HEARTBEAT | MessageKind.INSTALL_SNAPSHOT | MessageKind.QUIESCE:
             # Somebody else won this term (Raft §5.2), or leads while this node only asked around.
@@ -68,10 +70,26 @@ def step(state: State, message: Message) -> None:
             pass  # An answer to something that this node did in another role.
 
 
+def learn_commit(state: State, message: Message) -> None:
+    """What the sender of a request for a vote, or of an answer to one, knows to be committed is committed here, too, where
+    this log has the same entry (Log Matching, Raft §5.3).
+
+    Without it a group could stand still for good: who has a change of the members in its log, and does not know that it
+    is committed, needs votes of those who went; they may have gone with longer logs than anybody else's (raft-rs).
+    """
+    if message.commit > state.log.commit_index and state.log.matches(message.commit, message.reject_hint):
+        state.log.commit_to(message.commit)
+        if state.role in (Role.PRE_CANDIDATE, Role.CANDIDATE) and state.log.has_change_to_apply:
+            # Votes of a membership that is over count for nothing.
+            state.become_follower(state.term, NO_NODE)
+
+
 def answer_request(state: State, message: Message) -> None:
     """Answer a REQUEST_VOTE of this term, or a REQUEST_PRE_VOTE of this term or a later one."""
     pre_vote = message.kind is MessageKind.REQUEST_PRE_VOTE
     response = MessageKind.REQUEST_PRE_VOTE_RESPONSE if pre_vote else MessageKind.REQUEST_VOTE_RESPONSE
+    learn_commit(state, message)
+    commit, commit_term = state.log.commit_index, state.log.term_at(state.log.commit_index)
     # It may have entered the candidate's term by another message, and with a leader's lease still resting on it.
     bound = state.promised and message.context != TRANSFER_CAMPAIGN
     may_vote = (
@@ -86,9 +104,9 @@ def answer_request(state: State, message: Message) -> None:
         if not pre_vote:
             state.grant(message.sender)
         # The term of the request: a pre-candidate would take a lower one for an old answer.
-        state.send(response, message.sender, term=message.term)
+        state.send(response, message.sender, term=message.term, commit=commit, reject_hint=commit_term)
     else:
-        state.send(response, message.sender, reject=True)
+        state.send(response, message.sender, reject=True, commit=commit, reject_hint=commit_term)
 
 
 def _would_rather(state: State, message: Message) -> bool:
@@ -116,6 +134,8 @@ def _request(state: State, kind: MessageKind, term: int, context: int = 0) -> No
             log_term=state.log.last_term,
             context=context,
             priority=state.config.priority,
+            commit=state.log.commit_index,
+            reject_hint=state.log.term_at(state.log.commit_index),
         )
 
 

@@ -71,6 +71,8 @@ class Message:
     - INSTALL_SNAPSHOT: ``log_index`` and ``log_term`` are the snapshot's, ``members`` the membership in it.
     - QUIESCE: ``log_index`` is the leader's last index, ``commit`` the same.
     - ``priority`` is the candidate's, in both requests for votes.
+    - Both requests for votes, and their responses: ``commit`` is the sender's commit index, ``reject_hint`` the term of
+      that entry (raft-rs; see `candidate.learn_commit`).
     - ``changes``: indexes, ascending, of those of ``entries`` that change the membership.
     """
 

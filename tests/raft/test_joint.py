@@ -13,7 +13,7 @@ import pytest
 from raft.paper import accept, carry_out, elect, make, message, of_kind
 
 from marble.raft.messages import MessageKind, ReadState
-from marble.types import Members, Role
+from marble.types import HardState, Members, Role
 
 JOINT_GROUPS = [
     Members((1, 2, 3), (1, 4, 5)),
@@ -99,3 +99,39 @@ def test_check_of_the_quorum_requires_separate_majorities(members: Members) -> N
         for _ in range(10):
             raft.tick()
         assert (raft.role is Role.LEADER) is decides(members, {1, *answering}), answering
+
+
+def test_who_refuses_a_vote_tells_what_is_committed() -> None:
+    """A demoted leader with a longer log refuses the one voter that is left, which does not know that it is alone.
+
+    Its refusal says how far the log is committed, and that ends the joint group (raft-rs: commit by vote).
+    """
+    joint = Members((2,), (1,), learners_next=(1,), auto_leave=True)
+    left = Members((2,), learners=(1,))
+    candidate = make(2, log=[1, 1], hard_state=HardState(1, 0, 1), members=joint, changes=[2])
+    demoted = make(1, log=[1, 1, 1], hard_state=HardState(1, 0, 2), members=joint, changes=[2])
+    demoted.ready()
+    demoted.apply_membership(left)
+    demoted.applied(2)
+    carry_out(candidate)
+    candidate.campaign()
+    (request,) = carry_out(candidate)
+    demoted.step(request)
+    (refusal,) = carry_out(demoted)
+    assert (refusal.reject, refusal.commit, refusal.reject_hint) == (True, 2, 1)
+    candidate.step(refusal)
+    assert (candidate.role, candidate.commit_index) == (Role.FOLLOWER, 2)
+    candidate.ready()
+    candidate.apply_membership(left)
+    candidate.applied(2)
+    candidate.campaign()
+    carry_out(candidate)
+    assert candidate.role is Role.LEADER
+
+
+def test_a_commit_index_of_another_log_is_not_believed() -> None:
+    raft = make(log=[1, 1, 2], hard_state=HardState(2, 0, 1))
+    raft.step(message(MessageKind.REQUEST_VOTE, 2, 3, log_index=3, log_term=3, commit=3, reject_hint=3))
+    assert raft.commit_index == 1
+    raft.step(message(MessageKind.REQUEST_VOTE, 3, 4, log_index=3, log_term=2, commit=2, reject_hint=1))
+    assert raft.commit_index == 2
