@@ -302,7 +302,7 @@ class Engine:
             for file_job in self._groups.take_snapshots():
                 self._filer.put(file_job)
         members_changed = False
-        for driver in self._groups.take_touched():
+        for driver in self._groups.end_turn():
             outcome = self._desks[driver.group].publish()
             members_changed |= outcome.members_changed
             if outcome.refused:

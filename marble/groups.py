@@ -47,19 +47,17 @@ class Groups:
 
     Parameters
     ----------
-    send
-        Takes the messages for a peer. The drivers must be made with `post` instead.
     node_id
         This node.
+    send
+        Takes the messages for a peer. The drivers must be made with `post` instead.
     heartbeat_ticks, election_ticks
         How often the node tells that it is alive, and how long it waits for others who do.
     life
         Names this run of the node; another run has another number.
     """
 
-    def __init__(
-        self, send: Send, node_id: int, *, heartbeat_ticks: int = 3, election_ticks: int = 15, life: int = 1
-    ) -> None:
+    def __init__(self, node_id: int, send: Send, heartbeat_ticks: int, election_ticks: int, life: int) -> None:
         self._node_id = node_id
         self._send = send
         self._heartbeat_ticks = heartbeat_ticks
@@ -224,8 +222,8 @@ class Groups:
     def _take(self, take: Callable[[Driver], J | None]) -> list[J]:
         return [job for group in sorted(self._touched) if (job := take(self._drivers[group])) is not None]
 
-    def take_touched(self) -> list[Driver]:
-        """The drivers that were touched since the last call: their outcomes are worth a look. Ends the turn."""
+    def end_turn(self) -> list[Driver]:
+        """The drivers that were touched since the last call: their outcomes are worth a look."""
         touched = [self._drivers[group] for group in sorted(self._touched)]
         self._touched.clear()
         for driver in touched:
@@ -275,4 +273,4 @@ def run_turn(groups: Groups, log: Log, files: bool = True) -> list[Driver]:
             file_job.run()
             groups.finish_snapshot(file_job)
             busy = True
-    return groups.take_touched()
+    return groups.end_turn()

@@ -117,11 +117,11 @@ class Node:
             self._log = Log.open(files, log_options)
             stack.callback(self._log.close)
             self._groups = Groups(
-                self._send,
                 options.node_id,
-                heartbeat_ticks=options.heartbeat_ticks,
-                election_ticks=options.election_ticks,
-                life=self._random.randrange(1, 1 << 62),
+                self._send,
+                options.heartbeat_ticks,
+                options.election_ticks,
+                self._random.randrange(1, 1 << 62),
             )
             self._desks: dict[int, Desk] = {}
             self._engine = Engine(

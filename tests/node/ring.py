@@ -62,7 +62,7 @@ class Peer:
         self.life += 1
         self.files.make_directory("")
         self.log = Log.open(self.files, LogOptions(segment_bytes_max=4096))
-        self.groups = Groups(self._send, self.id, heartbeat_ticks=2, election_ticks=ELECTION_TICKS, life=self.life)
+        self.groups = Groups(self.id, self._send, 2, ELECTION_TICKS, self.life)
         self.machines: dict[int, TableMachine] = {}
         self.stores: dict[int, SnapshotStore] = {}
         for group in self._numbers:

@@ -91,7 +91,7 @@ def test_idle_groups_sleep_and_one_beat_a_peer_stands_for_them_all() -> None:
 def test_a_group_that_sleeps_is_not_touched_by_a_tick() -> None:
     ring = sleeping_ring()
     ring[1].groups.tick()
-    assert ring[1].groups.take_touched() == []
+    assert ring[1].groups.end_turn() == []
 
 
 def test_a_write_wakes_its_group_alone() -> None:
