@@ -298,10 +298,11 @@ def test_a_session_that_expired_is_replaced_without_a_word(
     assert sessions.opened == 2
 
 
+@pytest.mark.parametrize("answer", [None, Ack.of_error(OutcomeUnknownError("not decided in time"))])
 def test_a_session_that_expired_over_an_open_outcome_leaves_that_outcome_unknown(
-    server: Server, numbered: PutStream
+    server: Server, numbered: PutStream, answer: Ack | None
 ) -> None:
-    server.answers.put(None)
+    server.answers.put(answer)
     server.answers.put(Ack.of_error(SessionExpiredError("not known")))
     with pytest.raises(SessionExpiredError, match="not known"):
         numbered.write(batch(0)).result(DEADLINE_S)
