@@ -2,7 +2,8 @@
 
 Rule 1: the history holds what a client could know: when it asked, what it was answered, or nothing. What an operation did to a node is for
         the node's witness.
-Rule 2: an operation that certainly had no effect is tried again, at another node. One whose outcome is not known is left so.
+Rule 2: an operation that certainly had no effect is tried again, at another node. One whose outcome is not known is left so, unless its
+        client has a session: then it is sent again under its number, until it is answered or the client gives up.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from marble._core.entry_batch import Proposal
-from marble.errors import MarbleError, NotLeaderError, OutcomeUnknownError, UnavailableError
+from marble.errors import MarbleError, NotLeaderError, OutcomeUnknownError, SessionExpiredError, UnavailableError
 from marble.lsm import payload
 from marble.promises import Committed, promise
 from marble.testing.history import History
@@ -28,13 +29,17 @@ TABLE: Final = "t"
 SCHEMA: Final = pa.schema([pa.field("k", pa.int64(), nullable=False), pa.field("v", pa.int64())])
 KEY_SCHEMA: Final = pa.schema([SCHEMA.field("k")])
 CREATE: Final = Proposal(EntryKind.CREATE_TABLE, 0, payload.encode_create_table(TABLE, SCHEMA, ["k"]))
+OPEN_SESSION: Final = Proposal(EntryKind.OPEN_SESSION)
+ATTEMPTS_MAX: Final = 6
+"""A client with a session gives up after so many timeouts."""
 
 
 @dataclass(slots=True, eq=False)
 class Operation:
-    """What a client wants. ``number`` is its place in the history; 0 for the creation of a table, which is none of the history's.
+    """What a client wants. ``number`` is its place in the history; -1 for what is none of the history's: to create a table, to open a
+    session.
 
-    ``value`` is None for a delete.
+    ``value`` is None for a delete; ``stamp`` is its session and number, zeros without one.
     """
 
     kind: str
@@ -45,6 +50,8 @@ class Operation:
     done: bool = False
     last: bool = False
     """It is one of those that a client ends with."""
+    stamp: tuple[int, int] = (0, 0)
+    attempts: int = 0
     open: int = 0
     """Attempts that may have an effect yet, or may have had one."""
 
@@ -86,6 +93,9 @@ class Client:
         self._turn = 0
         self._contact = 0
         self._keys: dict[int, pa.RecordBatch] = {}
+        self._exact = world.loop.chance(world.plan.load.exact)
+        self._sessions: dict[int, list[int]] = {}
+        """Group -> its session there, and the last number used in it."""
 
     def start(self) -> None:
         """Begin with the first operation, some time from now."""
@@ -113,6 +123,8 @@ class Client:
             group, key = self._last[-1]
         if group not in sales.tables:
             operation = Operation("create", group, 0)
+        elif self._exact and group not in self._sessions:
+            operation = Operation("open", group, 0)
         elif draw < load.reads:
             operation = Operation("read", group, key)
             operation.number = sales.history.read(self.number, (group, key), loop.now)
@@ -123,10 +135,18 @@ class Client:
             operation = Operation("write", group, key, sales.next_value)
             sales.next_value += 1
             operation.number = sales.history.write(self.number, (group, key), operation.value, loop.now)
-        operation.last = self._last is not None and operation.kind != "create"
+        operation.last = self._last is not None and operation.number >= 0
+        if operation.kind in ("write", "delete"):
+            self._stamp(operation)
         self.operation = operation
         loop.after(load.timeout_us, self._give_up, operation)
         self._ask(operation)
+
+    def _stamp(self, operation: Operation) -> None:
+        session = self._sessions.get(operation.group)
+        if session is not None:
+            session[1] += 1
+            operation.stamp = (session[0], session[1])
 
     def _ask(self, operation: Operation) -> None:
         """Send `operation` to whom the client takes for the leader, or to anybody."""
@@ -156,11 +176,13 @@ class Client:
     def _proposal(self, operation: Operation) -> Proposal:
         if operation.kind == "create":
             return CREATE
+        if operation.kind == "open":
+            return OPEN_SESSION
         table = self._sales.tables[operation.group]
         if operation.kind == "delete":
-            return Proposal(EntryKind.DELETE, table, payload.encode_rows(self._key(operation.key)))
+            return Proposal(EntryKind.DELETE, table, payload.encode_rows(self._key(operation.key)), *operation.stamp)
         row = pa.record_batch([pa.array([operation.key], pa.int64()), pa.array([operation.value], pa.int64())], SCHEMA)
-        return Proposal(EntryKind.WRITE, table, payload.encode_rows(row))
+        return Proposal(EntryKind.WRITE, table, payload.encode_rows(row), *operation.stamp)
 
     def _key(self, key: int) -> pa.RecordBatch:
         batch = self._keys.get(key)
@@ -193,6 +215,9 @@ class Client:
             self._later(self._refused, operation, core.leader if core is not None else 0)
         elif isinstance(error, UnavailableError):
             self._later(self._refused, operation, 0)
+        elif isinstance(error, SessionExpiredError):
+            operation.open -= 1
+            self._later(self._expired, operation)
         elif not isinstance(error, OutcomeUnknownError):
             text = f"client {self.number}: {operation} failed: {error}"
             raise Violation(text) if isinstance(error, MarbleError) else error
@@ -212,6 +237,8 @@ class Client:
             return
         if operation.kind == "create":
             self._sales.tables[operation.group] = value
+        elif operation.kind == "open":
+            self._sessions[operation.group] = [value, 0]
         else:
             self._sales.acknowledged += 1
             answer = None if operation.kind == "write" else value
@@ -232,6 +259,19 @@ class Client:
         self._contact = leader
         self._loop.after(self._loop.between(1000, 100_000), self._ask_again, operation)
 
+    def _expired(self, operation: Operation) -> None:
+        """Its session is over. What may have had an effect before must not be done under another number."""
+        self._sessions.pop(operation.group, None)
+        if operation.done:
+            return
+        self._world.injected["sessions expired"] += 1
+        if operation.open:
+            self._sales.lost += 1
+            self._end(operation)
+        else:
+            operation.stamp = (0, 0)
+            self._refused(operation, self._contact)
+
     def _ask_again(self, operation: Operation) -> None:
         if not operation.done:
             self._ask(operation)
@@ -239,9 +279,15 @@ class Client:
     def _give_up(self, operation: Operation) -> None:
         if operation.done:
             return
+        operation.attempts += 1
+        if operation.stamp != (0, 0) and operation.attempts < ATTEMPTS_MAX:
+            self._contact = 0
+            self._loop.after(self._world.plan.load.timeout_us, self._give_up, operation)
+            self._ask(operation)
+            return
         if operation.open:
             self._sales.lost += 1
-        elif operation.kind != "create":
+        elif operation.number >= 0:
             # Every node that was asked has said that it did nothing, and will do nothing.
             self._sales.history.refuse(operation.number)
             self._sales.refused += 1

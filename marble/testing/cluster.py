@@ -261,7 +261,8 @@ class Simulation:
             node = self.nodes[number]
             if node.broken is not None:
                 return False
-            if group not in node.seats or node.seats[group].raft.applied_index != len(ledger.committed):
+            core = self.world.cores[group].get(number)
+            if core is None or core.applied_index != len(ledger.committed) or core.members != members:
                 return False
         return True
 

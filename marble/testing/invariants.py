@@ -40,10 +40,12 @@ def after_input(ledger: Ledger, raft: Raft, cores: Mapping[int, Raft]) -> None:
     seen = ledger.seen.get(raft.id)
     if seen is None:
         seen = ledger.seen[raft.id] = Seen(commit=raft.commit_index, applied=raft.applied_index)
+        who_takes_part_is_applied(ledger, raft)
     role, term = raft.role, raft.term
     if role is Role.LEADER:
         if seen.role is not role or seen.term != term:
             election_safety(ledger, raft)
+            elected_by_a_quorum(ledger, raft)
             leader_completeness(ledger, raft)
         else:
             leader_append_only(raft, seen)
@@ -53,6 +55,11 @@ def after_input(ledger: Ledger, raft: Raft, cores: Mapping[int, Raft]) -> None:
         committed_means_committed(ledger, raft, seen, cores)
     elif raft.applied_index != seen.applied:
         positions_are_in_order(raft, seen)
+    if raft.applied_index != seen.applied:
+        who_takes_part_is_applied(ledger, raft)
+    if raft.persisted_index != seen.persisted:
+        persisted_is_durable(ledger, raft)
+        seen.persisted = raft.persisted_index
     if term < seen.term:
         raise Violation(f"node {raft.id} went back from term {seen.term} to {term}")
     seen.role, seen.term, seen.commit, seen.applied = role, term, raft.commit_index, raft.applied_index
@@ -62,6 +69,38 @@ def election_safety(ledger: Ledger, raft: Raft) -> None:
     """At most one leader can be elected in a given term (Raft §5.2, figure 3)."""
     first = ledger.leaders.setdefault(raft.term, raft.id)
     hold(first == raft.id, f"nodes {first} and {raft.id} both led in term {raft.term}")
+
+
+def elected_by_a_quorum(ledger: Ledger, raft: Raft) -> None:
+    """A candidate wins an election if it receives votes from a majority of the servers for the same term (Raft §5.2); while two
+    memberships are in use, from a majority of either (Raft §6)."""
+    votes = {node for (node, term), candidate in ledger.votes.items() if (term, candidate) == (raft.term, raft.id)}
+    votes.add(raft.id)
+    for majority in _majorities(raft):
+        hold(
+            len(votes.intersection(majority)) * 2 > len(majority),
+            f"node {raft.id} leads term {raft.term} by the votes of {sorted(votes)}, which are no majority of {majority}",
+        )
+
+
+def who_takes_part_is_applied(ledger: Ledger, raft: Raft) -> None:
+    """A node acts on the latest membership that it has applied, whether by an entry or by a snapshot (Raft §6, §7)."""
+    expected = [members for index, members in ledger.memberships if index <= raft.applied_index]
+    hold(
+        not expected or raft.members == expected[-1],
+        f"node {raft.id} has applied {raft.applied_index} and takes {raft.members} for the members, not {expected[-1:]}",
+    )
+
+
+def persisted_is_durable(ledger: Ledger, raft: Raft) -> None:
+    """What a core takes for durable here is on this disk, and not what stood there before (the ABA case of asynchronous writes)."""
+    index = raft.persisted_index
+    shelf = ledger.shelves[raft.id]
+    if index >= raft.log.first_index and shelf.term_at(index) != raft.log.term_at(index):
+        raise Violation(
+            f"node {raft.id} takes entry {index} of term {raft.log.term_at(index)} for durable; its disk has one of term "
+            f"{shelf.term_at(index)}"
+        )
 
 
 def leader_append_only(raft: Raft, seen: Seen) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from marble.types import NO_NODE, HardState, Role
+from marble.types import NO_NODE, HardState, Members, Role
 
 
 class Violation(AssertionError):
@@ -79,6 +79,7 @@ class Seen:
     term: int = 0
     commit: int = 0
     applied: int = 0
+    persisted: int = 0
     last: int = 0
     last_term: int = 0
 
@@ -101,6 +102,8 @@ class Ledger:
         Index -> (term, checksum, what applying it gave).
     votes
         (node, term) -> whom it granted its vote.
+    memberships
+        Who took part from which applied entry on, ascending.
     executed
         (session, sequence) -> index of the entry that was executed for it.
     reads
@@ -115,6 +118,7 @@ class Ledger:
     applied: dict[int, tuple[int, int, int, str | None]] = field(default_factory=dict)
     votes: dict[tuple[int, int], int] = field(default_factory=dict)
     executed: dict[tuple[int, int], int] = field(default_factory=dict)
+    memberships: list[tuple[int, Members]] = field(default_factory=list)
     reads: dict[tuple[int, int], int] = field(default_factory=dict)
     shelves: dict[int, Shelf] = field(default_factory=dict)
     """Node -> its disk."""
@@ -126,6 +130,11 @@ class Ledger:
         """The highest term that anybody led, and who; zeros if nobody did yet."""
         term = max(self.leaders, default=0)
         return term, self.leaders.get(term, NO_NODE)
+
+    def note_membership(self, index: int, members: Members) -> None:
+        """Entry `index`, which changes the membership, is being applied somewhere."""
+        if not self.memberships or self.memberships[-1][0] < index:
+            self.memberships.append((index, members))
 
     def forget_life(self, node: int) -> None:
         """`node` crashed: what was seen of its memory, and who waited at it, is gone."""

@@ -78,5 +78,8 @@ class ObservedMachine(TableMachine):
         names = ("term", "checksum", "session", "sequence")
         columns = [entries.column(name).to_pylist() for name in names]
         invariants.state_machine_safety(self._ledger, self._node, first, columns[0], columns[1], results)
+        for index in entry_batch.changes(entries):
+            members, _ = decode_members(entry_batch.payload(entries, index - first))
+            self._ledger.note_membership(index, members)
         invariants.exactly_once(self._ledger, first, columns[2], columns[3], results)
         return results

@@ -1,8 +1,8 @@
 """The operator of the simulated cluster: adds, promotes, demotes and removes nodes, hands the lead over, replaces what is broken.
 
 Rule 1: whatever the operator asks for may be refused, and an answer is not waited for: it looks at a leader, asks, and looks again later.
-Rule 2: it never takes a cluster below what can go on. It touches nothing else while a member is broken, and breaks no disk unless the others
-        can do without it. A node that lost its disk never comes back under its old number (`docs/raft.md`).
+Rule 2: it never takes a cluster below what can go on. It touches nothing else while a member is broken, and breaks no disk
+        unless the others can do without it. A node that lost its disk never comes back under its old number.
 """
 
 from __future__ import annotations
