@@ -185,7 +185,8 @@ class FlightTransport:
         """Send to these nodes (id to ``host:port``; this node itself is left out), and to visitors while they stay.
 
         A visitor is another node of the cluster that has opened a stream to this one: a node that joined while this one was
-        away leads now, say, and will tell it so. It is answered where its hello says that it is found.
+        away leads now, say, and will tell it so. It is answered where its hello says that it is found. Who was named before and
+        is no longer was removed, and is not answered until it comes anew.
 
         After `stop` this does nothing: the node that calls may be still at work.
         """
@@ -201,7 +202,8 @@ class FlightTransport:
             gone = [
                 link
                 for peer, link in self._links.items()
-                if wanted.get(peer) != link.endpoint and (peer in wanted or peer not in self._visitors)
+                if wanted.get(peer) != link.endpoint
+                and (peer in wanted or peer in self._endpoints or peer not in self._visitors)
             ]
             links = {peer: link for peer, link in self._links.items() if link not in gone}
             for peer, endpoint in wanted.items():

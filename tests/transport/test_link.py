@@ -156,6 +156,7 @@ def test_peer_that_changes_its_endpoint(pair: Pair) -> None:
     wait_until(lambda: pair.one.send(2, [heartbeat(5)]))
     assert pair.inbox.take().message.commit == 5
     pair.one.set_peers({})
+    # It was removed, so it is no visitor though it still has a stream to here.
     assert not pair.one.send(2, [heartbeat(6)])
 
 
