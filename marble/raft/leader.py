@@ -107,7 +107,12 @@ def apply_membership(state: State, members: Members) -> None:
     """The group is `members` from now on: look after who came, no longer after who went."""
     state.membership = Membership(members)
     if not state.membership.is_voter(state.id):
-        # Its own removal is committed: somebody else's turn (Raft §6).
+        # Its own removal is committed: somebody else's turn (Raft §6). One that has the whole log need not wait for it.
+        last = state.log.last_index
+        level = [voter for voter in members.voters if voter in state.progress]
+        heir = next((voter for voter in level if state.progress[voter].match_index == last), NO_NODE)
+        if heir != NO_NODE:
+            state.send(MessageKind.TIMEOUT_NOW, heir)
         state.become_follower(state.term, NO_NODE)
         return
     for peer in [peer for peer in state.progress if not state.membership.is_member(peer)]:
