@@ -43,6 +43,13 @@ def campaign(state: State, pre_vote: bool, transfer: bool = False) -> None:
         _request(state, MessageKind.REQUEST_VOTE, state.term, TRANSFER_CAMPAIGN if transfer else 0)
 
 
+def answer_summons(state: State) -> None:
+    """Campaign because the leader wishes it (thesis §3.10), as soon as the members are applied that are to vote."""
+    if not state.log.has_change_to_apply:
+        state.summoned = False
+        campaign(state, pre_vote=False, transfer=True)
+
+
 def on_persisted(state: State) -> None:
     """Term and vote may have become durable: count this candidate's own vote."""
     if state.role is Role.CANDIDATE and state.id not in state.votes and state.own_vote_durable:

@@ -108,7 +108,8 @@ class Raft(View):
         elif message.kind is MessageKind.TIMEOUT_NOW:
             # No pre-vote, and nobody's lease stands against it: the leader itself wishes it (thesis §3.10).
             if state.role is Role.FOLLOWER:
-                candidate.campaign(state, pre_vote=False, transfer=True)
+                state.summoned = True
+                candidate.answer_summons(state)
         else:
             match state.role:
                 case Role.LEADER:
@@ -305,9 +306,13 @@ class Raft(View):
         InvariantError
             No Ready has handed out `index` as committed.
         """
-        self._state.log.applied(index)
-        if self._state.role is Role.LEADER:
-            leader.leave_if_due(self._state)
+        state = self._state
+        state.log.applied(index)
+        if state.role is Role.LEADER:
+            leader.leave_if_due(state)
+        elif state.summoned:
+            candidate.answer_summons(state)
+            self._note()
 
     def snapshot_taken(self, meta: SnapshotMeta) -> None:
         """A durable snapshot of what is applied up to ``meta.index`` exists here: peers that lag may get it."""

@@ -88,6 +88,8 @@ class State:
         self.proposed: list[MembershipProposed] = []
         # Whom the leadership is being handed to; nothing is proposed meanwhile (thesis §3.10).
         self.transferee = NO_NODE
+        # The leader told this node to campaign at once, and it has yet to apply the members that it would lead.
+        self.summoned = False
         # Ticks since a leader was last heard, whoever it was, or since the start: what leases rest upon.
         self.since_leader = 0
         # The driver's monotonic clock when it last told: never ahead of the truth.
@@ -322,6 +324,7 @@ class State:
         self.noop_index = 0
         self.pending_change_index = 0
         self.transferee = NO_NODE
+        self.summoned = False
         self.lease_until_us = 0
         self.lease_void = False
         self.reads.rounds.clear()
