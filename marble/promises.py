@@ -139,10 +139,12 @@ class Promises:
                     write.future.set_result(Committed(result.index or index, term, value))
         if terms[-1] > self._applied_term:
             self._applied_term = terms[-1]
-            self._end_older(terms[-1])
+            self._end_older(first, terms[-1])
 
-    def _end_older(self, term: int) -> None:
-        """An entry of `term` was committed: writes of older terms that still wait stand behind it, and cannot be."""
+    def _end_older(self, first: int, term: int) -> None:
+        """Entries from `first` on, up to one of `term`, were applied: writes of older terms that still wait behind it cannot
+        be. Before `first` none would wait had not a snapshot taken the place of their entries: it may have them.
+        """
         for index, writes in list(self._writes.items()):
             if kept := [write for write in writes if write.term >= term]:
                 self._writes[index] = kept
@@ -150,7 +152,7 @@ class Promises:
                 del self._writes[index]
             for write in writes:
                 if write.term < term:
-                    write.future.set_exception(_overtaken())
+                    write.future.set_exception(_overtaken() if index >= first else _skipped(index, write.term))
 
     def answered(self, reads: Iterable[ReadState], applied_index: int) -> None:
         """The core answered `reads`, and everything up to `applied_index` is applied here."""
@@ -204,6 +206,12 @@ class Promises:
         read.ticks = 0
         self._reads[request] = read
         self._ask(request, read.lease)
+
+
+def _skipped(index: int, term: int) -> OutcomeUnknownError:
+    return OutcomeUnknownError(
+        f"another leader took over, and a snapshot of it covers entry {index} of term {term}: it may have been committed"
+    )
 
 
 def _overtaken() -> UnavailableError:

@@ -35,6 +35,16 @@ def test_an_entry_of_a_later_term_decides_everything_behind_it() -> None:
         assert isinstance(future.exception(0), UnavailableError)
 
 
+def test_a_write_that_a_snapshot_covers_is_of_unknown_outcome() -> None:
+    promises = _promises()
+    (covered,) = _write(promises, 60, term=3)
+    (behind,) = _write(promises, 202, term=3)
+    # A snapshot at 200, of another leader, took the place of what was applied up to then: it may have entry 60.
+    promises.applied(201, [5], [Result()])
+    assert isinstance(covered.exception(0), OutcomeUnknownError)
+    assert isinstance(behind.exception(0), UnavailableError)
+
+
 def test_an_entry_of_the_same_term_decides_nothing_behind_it() -> None:
     promises = _promises()
     (older,) = _write(promises, 8, term=2)
