@@ -36,7 +36,7 @@ from marble.raft.messages import MembershipProposed, Message, MessageKind, ReadS
 from marble.raft.progress import ProgressState
 from marble.snapshotting import SnapshotPolicy, Snapshots
 from marble.transport.codec import Envelope
-from marble.types import INDEX_MAX, Change, EntryKind, HardState, Members, Position, Role, SnapshotMeta, Transition
+from marble.types import INDEX_MAX, Change, EntryKind, HardState, Members, Position, SnapshotMeta, Transition
 
 Send = Callable[[int, list[Envelope]], bool]
 """Hand messages to the transport; False if the peer's queue would not take them."""
@@ -226,8 +226,7 @@ class Driver:
 
     def tick(self, now_us: int = 0) -> None:
         """One tick of the clock; `now_us` as in `Raft.tick`."""
-        late, self._late = self._late, {}
-        self._post([message for message in late.values() if self._is_current(message)], hold=False)
+        self._send_late()
         self.raft.tick(now_us)
         if self.snapshots is not None:
             for peer in self.snapshots.tick():
@@ -321,6 +320,10 @@ class Driver:
             self._replicated = dict(applied.endpoints)
             self.outcome.members_changed = True
             self.raft.apply_membership(applied.members)
+        if job.memberships:
+            # A leader that removed itself says nothing any more after this, and who stops it now must leave behind a group
+            # that knows of the removal: two nodes of which one went could not elect the other.
+            self._send_late()
         if job.applied is not None:
             self.outcome.applied.append(job.applied)
             self.raft.applied(job.first + len(job.applied.results) - 1)
@@ -419,7 +422,12 @@ class Driver:
         return progress is not None and progress.state is ProgressState.REPLICATE
 
     def _is_current(self, message: Message) -> bool:
-        return message.term == self.raft.term and self.raft.role is Role.LEADER
+        """Whether `message` is still of use: what a leader has committed stays true when it steps down."""
+        return message.term == self.raft.term
+
+    def _send_late(self) -> None:
+        late, self._late = self._late, {}
+        self._post([message for message in late.values() if self._is_current(message)], hold=False)
 
     def _post(self, messages: Iterable[Message], *, hold: bool = True) -> None:
         """Attach batches and hand each peer its messages, peers in ascending order."""

@@ -130,6 +130,19 @@ def test_a_node_that_is_no_member_talks_to_all_that_it_knows_of() -> None:
     assert 4 not in ring[1].driver.peers
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_leader_that_removed_itself_leaves_behind_a_group_that_knows(size: int) -> None:
+    ring = Ring(size)
+    ring[1].driver.propose_membership([Change(REMOVE, 1)])
+    ring[1].turn()
+    ring.settle()
+    # It is stopped as soon as it knows: of two, the other could not be elected by what it knew before.
+    ring.kill(1)
+    assert {ring[node].raft.members.voters for node in range(2, size + 1)} == {tuple(range(2, size + 1))}
+    ring.tick(30)
+    assert [node for node in range(2, size + 1) if ring[node].raft.role is Role.LEADER] != []
+
+
 def test_the_leader_that_takes_an_entry_in_stamps_its_time() -> None:
     ring = Ring()
     ring.create()
