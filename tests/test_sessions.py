@@ -376,7 +376,7 @@ def test_against_a_model_that_forgets_nothing(steps: list[tuple[str, int, int, i
                 sessions.close(id_)
             elif what == "snapshot":
                 before = rows(sessions)
-                sessions = restored(sessions, max(time_us, model.time_us))
+                sessions = restored(sessions, model.time_us)
                 assert rows(sessions) == before
             else:
                 result = Result(index) if good else FAILED
