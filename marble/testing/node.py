@@ -250,8 +250,8 @@ class SimulatedNode:
         except DiskCrash:
             self.crash()
             self._restart_later()
-        except InvariantError as error:
-            if not isinstance(error.__cause__, OSError):
+        except (InvariantError, OSError) as error:
+            if isinstance(error, InvariantError) and not isinstance(error.__cause__, OSError):
                 raise
             self._loop.note(self.id, "stops: {}", error)
             full = self.files.full
