@@ -5,6 +5,7 @@ All of them take minutes, so a run takes some, drawn anew each time; ``MARBLE_TE
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import subprocess
@@ -37,3 +38,12 @@ def test_a_planted_bug_is_noticed(place: int) -> None:
 def test_there_are_enough_of_them() -> None:
     assert len(NAMES) >= 25
     assert all(mutant["why"] and mutant["find"] != mutant["replace"] for mutant in mutants().values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_place_stands_exactly_once(name: str) -> None:
+    mutant = mutants()[name]
+    spec = importlib.util.find_spec(mutant["module"])
+    assert spec is not None
+    assert spec.origin is not None
+    assert Path(spec.origin).read_text().count(mutant["find"]) == 1
