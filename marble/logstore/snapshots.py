@@ -161,7 +161,11 @@ class SnapshotStore:
             raise ProtocolError(f"asked for {bytes_max} bytes at {offset} of a snapshot of {info.nbytes} bytes")
         wanted = min(bytes_max, info.nbytes - offset)
         path = self._existing(info)
-        data = self._files.read(path, offset, wanted)
+        try:
+            data = self._files.read(path, offset, wanted)
+        except FileNotFoundError:
+            self._existing(info)  # Another thread may have pruned it since: then that is what the caller hears.
+            raise
         if len(data) < wanted:
             raise CorruptionError("a snapshot became shorter", self._files.describe(path), offset + len(data))
         return data
@@ -220,9 +224,13 @@ class SnapshotStore:
         return sum(info.nbytes for info in gone)
 
     def pin(self, index: int) -> None:
-        """Keep the snapshot at `index` until it is unpinned as often as it was pinned."""
+        """Keep the snapshot at `index` until it is unpinned as often as it was pinned.
+
+        Raises UnavailableError if there is none: another thread may prune it between a look and this call.
+        """
         with self._lock:
-            check(index in self._infos, f"there is no snapshot at {index} to be pinned")
+            if index not in self._infos:
+                raise UnavailableError(f"there is no snapshot at {index} here any more")
             self._pins[index] += 1
 
     def unpin(self, index: int) -> None:

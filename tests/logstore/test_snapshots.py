@@ -185,7 +185,7 @@ def test_pruned_but_for_the_newest_and_the_pinned(files: SimulatedFiles) -> None
     assert files.list("snapshots") == [NAME(40).split("/")[1]]
     with pytest.raises(InvariantError, match="not pinned"):
         store.unpin(20)
-    with pytest.raises(InvariantError, match="no snapshot at 20"):
+    with pytest.raises(UnavailableError, match="no snapshot at 20"):
         store.pin(20)
 
 
@@ -209,6 +209,23 @@ def test_what_was_pruned_is_unavailable(files: SimulatedFiles) -> None:
         store.piece(old, 0, 10)
     with pytest.raises(UnavailableError, match="no snapshot at 10"):
         store.read(old)
+
+
+def test_a_piece_of_what_is_pruned_while_it_is_asked_for_is_unavailable(
+    files: SimulatedFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SnapshotStore(files, 1)
+    old = write(store, 10)
+    write(store, 20)
+
+    def read(path: str, offset: int = 0, size: int | None = None) -> bytes:
+        # On the thread that writes snapshots, between the look at what there is and the opening of the file.
+        store.prune(20)
+        return type(files).read(files, path, offset, size)
+
+    monkeypatch.setattr(files, "read", read)
+    with pytest.raises(UnavailableError, match="no snapshot at 10 of term 2 here any more"):
+        store.piece(old, 0, 10)
 
 
 # -- pieces --------------------------------------------------------------------------------------------------------------
