@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from marble.errors import UnavailableError, UsageError
 
@@ -117,11 +117,15 @@ class Files(Protocol):
         ...
 
 
+_MONOTONIC: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""Linux's monotonic clock stands still while the machine is suspended; a lease that rests upon it would outlive that."""
+
+
 class SystemClock:
-    """The operating system's clocks."""
+    """The operating system's clocks. The monotonic one counts the time that the machine is suspended, too."""
 
     def monotonic(self) -> float:
-        return time.monotonic()
+        return time.clock_gettime(_MONOTONIC)
 
     def wall_us(self) -> int:
         return time.time_ns() // 1000
