@@ -70,7 +70,7 @@ class Simulation:
         self.loop = Loop(seed, record=record)
         self.world = World(self.loop, plan)
         for group in range(plan.groups):
-            self.world.ledgers[group] = Ledger(group)
+            self.world.ledgers[group] = Ledger(group, clock_us=lambda node: self.nodes[node].clock.monotonic_us())
             self.world.cores[group] = {}
         voters = range(1, plan.nodes + 1)
         self.network = Network(self.loop, plan.network, self._deliver, self.world.injected)
@@ -93,6 +93,7 @@ class Simulation:
         plan = self.plan
         faults: Sequence[tuple[float, Callable[[], None]]] = (
             (plan.network.cuts, lambda: self.network.cut(list(self.nodes), self._leaders())),
+            (plan.network.lags, lambda: self.network.lag(list(self.nodes), self._leaders())),
             (plan.process.blackouts, self._blackout),
             (plan.operations.changes, self.operator.change),
             (plan.operations.transfers, self._transfer),

@@ -46,9 +46,14 @@ def after_input(ledger: Ledger, raft: Raft, cores: Mapping[int, Raft]) -> None:
         if seen.role is not role or seen.term != term:
             election_safety(ledger, raft)
             elected_by_a_quorum(ledger, raft)
+            for core in cores.values():
+                if core.role is Role.LEADER and core.term < term:
+                    no_lease_beside_a_later_leader(ledger, core)
             leader_completeness(ledger, raft)
         else:
             leader_append_only(raft, seen)
+        if raft.lease_until_us and term < ledger.last_leader[0]:
+            no_lease_beside_a_later_leader(ledger, raft)
         seen.last = raft.last_index
         seen.last_term = raft.log.last_term
     if raft.commit_index != seen.commit:
@@ -69,6 +74,7 @@ def election_safety(ledger: Ledger, raft: Raft) -> None:
     """At most one leader can be elected in a given term (Raft §5.2, figure 3)."""
     first = ledger.leaders.setdefault(raft.term, raft.id)
     hold(first == raft.id, f"nodes {first} and {raft.id} both led in term {raft.term}")
+    ledger.last_leader = max(ledger.last_leader, (raft.term, raft.id))
 
 
 def elected_by_a_quorum(ledger: Ledger, raft: Raft) -> None:
@@ -81,6 +87,17 @@ def elected_by_a_quorum(ledger: Ledger, raft: Raft) -> None:
             len(votes.intersection(majority)) * 2 > len(majority),
             f"node {raft.id} leads term {raft.term} by the votes of {sorted(votes)}, which are no majority of {majority}",
         )
+
+
+def no_lease_beside_a_later_leader(ledger: Ledger, raft: Raft) -> None:
+    """While a leader holds a lease, no other is elected (thesis §6.4.1), unless the leader itself has told somebody to campaign, and then
+    it reads by no lease any more (thesis §3.10). So beside a later leader nobody holds one."""
+    left = raft.lease_until_us - ledger.clock_us(raft.id)
+    hold(
+        left <= 0 or raft.term in ledger.handed_over,
+        f"node {raft.id} holds a lease of term {raft.term} for {left} us, and node {ledger.last_leader[1]} leads term "
+        f"{ledger.last_leader[0]}",
+    )
 
 
 def who_takes_part_is_applied(ledger: Ledger, raft: Raft) -> None:
@@ -234,6 +251,8 @@ def message_is_true(ledger: Ledger, raft: Raft, message: Message, cores: Mapping
     the entries that it acknowledges. And what it acknowledges is what the leader has (Raft §5.3).
     """
     kind, term = message.kind, message.term
+    if kind is MessageKind.TIMEOUT_NOW:
+        ledger.handed_over.add(term)
     if kind not in _SPEAKS_FOR_ITS_TERM:
         return
     shelf = ledger.shelves[raft.id]

@@ -6,6 +6,7 @@ Rule 2: it grows by what is new, so that a check costs the same at the end of a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from marble.types import NO_NODE, HardState, Members, Role
@@ -100,6 +101,10 @@ class Ledger:
         Term of a leader -> the last index that it committed.
     applied
         Index -> (term, checksum, what applying it gave).
+    handed_over
+        Terms whose leader has told somebody to campaign.
+    clock_us
+        Reads the monotonic clock of a node.
     votes
         (node, term) -> whom it granted its vote.
     memberships
@@ -116,6 +121,8 @@ class Ledger:
     committed: list[int] = field(default_factory=list)
     committed_in: dict[int, int] = field(default_factory=dict)
     applied: dict[int, tuple[int, int, int, str | None]] = field(default_factory=dict)
+    handed_over: set[int] = field(default_factory=set)
+    clock_us: Callable[[int], int] = lambda node: 0
     votes: dict[tuple[int, int], int] = field(default_factory=dict)
     executed: dict[tuple[int, int], int] = field(default_factory=dict)
     memberships: list[tuple[int, Members]] = field(default_factory=list)
@@ -124,12 +131,8 @@ class Ledger:
     """Node -> its disk."""
     seen: dict[int, Seen] = field(default_factory=dict)
     reads_answered: int = 0
-
-    @property
-    def last_leader(self) -> tuple[int, int]:
-        """The highest term that anybody led, and who; zeros if nobody did yet."""
-        term = max(self.leaders, default=0)
-        return term, self.leaders.get(term, NO_NODE)
+    last_leader: tuple[int, int] = (0, NO_NODE)
+    """The highest term that anybody led, and who; zeros if nobody did yet."""
 
     def note_membership(self, index: int, members: Members) -> None:
         """Entry `index`, which changes the membership, is being applied somewhere."""

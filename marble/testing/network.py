@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from marble.testing.loop import Loop
+from marble.testing.loop import SECOND, Loop
 from marble.testing.plan import NetworkFaults
 from marble.transport.codec import Envelope
 
@@ -39,6 +39,8 @@ class Network:
         self._injected = injected
         self._cuts: Counter[tuple[int, int]] = Counter()
         """(from, to) -> how many cuts lie on this way at the moment."""
+        self._lags: dict[int, int] = {}
+        """What goes to a node (or, if its number is negative, comes from it) -> how much later it arrives."""
         self._healings = 0
 
     def send(self, sender: int, to: int, envelopes: list[Envelope]) -> bool:
@@ -80,10 +82,28 @@ class Network:
         loop.note(0, "network: cut {} for {} us, {} flaps", links, duration, flaps)
         self._close(links, duration, flaps, self._healings)
 
+    def lag(self, nodes: Sequence[int], around: Sequence[int] = ()) -> None:
+        """Let all that one of these nodes is sent, or all that it sends, come late for a while, and perhaps cut it off at the end."""
+        loop = self._loop
+        node = loop.random.choice(list(around or nodes))
+        key = node if loop.chance(0.7) else -node
+        self._lags[key] = loop.between(self.faults.lag_us // 4, self.faults.lag_us)
+        duration = loop.between(SECOND, 5 * SECOND)
+        self._injected["lags"] += 1
+        loop.note(0, "network: node {} {} late for {} us", node, "hears" if key > 0 else "is heard", duration)
+        if loop.chance(0.5):
+            links = [(node, other) for other in nodes if other != node]
+            loop.after(duration // 3, self._close, links, duration, 0, self._healings)
+        loop.after(duration, self._end_lag, key)
+
+    def _end_lag(self, key: int) -> None:
+        self._lags.pop(key, None)
+
     def heal(self) -> None:
         """Open all links, for good as far as the cuts so far go."""
         self._healings += 1
         self._cuts.clear()
+        self._lags.clear()
 
     def _close(self, links: list[tuple[int, int]], duration: int, flaps: int, healing: int) -> None:
         if healing == self._healings:
@@ -114,7 +134,8 @@ class Network:
             if loop.chance(faults.slow):
                 self._injected["late packets"] += 1
                 longest = faults.slow_us
-            loop.after(50 + int(loop.random.random() * longest), self._arrive, sender, to, envelopes)
+            late = self._lags.get(to, 0) + self._lags.get(-sender, 0) if self._lags else 0
+            loop.after(50 + late + int(loop.random.random() * longest), self._arrive, sender, to, envelopes)
 
     def _arrive(self, sender: int, to: int, envelopes: list[Envelope]) -> None:
         if self._cuts and (sender, to) in self._cuts:

@@ -31,6 +31,9 @@ class NetworkFaults:
     """Chance that the messages of one packet travel each on its own."""
     cuts: float = 0.15
     cut_us: int = 8_000 * MILLISECOND
+    lags: float = 0.03
+    """What one node is sent, or what it sends, comes up to `lag_us` late for a while; then, perhaps, what it sends is lost."""
+    lag_us: int = 2_000 * MILLISECOND
     flap: float = 0.2
     """Chance that a cut opens and closes all the time while it lasts."""
 
@@ -143,7 +146,9 @@ class Plan:
         """The same cluster and clients without any fault."""
         return replace(
             self,
-            network=NetworkFaults(delay_us=self.network.delay_us, slow=0, loss=0, duplication=0, split=0, cuts=0),
+            network=NetworkFaults(
+                delay_us=self.network.delay_us, slow=0, loss=0, duplication=0, split=0, cuts=0, lags=0
+            ),
             disk=DiskFaults(sync_us=self.disk.sync_us, slow=0),
             clocks=ClockFaults(drift=self.clocks.drift, jumps=0, pauses=0),
             process=ProcessFaults(crashes=0, kills=0, blackouts=0, elections=0),
@@ -210,10 +215,10 @@ PLANS: Final[dict[str, Plan]] = {
         replace(
             _CALM,
             name="leases",
-            network=NetworkFaults(20_000, 0.2, 2_000_000, cuts=0.4, cut_us=3_000_000),
+            network=NetworkFaults(20_000, 0.05, 1_500_000, cuts=0.2, cut_us=3_000_000, lags=0.3),
             process=ProcessFaults(0.05, 0.1, 500_000, elections=0.1),
             clocks=ClockFaults(0.01, jumps=0.05, pauses=0.1, pause_us=2_000_000),
-            operations=Operations(transfers=0.5),
+            operations=Operations(transfers=0.8),
             load=Load(clients=8, think_us=40_000, timeout_us=1_500_000, keys=2, reads=0.7, stray=0.6),
             lease_reads=True,
             quiesce_ticks=15,

@@ -17,7 +17,7 @@ from typing import Any
 
 CATALOGUE = Path(__file__).with_name("mutants.toml")
 STEPS = 5000
-SEEDS = 30
+SEEDS = 60
 
 
 def mutants() -> dict[str, dict[str, Any]]:
