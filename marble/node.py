@@ -23,7 +23,7 @@ from marble.engine import Engine
 from marble.env import Clock, Files, Random, SystemClock, SystemRandom
 from marble.errors import CorruptionError, UnavailableError, UsageError
 from marble.groups import Groups, run_turn
-from marble.identity import LOCK_FILE, bind
+from marble.identity import LOCK_FILE, Acquaintances, bind
 from marble.logstore.log import Log, LogOptions
 from marble.logstore.snapshots import SnapshotStore
 from marble.machine import StateMachine
@@ -113,7 +113,10 @@ class Node:
             files.make_directory("")
             stack.enter_context(files.lock(LOCK_FILE))
             voters = () if options.join else tuple(sorted(options.endpoints))
-            genesis = Members(bind(files, options.cluster_id, options.node_id, voters))
+            identity = bind(files, options.cluster_id, options.node_id, voters, self._random)
+            genesis = Members(identity.voters)
+            self.acquaintances = Acquaintances(files, identity.incarnation, self.metrics)
+            """For the transport: which directories this node and the others have."""
             self._log = Log.open(files, log_options)
             stack.callback(self._log.close)
             self._groups = Groups(

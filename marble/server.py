@@ -259,7 +259,13 @@ class RaftServer:
             stack.callback(node.stop)
             service = TablesService(LocalBackend(node, self._machine, lease_reads=self._config.lease_reads))
             node.start()
-            carrier.start(node.receive, service, unreachable=node.unreachable, failed=node.fail)
+            carrier.start(
+                node.receive,
+                service,
+                unreachable=node.unreachable,
+                failed=node.fail,
+                acquaintances=node.acquaintances,
+            )
             stack.pop_all()
         self._node, self._flight, self._service = node, carrier, service
         self._phase = _Phase.STARTED

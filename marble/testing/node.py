@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from marble._core.entry_batch import Proposal
 from marble.driver import Driver
+from marble.env import SystemRandom
 from marble.errors import CorruptionError, InvariantError, NotLeaderError, UnavailableError
 from marble.groups import Groups, Write
 from marble.identity import bind
@@ -105,7 +106,8 @@ class SimulatedNode:
 
     def _start(self) -> None:
         self.files.make_directory("")
-        genesis = Members(bind(self.files, "simulated", self.id, self._voters))
+        # Every node here has one disk in all its lives, so its number may be its directory's.
+        genesis = Members(bind(self.files, "simulated", self.id, self._voters, SystemRandom(self.id)).voters)
         try:
             log = Log.open(self.files, LogOptions(segment_bytes_max=SEGMENT_BYTES_MAX, cache_bytes_max=1 << 20))
         except CorruptionError as error:

@@ -41,8 +41,8 @@ _HEADER: Final = struct.Struct("<4sHHQQIIII")
 _COVERED: Final = 16
 _MESSAGE: Final = struct.Struct("<IBBHQQQQQQ")
 """group, kind, flags, priority, term, log_index, log_term, commit, reject_hint, context."""
-_HELLO: Final = struct.Struct("<4sHHQIIHH")
-"""magic, version, zero, checksum; sender, to, lengths of cluster id and sender's endpoint, which follow as UTF-8."""
+_HELLO: Final = struct.Struct("<4sHHQIIQHH")
+"""magic, version, zero, checksum; sender, to, incarnation, lengths of cluster id and sender's endpoint: UTF-8, which follow."""
 _PACKET_MAGIC: Final = b"MBLP"
 _HELLO_MAGIC: Final = b"MBLH"
 _REJECT: Final = 1
@@ -65,6 +65,16 @@ class Envelope(NamedTuple):
         if self.message.entries is not None:
             return MESSAGE_BYTES + self.message.entries.bytes
         return MESSAGE_BYTES + (0 if self.batch is None else entry_batch.payload(self.batch, 0).size)
+
+
+class Hello(NamedTuple):
+    """What a node says of itself before anything else."""
+
+    sender: int
+    endpoint: str
+    """Where it takes answers; may be empty."""
+    incarnation: int
+    """Of its data directory (`marble.identity`); 0 if it has none."""
 
 
 class Packet(NamedTuple):
@@ -100,24 +110,21 @@ class Codec:
         self.entry_bytes_max = entry_bytes_max
         self._cluster = int(xxh3_64(name))
 
-    def hello(self, to: int, endpoint: str = "") -> bytes:
-        """The metadata that opens a stream to `to`; `endpoint`: where this node takes answers."""
+    def hello(self, to: int, endpoint: str = "", incarnation: int = 0) -> bytes:
+        """The metadata that opens a stream with `to`, or answers the one that did; the rest as in `Hello`."""
         name, place = self.cluster_id.encode(), endpoint.encode()
         if len(place) > ENDPOINT_BYTES_MAX:
             raise UsageError(f"the endpoint {endpoint[:80]!r}... has more than {ENDPOINT_BYTES_MAX} bytes")
-        fields = (self.node_id, to, len(name), len(place))
+        fields = (self.node_id, to, incarnation, len(name), len(place))
         head = _HELLO.pack(_HELLO_MAGIC, PROTOCOL_VERSION, 0, 0, *fields)
         digest = int(xxh3_64(head[_COVERED:] + name + place))
         return _HELLO.pack(_HELLO_MAGIC, PROTOCOL_VERSION, 0, digest, *fields) + name + place
 
-    def check_hello(self, metadata: bytes) -> tuple[int, str]:
-        """Sender, and its endpoint, of a hello that is meant for this node of this cluster; the endpoint may be empty.
-
-        Raises ProtocolError for any other hello.
-        """
+    def check_hello(self, metadata: bytes) -> Hello:
+        """What a hello says that is meant for this node of this cluster. Raises ProtocolError for any other hello."""
         if len(metadata) < _HELLO.size:
             raise ProtocolError("the stream does not open with a hello")
-        magic, version, zero, digest, sender, to, length, place_length = _HELLO.unpack_from(metadata)
+        magic, version, zero, digest, sender, to, incarnation, length, place_length = _HELLO.unpack_from(metadata)
         if magic != _HELLO_MAGIC:
             raise ProtocolError("the stream does not open with a hello")
         if version != PROTOCOL_VERSION:
@@ -135,7 +142,7 @@ class Codec:
             raise ProtocolError(f"this is node {self.node_id}, not {to}: two nodes have each other's endpoint")
         if sender == self.node_id or not 1 <= sender <= NODE_ID_MAX:
             raise ProtocolError(f"{sender} cannot be the id of a peer of node {self.node_id}")
-        return int(sender), place.decode(errors="replace")
+        return Hello(sender, place.decode(errors="replace"), incarnation)
 
     def encode(self, to: int, envelopes: Sequence[Envelope]) -> list[Packet]:
         """Pack `envelopes`, all from this node to `to`, in order. None at all give one packet without messages."""

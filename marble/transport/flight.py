@@ -23,11 +23,12 @@ import pyarrow as pa
 import pyarrow.flight as fl
 
 from marble.env import Clock, Random, SystemClock, SystemRandom
-from marble.errors import ProtocolError, UnavailableError, UsageError
+from marble.errors import InvariantError, ProtocolError, UnavailableError, UsageError
 from marble.metrics import Metrics
 from marble.transport import _shutdown, wire
 from marble.transport.codec import Codec, Envelope
 from marble.transport.faults import to_flight_error
+from marble.transport.handshake import Acquaintances, Handshake
 from marble.transport.link import RAFT_COMMAND, Link, TransportOptions
 
 VISITORS_MAX: Final = 32
@@ -111,7 +112,6 @@ class FlightTransport:
         self._random = random or SystemRandom()
         self._clock = clock or SystemClock()
         self._host = _host_of(endpoint)
-        self._advertised = advertised
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._endpoints: dict[int, str] = {}
@@ -122,7 +122,6 @@ class FlightTransport:
         self._unreachable: Callable[[int], None] = _ignore
         self._failed: Callable[[BaseException], None] = _ignore
         self._calls = 0
-        self._strangers = 0
         self._stopped = False
         self._forked = False
         self._received = self.metrics.counter("transport_messages_received")
@@ -134,6 +133,7 @@ class FlightTransport:
             self._port = int(self._server.port)
         except (fl.FlightError, pa.ArrowException, OSError) as error:
             raise UnavailableError(f"cannot listen on {endpoint}: {error}") from None
+        self._handshake = Handshake(self._codec, advertised or self.endpoint, self.options.strangers_max, self.metrics)
         _live.add(self)
         # At exit pyarrow would wait for every open call; this runs before that.
         atexit.register(self.stop, 1.0)
@@ -154,6 +154,7 @@ class FlightTransport:
         *,
         unreachable: Callable[[int], None] | None = None,
         failed: Callable[[BaseException], None] | None = None,
+        acquaintances: Acquaintances | None = None,
     ) -> None:
         """Begin to serve and to send.
 
@@ -168,6 +169,8 @@ class FlightTransport:
             Called with a peer's id when the link to it broke or could not be opened; must not block.
         failed
             Called with an error that is marble's own; the node should stop.
+        acquaintances
+            Knows the data directories of this node and the others; without it none is told and none is asked for.
         """
         self._check_usable()
         with self._lock:
@@ -176,6 +179,7 @@ class FlightTransport:
             self._service = service
             self._unreachable = unreachable or _ignore
             self._failed = failed or _log_failure
+            self._handshake.acquaintances = acquaintances or self._handshake.acquaintances
             self._receiver = receiver
             links = list(self._links.values())
         for link in links:
@@ -224,7 +228,7 @@ class FlightTransport:
             peer,
             endpoint,
             self._codec,
-            advertised=self._advertised or self.endpoint,
+            handshake=self._handshake,
             options=self.options,
             random=self._random,
             clock=self._clock,
@@ -341,18 +345,20 @@ class FlightTransport:
             _log.error("a call failed", exc_info=error)
         return told
 
-    def take_messages(self, reader: fl.MetadataRecordBatchReader) -> None:
+    def take_messages(self, reader: fl.MetadataRecordBatchReader, writer: fl.MetadataRecordBatchWriter) -> None:
         """A stream of messages from a peer, until it ends."""
         try:
             receiver = self._receiver
             if receiver is None or self._stopped:
                 self._refused.add()
                 raise UnavailableError(f"node {self.node_id} does not take messages now")
-            greeting = self._greet(reader)
-            if greeting is None:
+            hello = self._handshake.greet(reader)
+            if hello is None:
                 return
-            sender, endpoint = greeting
-            with self._visit(sender, endpoint):
+            sender = hello.sender
+            with self._visit(sender, hello.endpoint):
+                if not _write(writer, self._handshake.hello(sender)):
+                    return
                 for chunk in reader:
                     if chunk.app_metadata is None:
                         raise ProtocolError(f"entries without messages from node {sender}")
@@ -364,6 +370,8 @@ class FlightTransport:
             raise
         except Exception as error:
             self._count_garbage(error)
+            if isinstance(error, InvariantError):
+                self._failed(error)
             raise self._told(error) from None
 
     @contextlib.contextmanager
@@ -395,29 +403,6 @@ class FlightTransport:
             if gone is not None:
                 gone.request_stop()
 
-    def _greet(self, reader: fl.MetadataRecordBatchReader) -> tuple[int, str] | None:
-        """Find out who opened this stream, and where it takes answers; None if it ended at once.
-
-        Raises ProtocolError unless it is a node of this cluster.
-        """
-        with self._lock:
-            refused = self._strangers >= self.options.strangers_max
-            self._strangers += not refused
-        if refused:
-            self._refused.add()
-            raise UnavailableError(f"too many streams to node {self.node_id} that do not say where they come from")
-        try:
-            chunk = next(reader, None)
-            if chunk is None:
-                # A peer that stops while it connects does this.
-                return None
-            if chunk.app_metadata is None or chunk.data is not None:
-                raise ProtocolError("the stream does not open with a hello")
-            return self._codec.check_hello(chunk.app_metadata.to_pybytes())
-        finally:
-            with self._lock:
-                self._strangers -= 1
-
     def _count_garbage(self, error: Exception) -> None:
         if isinstance(error, ProtocolError | pa.ArrowException):
             self._garbage.add()
@@ -436,7 +421,7 @@ class _Server(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow has no type
 
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         if descriptor.command == RAFT_COMMAND:
-            self._transport.take_messages(reader)
+            self._transport.take_messages(reader, writer)
             return
         with self._transport.serve() as service:
             service.do_exchange(context, descriptor, reader, writer)
@@ -479,6 +464,15 @@ def _host_of(endpoint: str) -> str:
     if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise UsageError(f"{endpoint!r} is not an endpoint: expected host:port")
     return host
+
+
+def _write(writer: fl.MetadataRecordBatchWriter, metadata: bytes) -> bool:
+    """Whether `metadata` could be sent; if not, the caller has gone, and has done nothing wrong."""
+    try:
+        writer.write_metadata(metadata)
+    except (fl.FlightError, pa.ArrowException, OSError):
+        return False
+    return True
 
 
 def _ignore(_: object) -> None:

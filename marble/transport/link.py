@@ -24,9 +24,11 @@ import pyarrow.flight as fl
 
 from marble._core.entry_batch import ENTRY_SCHEMA
 from marble.env import Clock, Random
-from marble.errors import UsageError
+from marble.errors import ProtocolError, UsageError
 from marble.metrics import Metrics
 from marble.transport.codec import MESSAGES_PER_PACKET_MAX, Codec, Envelope
+from marble.transport.faults import from_flight_error
+from marble.transport.handshake import Handshake
 
 RAFT_COMMAND: Final = b"marble.raft/1"
 """The Flight descriptor's command that opens a stream of messages."""
@@ -93,8 +95,8 @@ class Link:
         Who is there (``host:port``).
     codec
         Of this node.
-    advertised
-        Where this node takes the peer's answers.
+    handshake
+        How this node opens streams.
     options, random, clock, metrics
         Limits; jitter; what tells how long a stream has lasted; where sent, dropped and broken are counted.
     unreachable
@@ -109,7 +111,7 @@ class Link:
         endpoint: str,
         codec: Codec,
         *,
-        advertised: str,
+        handshake: Handshake,
         options: TransportOptions,
         random: Random,
         clock: Clock,
@@ -120,7 +122,7 @@ class Link:
         self.peer = peer
         self.endpoint = endpoint
         self._codec = codec
-        self._advertised = advertised
+        self._handshake = handshake
         self._options = options
         self._random = random
         self._clock = clock
@@ -135,6 +137,7 @@ class Link:
         self._stopping = threading.Event()
         self._stream: _Stream | None = None
         self._unsent: Sequence[Envelope] = ()
+        self._refusal = ""
         self._sent = metrics.counter("transport_messages_sent")
         self._packets = metrics.counter("transport_packets_sent")
         self._dropped = metrics.counter("transport_messages_dropped")
@@ -206,11 +209,11 @@ class Link:
                     with self._lock:
                         self._stream = None
                     stream.close()
-            except _LINK_ERRORS as error:
+            except (*_LINK_ERRORS, ProtocolError) as error:
                 if self._stopping.is_set():
                     break
                 self._broken.add()
-                _log.info("node %d lost node %d at %s: %s", self._codec.node_id, self.peer, self.endpoint, error)
+                self._report(error)
                 self._unreachable(self.peer)
                 if lasted_s >= self._options.backoff_max_s and not getattr(error, "extra_info", b""):
                     # It worked until now, and no server said why it ended: most likely the peer was restarted. Try at
@@ -220,6 +223,15 @@ class Link:
                 self._give_up_queue()
                 self._stopping.wait(self._jitter(pause_s))
                 pause_s = min(2 * pause_s, self._options.backoff_max_s)
+
+    def _report(self, error: BaseException) -> None:
+        told = from_flight_error(error) if getattr(error, "extra_info", b"") else error
+        # A peer that is away comes back; one that refuses this node, or is not who it should be, needs somebody's help.
+        lasting = isinstance(told, ProtocolError) and str(told) != self._refusal
+        if lasting:
+            self._refusal = str(told)
+        level = logging.WARNING if lasting else logging.INFO
+        _log.log(level, "node %d lost node %d at %s: %s", self._codec.node_id, self.peer, self.endpoint, told)
 
     def _jitter(self, pause_s: float) -> float:
         return pause_s * self._random.randrange(500, 1001) / 1000
@@ -245,10 +257,11 @@ class Link:
             self._stream = stream
         try:
             writer.begin(ENTRY_SCHEMA)
-            writer.write_metadata(self._codec.hello(self.peer, self._advertised))
+            writer.write_metadata(self._handshake.hello(self.peer))
             if self._stopping.is_set():
                 # request_stop may have looked for a stream before there was one.
                 raise fl.FlightCancelledError("the link stops")
+            self._handshake.call(self.peer, reader)
         except BaseException:
             stream.close()
             raise

@@ -1,12 +1,16 @@
-"""To whom a data directory belongs, on a disk that loses power in the middle of saying so."""
+"""To whom a data directory belongs, and whose the others are, on a disk that loses power in the middle of saying so."""
 
 from __future__ import annotations
+
+import json
+import logging
 
 import pytest
 
 from marble.env import SystemRandom
-from marble.errors import CorruptionError, UsageError
-from marble.identity import IDENTITY_FILE, bind
+from marble.errors import CorruptionError, InvariantError, ProtocolError, UsageError
+from marble.identity import ACQUAINTANCES_FILE, ACQUAINTANCES_MAX, IDENTITY_FILE, Acquaintances, bind
+from marble.metrics import Metrics
 from marble.testing.disk import DiskCrash, SimulatedFiles
 
 
@@ -27,11 +31,29 @@ def test_a_directory_is_bound_at_first_use_and_for_good() -> None:
 
 def test_who_votes_first_is_bound_too_and_no_configuration_changes_it() -> None:
     files = disk()
-    assert bind(files, "c", 1, (1, 2, 3)) == (1, 2, 3)
-    assert bind(files, "c", 1, (1, 2, 3, 4)) == (1, 2, 3)
+    assert bind(files, "c", 1, (1, 2, 3)).voters == (1, 2, 3)
+    assert bind(files, "c", 1, (1, 2, 3, 4)).voters == (1, 2, 3)
     waiting = disk()
-    assert bind(waiting, "c", 4) == ()
-    assert bind(waiting, "c", 4, (1, 2, 3, 4)) == ()
+    assert bind(waiting, "c", 4).voters == ()
+    assert bind(waiting, "c", 4, (1, 2, 3, 4)).voters == ()
+
+
+def test_each_directory_is_another_incarnation_and_stays_it() -> None:
+    one, other = disk(), disk()
+    first = bind(one, "c", 1).incarnation
+    assert 1 <= first < 2**64
+    assert bind(one, "c", 1).incarnation == first
+    assert bind(other, "c", 1).incarnation != first
+    assert json.loads(one.read(IDENTITY_FILE))["incarnation"] == f"{first:016x}"
+
+
+@pytest.mark.parametrize("wrong", [None, 7, "7", "0" * 16, "x" * 16, "0x" + "1" * 14, "F" * 16])
+def test_an_identity_without_an_incarnation_is_damage(wrong: object) -> None:
+    files = disk()
+    identity = {"format": 1, "cluster_id": "c", "node_id": 1, "voters": [1]}
+    files.put(IDENTITY_FILE, json.dumps(identity if wrong is None else {**identity, "incarnation": wrong}).encode())
+    with pytest.raises(CorruptionError, match="which incarnation"):
+        bind(files, "c", 1, (1,))
 
 
 def test_an_identity_without_voters_is_damage() -> None:
@@ -78,3 +100,109 @@ def test_what_a_killed_process_left_unfinished_is_made_anew() -> None:
     bind(files, "c", 1)
     assert files.list("") == [IDENTITY_FILE]
     bind(files, "c", 1)
+
+
+def acquaintances(files: SimulatedFiles, metrics: Metrics | None = None) -> Acquaintances:
+    return Acquaintances(files, 99, metrics or Metrics())
+
+
+def test_a_node_is_known_by_the_directory_with_which_it_was_met_first() -> None:
+    files, metrics = disk(), Metrics()
+    for known in (acquaintances(files, metrics), acquaintances(files, metrics)):
+        known.meet(2, 2**64 - 1)
+        known.meet(3, 1)
+        with pytest.raises(
+            ProtocolError, match=r"directory of node 2 was replaced.* under a new id \(`marble members`\)"
+        ):
+            known.meet(2, 5)
+        known.meet(2, 2**64 - 1)
+    assert metrics.counter("transport_incarnations_refused").value == 2
+    with pytest.raises(ProtocolError, match="node 4 does not say"):
+        known.meet(4, 0)
+    # Another disk is another node's memory, or that of a cluster that is new as a whole.
+    acquaintances(disk()).meet(2, 5)
+
+
+def test_a_replaced_directory_is_logged_once_each(caplog: pytest.LogCaptureFixture) -> None:
+    known = acquaintances(disk())
+    known.meet(2, 1)
+    with caplog.at_level(logging.ERROR, "marble.identity"):
+        for incarnation in (5, 5, 6, 6):
+            with pytest.raises(ProtocolError):
+                known.meet(2, incarnation)
+    assert [record.getMessage().rpartition("; ")[2] for record in caplog.records] == [
+        f"it was {1:016x} and is {new:016x}" for new in (5, 6)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_who_was_let_pass_is_known_after_any_crash(seed: int) -> None:
+    # Two nodes are met: 5 operations for the first, as in `bind`, and 5 for the second.
+    for operation in range(1, 12):
+        files = disk(seed)
+        files.lose_power_at = operation
+        passed: list[int] = []
+        try:
+            known = acquaintances(files)
+            for node in (2, 3):
+                known.meet(node, node)
+                passed.append(node)
+        except DiskCrash:
+            assert operation <= 10
+        else:
+            assert operation == 11
+            files.lose_power_at = None
+        files.crash()
+        known = acquaintances(files)
+        for node in passed:
+            with pytest.raises(ProtocolError, match="replaced"):
+                known.meet(node, 77)
+        for node in (2, 3):
+            known.meet(node, node)
+
+
+def test_a_disk_that_fails_lets_nobody_pass_from_then_on() -> None:
+    files = disk()
+    known = acquaintances(files)
+    known.meet(2, 2)
+    files.create = _fail  # type: ignore[method-assign]
+    with pytest.raises(InvariantError, match=r"acquaintances\.json cannot be written: .*no sync"):
+        known.meet(3, 3)
+    del files.create  # type: ignore[method-assign]
+    # The disk is well again, and what it has lost meanwhile nobody knows.
+    with pytest.raises(InvariantError, match="failed before"):
+        known.meet(3, 3)
+    known.meet(2, 2)
+
+
+def _fail(path: str) -> None:
+    raise OSError("no sync")
+
+
+def test_strangers_with_invented_ids_fill_a_bounded_file() -> None:
+    files = disk()
+    known = acquaintances(files)
+    known._met = dict.fromkeys(range(2, ACQUAINTANCES_MAX + 1), 1)
+    known.meet(ACQUAINTANCES_MAX + 1, 1)
+    with pytest.raises(ProtocolError, match="one more than"):
+        known.meet(ACQUAINTANCES_MAX + 2, 1)
+    known.meet(2, 1)
+    acquaintances(files).meet(2, 1)
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"", b"7", b"{}", b'{"met": 5, "checksum": ""}', b'{"met": {"2": 5}, "checksum": ""}']
+)
+def test_damage_to_what_is_known_of_others_is_found(damaged: bytes) -> None:
+    files = disk()
+    files.put(ACQUAINTANCES_FILE, damaged)
+    with pytest.raises(CorruptionError, match="cannot be read"):
+        acquaintances(files)
+
+
+def test_a_changed_digit_in_what_is_known_of_others_is_found() -> None:
+    files = disk()
+    acquaintances(files).meet(2, 0xABC)
+    files.put(ACQUAINTANCES_FILE, files.read(ACQUAINTANCES_FILE).replace(b"abc", b"abd"))
+    with pytest.raises(CorruptionError, match="cannot be read"):
+        acquaintances(files)

@@ -261,8 +261,8 @@ def test_a_packet_without_its_entries_is_our_fault() -> None:
 
 def test_hello_names_sender_and_is_for_one_node_of_one_cluster() -> None:
     hello = ONE.hello(2)
-    assert TWO.check_hello(hello) == (1, "")
-    assert TWO.check_hello(ONE.hello(2, "h:1")) == (1, "h:1")
+    assert TWO.check_hello(hello) == (1, "", 0)
+    assert TWO.check_hello(ONE.hello(2, "h:1", 2**64 - 1)) == (1, "h:1", 2**64 - 1)
     for codec, message in (
         (Codec("other", 2, 1), "of cluster 'other', not 'cluster'"),
         (Codec("cluster", 3, 1), "this is node 3, not 2"),

@@ -168,12 +168,17 @@ class Stream:
         failure = self.failure
         if failure is None:
             with pytest.raises(pa.ArrowException) as caught:
-                self.reader.read_chunk()
+                self.read_to_the_end()
             failure = caught.value
         with contextlib.suppress(pa.ArrowException, AttributeError):
             self.writer.close()
         self.client.close()
         return str(from_flight_error(failure))
+
+    def read_to_the_end(self) -> None:
+        # Past the answer to the hello, if there was one.
+        while True:
+            self.reader.read_chunk()
 
     def close(self) -> None:
         self.reader.cancel()
@@ -197,6 +202,7 @@ def test_stream_that_ends_by_itself_is_no_error(port: Port) -> None:
     stream = Stream(port)
     stream.write(*CODEC.encode(1, [heartbeat()])[0])
     stream.writer.done_writing()
+    assert CODEC.check_hello(stream.reader.read_chunk().app_metadata.to_pybytes()).sender == 1
     with pytest.raises(StopIteration):
         stream.reader.read_chunk()
     stream.writer.close()
@@ -375,7 +381,7 @@ def test_silent_strangers_are_bounded() -> None:
     writer, reader = silent.do_exchange(fl.FlightDescriptor.for_command(RAFT_COMMAND))
     writer.begin(ENTRY_SCHEMA)
     deadline = time.monotonic() + DEADLINE_S
-    while port.transport._strangers == 0:
+    while port.transport._handshake._strangers == 0:
         assert time.monotonic() < deadline
         threading.Event().wait(0.002)
     assert "too many streams" in Stream(port).error()

@@ -19,6 +19,7 @@ from marble.metrics import Metrics
 from marble.raft.messages import Message, MessageKind
 from marble.transport.codec import Codec, Envelope
 from marble.transport.flight import FlightTransport
+from marble.transport.handshake import Handshake
 from marble.transport.link import Link, TransportOptions
 from marble.types import EntryKind
 
@@ -177,11 +178,12 @@ def test_peer_that_refuses_is_unreachable() -> None:
 def link_to(endpoint: str, options: TransportOptions, metrics: Metrics) -> tuple[Link, queue.SimpleQueue[int]]:
     broken: queue.SimpleQueue[int] = queue.SimpleQueue()
     failures: list[BaseException] = []
+    codec = Codec("c", 1, 1 << 20)
     link = Link(
         2,
         endpoint,
-        Codec("c", 1, 1 << 20),
-        advertised="127.0.0.1:1",
+        codec,
+        handshake=Handshake(codec, "127.0.0.1:1", 1, metrics),
         options=options,
         random=SystemRandom(1),
         clock=SystemClock(),

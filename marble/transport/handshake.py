@@ -1,0 +1,108 @@
+"""What two nodes tell each other before the first message: who they are, and with which data directory.
+
+Rule 1: both ends of a stream say hello, and neither uses it before it knows the other: the one that connects sends nothing
+after its hello before the answer has come, the one that is called answers before it hands anything on.
+Rule 2: a node is its id *and* its directory. Whoever comes under a known id with another directory has forgotten its votes
+and what it acknowledged; it is refused, at both ends (Raft §5.1: what a node answered must survive its crash).
+Rule 3: whom this node meets it keeps from the hello on, not from the first message: followers have nothing to say to each
+other until the leader is gone, and then it matters.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Protocol
+
+import pyarrow.flight as fl
+
+from marble.errors import ProtocolError, UnavailableError
+from marble.metrics import Metrics
+from marble.transport.codec import Codec, Hello
+
+
+class Acquaintances(Protocol):
+    """Which directory this node has and which ones the others have: `marble.identity.Acquaintances`."""
+
+    @property
+    def incarnation(self) -> int:
+        """Of this node's own directory."""
+        ...
+
+    def meet(self, node: int, incarnation: int) -> None:
+        """Keep for good that `node` has this directory. Raises ProtocolError if it is known with another one."""
+        ...
+
+
+class Forgetful:
+    """For transports without a data directory: it tells nothing and takes everybody for who they say they are."""
+
+    incarnation = 0
+
+    def meet(self, node: int, incarnation: int) -> None:
+        """Nothing is kept."""
+
+
+class Handshake:
+    """One node's part in opening streams. Thread-safe; `acquaintances` is set before the first stream is opened.
+
+    Parameters
+    ----------
+    codec
+        Of this node.
+    advertised
+        Where it takes answers.
+    strangers_max
+        How many streams may be open that have not said yet who they are.
+    metrics
+        Where refused calls are counted.
+    """
+
+    def __init__(self, codec: Codec, advertised: str, strangers_max: int, metrics: Metrics) -> None:
+        self.acquaintances: Acquaintances = Forgetful()
+        self._codec = codec
+        self._advertised = advertised
+        self._strangers_max = strangers_max
+        self._strangers = 0
+        self._lock = threading.Lock()
+        self._refused = metrics.counter("transport_calls_refused")
+
+    def hello(self, to: int) -> bytes:
+        """What this node says to `to`, whoever of the two has called."""
+        return self._codec.hello(to, self._advertised, self.acquaintances.incarnation)
+
+    def greet(self, reader: fl.MetadataRecordBatchReader) -> Hello | None:
+        """Find out who opened this stream; None if it ended at once.
+
+        Raises ProtocolError unless it is a node of this cluster, with the directory that it always had.
+        """
+        with self._lock:
+            refused = self._strangers >= self._strangers_max
+            self._strangers += not refused
+        if refused:
+            self._refused.add()
+            raise UnavailableError(
+                f"too many streams to node {self._codec.node_id} that do not say where they come from"
+            )
+        try:
+            chunk = next(reader, None)
+            # A peer that stops while it connects sends none.
+            return None if chunk is None else self._check(chunk)
+        finally:
+            with self._lock:
+                self._strangers -= 1
+
+    def call(self, peer: int, stream: fl.FlightStreamReader) -> None:
+        """Wait for the answer to this node's hello to `peer`. Raises ProtocolError as `greet`, and what the stream raises."""
+        try:
+            hello = self._check(stream.read_chunk())
+        except StopIteration:
+            raise ProtocolError(f"node {peer} ends the stream without a hello") from None
+        if hello.sender != peer:
+            raise ProtocolError(f"node {hello.sender} answers at the endpoint of node {peer}")
+
+    def _check(self, chunk: fl.FlightStreamChunk) -> Hello:
+        if chunk.app_metadata is None or chunk.data is not None:
+            raise ProtocolError("the stream does not open with a hello")
+        hello = self._codec.check_hello(chunk.app_metadata.to_pybytes())
+        self.acquaintances.meet(hello.sender, hello.incarnation)
+        return hello
