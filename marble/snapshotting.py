@@ -229,6 +229,10 @@ class Snapshots:
         check(info is not None, f"the core installs a snapshot at {meta.index} that is not here")
         assert info is not None
         self._store.pin(info.index)
+        if self._restore is not None:
+            # An older one still waited for its sync or for the machine; it is not restored any more. No job of it is out, or
+            # the core would not have been shown this one.
+            self._store.unpin(self._restore[1].info.index)
         self._restore = number, RestoreJob(self._store, self._machine, info)
 
     def take_restore(self, persisted: int) -> RestoreJob | None:

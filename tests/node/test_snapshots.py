@@ -220,6 +220,58 @@ def test_a_snapshot_is_not_installed_under_a_job_of_the_machine() -> None:
     assert ring[3].rows() == expected(70)
 
 
+def bring(ring: Ring) -> int:
+    """Put the leader's newest snapshot at node 3, whole, and let the leader's offer of it come; returns its index."""
+    leader, follower = ring[1].driver, ring[3].driver
+    info = ring[1].stores[0].newest()
+    receiver = ring[3].stores[0].receive(info)
+    while not receiver.complete:
+        receiver.write(receiver.offset, ring[1].stores[0].piece(info, receiver.offset, 4096))
+    receiver.finish()
+    message = Message(
+        MessageKind.INSTALL_SNAPSHOT,
+        1,
+        3,
+        leader.raft.term,
+        log_index=info.index,
+        log_term=info.term,
+        members=info.members,
+    )
+    follower.receive(leader.snapshots.transfer.offer(message))
+    leader.snapshots.transfer.release(3)
+    assert follower.snapshots.has_install
+    return info.index
+
+
+def test_a_snapshot_that_takes_the_place_of_one_that_waits_to_be_restored_leaves_nothing_behind() -> None:
+    ring = ring_with_rows(10)
+    ring.kill(3)
+    ring.write(60, first=10)
+    first = bring(ring)
+    follower = ring[3].driver
+    # Its sync is under way, or done and the machine has not come to it, when the next one is here.
+    assert follower.begin()
+    ring.write(60, first=70)
+    second = bring(ring)
+    assert second > first
+    number = follower.begin()
+    ring[3].log.sync()
+    follower.persisted(number)
+    job = follower.take_apply()
+    assert isinstance(job, RestoreJob)
+    assert job.info.index == second
+    job.run()
+    follower.finish_apply(job)
+    assert follower.raft.applied_index == second
+    ring.down.clear()
+    ring.tick(6)
+    assert ring[3].rows() == expected(130)
+    # Nobody needs the first one any more: it goes with the next that is taken.
+    ring.write(30, first=130)
+    assert [info.index for info in ring[3].stores[0].infos()] == [ring[3].raft.snapshot.index]
+    assert ring[3].raft.snapshot.index > second
+
+
 def test_an_offer_that_is_of_no_use_is_answered_and_not_fetched() -> None:
     ring = ring_with_rows(50)
     leader, follower = ring[1].driver, ring[2].driver
