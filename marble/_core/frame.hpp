@@ -1,6 +1,8 @@
 // The C++ half of frame.pyx: makes, checks and reads frames. The layout and the invariants are described there.
 #pragma once
 
+#include "hex.hpp"
+
 #include <bit>
 #include <cstdint>
 #include <cstring>
@@ -28,7 +30,6 @@ constexpr int64_t kBatchFrontBytes = 768;
 constexpr int64_t kMetadataBytesMax = 4096;
 constexpr std::string_view kSealKey = "marble.seal";
 constexpr std::string_view kSealMagic = "marble-seal:";
-constexpr int kDigits = 16;
 constexpr int64_t kSealBytes = static_cast<int64_t>(kSealMagic.size()) + 6 * kDigits;
 constexpr int kColumns = 10;
 constexpr int kPayload = 9;   // the column of payloads, and so the number of columns of fixed width
@@ -73,23 +74,6 @@ inline const std::shared_ptr<arrow::Schema>& EntrySchema() {
 constexpr int kWidths[kColumns] = {4, 8, 8, 1, 8, 8, 8, 4, 8, 0};
 
 constexpr int64_t Padded(int64_t size) noexcept { return (size + kAlignment - 1) / kAlignment * kAlignment; }
-
-inline void WriteHex(uint8_t* out, uint64_t value) noexcept {
-  for (int i = kDigits - 1; i >= 0; --i, value >>= 4) out[i] = static_cast<uint8_t>("0123456789abcdef"[value & 15]);
-}
-
-// Exactly the digits that WriteHex makes: an upper-case digit is a flipped bit, not a number.
-inline bool ParseHex(const uint8_t* text, uint64_t* value) noexcept {
-  uint64_t result = 0;
-  for (int i = 0; i < kDigits; ++i) {
-    const uint8_t c = text[i];
-    if (c >= '0' && c <= '9') result = result << 4 | static_cast<uint64_t>(c - '0');
-    else if (c >= 'a' && c <= 'f') result = result << 4 | static_cast<uint64_t>(c - 'a' + 10);
-    else return false;
-  }
-  *value = result;
-  return true;
-}
 
 // XXH3-64 of a frame whose checksum digits, at `digits`, count as zeros ('0').
 inline uint64_t FrameChecksum(const uint8_t* frame, int64_t length, int64_t digits) noexcept {
