@@ -9,6 +9,8 @@
 //      kBitsPerKey.
 #pragma once
 
+#include "key_codec.hpp"
+
 #include <algorithm>
 #include <cstdint>
 #include <string_view>
@@ -24,6 +26,10 @@ namespace marble {
 constexpr uint64_t kBloomLineBytes = 64;
 constexpr uint64_t kBitsPerKey = 10;
 constexpr int kProbes = 6;
+
+inline std::string_view KeyBytes(const KeyColumn& keys, int64_t row) noexcept {
+  return {reinterpret_cast<const char*>(keys.data(row)), keys.size(row)};
+}
 
 inline uint64_t HashKey(std::string_view key) noexcept { return XXH3_64bits(key.data(), key.size()); }
 

@@ -18,7 +18,7 @@
 #include "gather.hpp"
 #include "key_codec.hpp"
 #include "memtable_state.hpp"
-#include "sstable_format.hpp"
+#include "sstable_footer.hpp"
 
 #include <arrow/array/array_primitive.h>
 #include <arrow/buffer.h>
@@ -69,8 +69,11 @@ inline const DamageDetail* DamageOf(const arrow::Status& status) noexcept {
              : nullptr;
 }
 
-inline std::string_view KeyAt(const KeyColumn& keys, int64_t row) noexcept {
-  return {reinterpret_cast<const char*>(keys.data(row)), keys.size(row)};
+// The eight bytes of a key from `depth` on as a number, with zeros behind its end.
+inline uint64_t WordOf(std::string_view key, uint64_t depth) noexcept {
+  uint8_t bytes[8] = {};
+  if (depth < key.size()) std::memcpy(bytes, key.data() + depth, std::min<size_t>(8, key.size() - depth));
+  return LoadBigEndian64(bytes);
 }
 
 // Rows of a file, in key order, checked.
@@ -84,7 +87,7 @@ struct Block {
   int64_t nbytes = 0;                            // Of memory that it holds besides the file's mapping.
 
   int64_t size() const noexcept { return keys->rows; }
-  std::string_view key(int64_t row) const noexcept { return KeyAt(*keys, row); }
+  std::string_view key(int64_t row) const noexcept { return KeyBytes(*keys, row); }
   uint64_t index(int64_t row) const noexcept { return indexes->Value(row); }
   bool is_deleted(int64_t row) const noexcept { return deleted != nullptr && arrow::bit_util::GetBit(deleted, row); }
 
@@ -146,10 +149,39 @@ class TableFile {
   // Smallest and largest values and number of nulls of columns: see sstable_zones.hpp. A row for each block.
   arrow::Status ReadZones(std::shared_ptr<arrow::RecordBatch>* out) const noexcept;
 
-  // Reads every block and checks what can be checked. Goes past the cache.
-  arrow::Status Verify() const noexcept;
+  // Reads the whole file and checks what can be checked, past the cache. `name` becomes its name by content.
+  arrow::Status Verify(std::string* name) const noexcept;
 
  private:
+  arrow::Status OpenBytes(std::shared_ptr<arrow::Buffer> bytes);
+  arrow::Status CheckEnds();
+  arrow::Status CheckSchema() const;
+  arrow::Status CheckIndex();
+  arrow::Status CheckEntries() const;
+  arrow::Status CheckBlock(const Block& block, size_t i) const;
+  arrow::Result<std::shared_ptr<const Block>> Decode(size_t i, bool check) const;
+  template <typename... Words>
+  arrow::Status Wrong(uint64_t offset, Words&&... words) const {
+    return Damaged(name_, offset, std::forward<Words>(words)...);
+  }
+  // Bytes of an array that are not in the file's buffer: what was decompressed.
+  int64_t BytesOutside(const arrow::ArrayData& array) const {
+    int64_t bytes = 0;
+    for (const auto& buffer : array.buffers) {
+      const bool inside = buffer == nullptr || (buffer->data() >= bytes_->data() &&
+                                                buffer->data() <= bytes_->data() + bytes_->size());
+      bytes += inside ? 0 : buffer->capacity();
+    }
+    for (const auto& child : array.child_data) bytes += BytesOutside(*child);
+    return bytes;
+  }
+  // Whether `place` lies within the index section from IndexHead on; what it names begins at a multiple of 64.
+  bool Fits(const IndexPlace& place) const noexcept {
+    const uint64_t room = seal_.index + seal_.index_bytes - head_offset_;
+    return place.offset % kFileAlignment == 0 && place.offset >= sizeof(IndexHead) && place.offset <= room &&
+           place.bytes <= room - place.offset;
+  }
+
   std::shared_ptr<arrow::Buffer> bytes_;
   std::string name_;
   std::shared_ptr<const Layout> layout_;
@@ -157,6 +189,7 @@ class TableFile {
   std::shared_ptr<BlockCache> cache_;
   uint64_t number_ = 0;  // In the cache.
   FileSeal seal_;
+  uint64_t head_offset_ = 0;  // Of IndexHead in the file.
   // Into the mapping:
   const IndexHead* head_ = nullptr;
   const BlockEntry* entries_ = nullptr;
@@ -166,5 +199,269 @@ class TableFile {
   std::vector<uint64_t> words_;  // For each block the eight bytes of its last key after these.
   std::unique_ptr<std::atomic<uint8_t>[]> checked_;  // For each block whether it has been found sound.
 };
+
+inline arrow::Status TableFile::Open(std::shared_ptr<arrow::Buffer> bytes, std::string name,
+                                     std::shared_ptr<const Layout> layout, std::shared_ptr<BlockCache> cache,
+                                     std::shared_ptr<const TableFile>* out) noexcept {
+  return Guarded([&]() -> arrow::Status {
+    auto file = std::make_shared<TableFile>();
+    file->name_ = std::move(name);
+    file->number_ = cache->NewFile();
+    file->cache_ = std::move(cache);
+    ARROW_ASSIGN_OR_RAISE(file->file_schema_, FileSchema(*layout));
+    file->layout_ = std::move(layout);
+    ARROW_RETURN_NOT_OK(file->OpenBytes(std::move(bytes)));
+    *out = std::move(file);
+    return arrow::Status::OK();
+  });
+}
+
+inline arrow::Status TableFile::OpenBytes(std::shared_ptr<arrow::Buffer> bytes) {
+  bytes_ = std::move(bytes);
+  if (!bytes_->is_cpu()) return arrow::Status::Invalid("an sstable is read from memory of the CPU");
+  ARROW_RETURN_NOT_OK(CheckEnds());
+  ARROW_RETURN_NOT_OK(CheckSchema());
+  ARROW_RETURN_NOT_OK(CheckIndex());
+  ARROW_RETURN_NOT_OK(CheckEntries());
+  const auto count = static_cast<size_t>(head_->blocks);
+  const std::string_view first = first_key(0);
+  const std::string_view last = last_key(count - 1);
+  while (skip_ < std::min(first.size(), last.size()) && first[skip_] == last[skip_]) ++skip_;
+  words_.reserve(count);
+  for (size_t i = 0; i < count; ++i) words_.push_back(WordOf(last_key(i), skip_));
+  checked_ = std::make_unique<std::atomic<uint8_t>[]>(count);
+  return arrow::Status::OK();
+}
+
+// Finds the seal, and checks all that is under its checksums but the index section.
+inline arrow::Status TableFile::CheckEnds() {
+  const uint8_t* data = bytes_->data();
+  const auto size = static_cast<uint64_t>(bytes_->size());
+  if (size < kFileMagicBytes + kFileEndBytes) return Wrong(0, "an sstable of only ", size, " bytes");
+  uint32_t footer_bytes;
+  std::memcpy(&footer_bytes, data + size - kFileEndBytes, sizeof(footer_bytes));
+  if (footer_bytes > size - kFileEndBytes) return Wrong(size - kFileEndBytes, "the footer is longer than its file");
+  const uint64_t footer = size - kFileEndBytes - footer_bytes;
+  if (!ReadSeal(data + footer, size - footer, &seal_)) return Wrong(footer, "the footer is damaged");
+  if (seal_.version != kFileVersion) {
+    return arrow::Status::Invalid("sstable ", name_, " is of version ", seal_.version, ", this marble reads version ",
+                                  kFileVersion);
+  }
+  if (seal_.size != size || seal_.header_bytes > seal_.index || seal_.index > footer ||
+      seal_.index_bytes != footer - seal_.index) {
+    return Wrong(footer, "the seal speaks of another file");
+  }
+  if (seal_.header_bytes < kFileMagicBytes + kMessagePrefixBytes ||
+      ChecksumOf(data, seal_.header_bytes) != seal_.header_checksum) {
+    return Wrong(0, "the header is damaged");
+  }
+  return arrow::Status::OK();
+}
+
+inline arrow::Status TableFile::CheckSchema() const {
+  arrow::io::BufferReader reader(arrow::SliceBuffer(bytes_, kFileMagicBytes, seal_.header_bytes - kFileMagicBytes));
+  arrow::ipc::DictionaryMemo memo;
+  auto schema = arrow::ipc::ReadSchema(&reader, &memo);
+  if (!schema.ok()) return Wrong(kFileMagicBytes, "the header holds no schema: ", schema.status().message());
+  if (!(*schema)->Equals(*file_schema_, /*check_metadata=*/false)) {
+    return arrow::Status::Invalid("sstable ", name_, " holds other columns than the table: ", (*schema)->ToString());
+  }
+  return arrow::Status::OK();
+}
+
+inline arrow::Status TableFile::CheckIndex() {
+  const uint8_t* data = bytes_->data();
+  if (ChecksumOf(data + seal_.index, seal_.index_bytes) != seal_.index_checksum) {
+    return Wrong(seal_.index, "the index is damaged");
+  }
+  head_offset_ = AlignUp(seal_.index + kMessagePrefixBytes, kFileAlignment);
+  const uint64_t end = seal_.index + seal_.index_bytes;
+  if (head_offset_ > end || end - head_offset_ < sizeof(IndexHead)) return Wrong(seal_.index, "the index is cut short");
+  // Mappings and Arrow's allocations begin at a multiple of 64; memory that does not cannot be used in place.
+  if (reinterpret_cast<uintptr_t>(data) % alignof(IndexHead) != 0) {
+    return arrow::Status::Invalid("the buffer of an sstable begins at a multiple of ", alignof(IndexHead), " bytes");
+  }
+  head_ = reinterpret_cast<const IndexHead*>(data + head_offset_);
+  if (!Fits(head_->entries) || !Fits(head_->keys) || !Fits(head_->bloom) || !Fits(head_->zones) || head_->blocks == 0 ||
+      head_->entries.bytes % sizeof(BlockEntry) != 0 || head_->entries.bytes / sizeof(BlockEntry) != head_->blocks ||
+      head_->bloom.bytes % kBloomLineBytes != 0) {
+    return Wrong(head_offset_, "the index names parts that are not there");
+  }
+  entries_ = reinterpret_cast<const BlockEntry*>(data + head_offset_ + head_->entries.offset);
+  keys_ = reinterpret_cast<const char*>(data + head_offset_ + head_->keys.offset);
+  bloom_ = BloomFilter(data + head_offset_ + head_->bloom.offset, head_->bloom.bytes / kBloomLineBytes);
+  return arrow::Status::OK();
+}
+
+// Blocks follow each other from the header to the index, and so do their keys.
+inline arrow::Status TableFile::CheckEntries() const {
+  uint64_t offset = seal_.header_bytes;
+  uint64_t key_offset = 0;
+  uint64_t rows = 0;
+  for (size_t i = 0; i < head_->blocks; ++i) {
+    const BlockEntry& entry = entries_[i];
+    const uint64_t key_bytes = uint64_t{entry.first_key_bytes} + entry.last_key_bytes;
+    if (entry.offset != offset || entry.bytes > seal_.index - offset || entry.metadata_bytes < kMessagePrefixBytes ||
+        entry.metadata_bytes > entry.bytes || entry.rows == 0 || entry.tombstones > entry.rows ||
+        entry.key_offset != key_offset || key_bytes > head_->keys.bytes - key_offset) {
+      return Wrong(head_offset_ + head_->entries.offset + i * sizeof(BlockEntry), "entry ", i, " of the index is wrong");
+    }
+    const bool ascends = entry.rows == 1 ? first_key(i) == last_key(i) : first_key(i) < last_key(i);
+    if (!ascends || (i > 0 && last_key(i - 1) >= first_key(i))) {
+      return Wrong(head_offset_ + head_->keys.offset + key_offset, "the keys of block ", i, " do not ascend");
+    }
+    offset += entry.bytes;
+    key_offset += key_bytes;
+    rows += entry.rows;
+  }
+  if (offset != seal_.index || key_offset != head_->keys.bytes || rows != head_->rows) {
+    return Wrong(head_offset_, "the index does not cover its file");
+  }
+  return arrow::Status::OK();
+}
+
+inline size_t TableFile::FindBlock(std::string_view key) const noexcept {
+  // A key that does not begin as all of the file's keys do lies before or behind them.
+  const std::string_view common = last_key().substr(0, skip_);
+  const int order = key.substr(0, skip_).compare(common);
+  if (order != 0) return order < 0 ? 0 : blocks();
+  size_t i = LowerBoundWord(words_.data(), 0, words_.size(), WordOf(key, skip_));
+  if (i == blocks() || last_key(i) >= key) return i;
+  // Words that tie are mostly few; where they are not, halve.
+  size_t end = blocks();
+  for (++i; i < end;) {
+    const size_t middle = i + (end - i) / 2;
+    if (last_key(middle) < key) {
+      i = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return i;
+}
+
+inline arrow::Result<std::shared_ptr<const Block>> TableFile::Load(size_t i) const {
+  if (auto block = cache_->Get(number_, i)) return block;
+  ARROW_ASSIGN_OR_RAISE(auto block, Decode(i, checked_[i].load(std::memory_order_acquire) == 0));
+  checked_[i].store(1, std::memory_order_release);
+  const auto bytes = static_cast<uint64_t>(block->nbytes);
+  return cache_->Put(number_, i, std::move(block), bytes);
+}
+
+inline arrow::Result<std::shared_ptr<const Block>> TableFile::Decode(size_t i, bool check) const {
+  const BlockEntry& entry = entries_[i];
+  const uint64_t body_bytes = entry.bytes - entry.metadata_bytes;
+  if (check && ChecksumOf(bytes_->data() + entry.offset, entry.bytes) != entry.checksum) {
+    return Wrong(entry.offset, "block ", i, " is damaged");
+  }
+  const auto at = static_cast<int64_t>(entry.offset);
+  auto metadata = arrow::SliceBuffer(bytes_, at + static_cast<int64_t>(kMessagePrefixBytes),
+                                     entry.metadata_bytes - static_cast<int64_t>(kMessagePrefixBytes));
+  auto body = arrow::SliceBuffer(bytes_, at + entry.metadata_bytes, static_cast<int64_t>(body_bytes));
+  auto options = arrow::ipc::IpcReadOptions::Defaults();
+  options.use_threads = false;
+  const auto read = [&]() -> arrow::Result<std::shared_ptr<arrow::RecordBatch>> {
+    ARROW_ASSIGN_OR_RAISE(auto message, arrow::ipc::Message::Open(std::move(metadata), std::move(body)));
+    if (message->type() != arrow::ipc::MessageType::RECORD_BATCH) return arrow::Status::Invalid("not a record batch");
+    ARROW_ASSIGN_OR_RAISE(auto batch, arrow::ipc::ReadRecordBatch(*message, file_schema_, nullptr, options));
+    if (batch->num_rows() != int64_t{entry.rows}) return arrow::Status::Invalid("another number of rows");
+    if (check) ARROW_RETURN_NOT_OK(batch->ValidateFull());
+    return batch;
+  };
+  auto batch = read();
+  if (batch.status().IsOutOfMemory()) return batch.status();
+  if (!batch.ok()) return Wrong(entry.offset, "block ", i, " cannot be read: ", batch.status().message());
+  auto columns = (*batch)->column_data();
+  auto block = std::make_shared<Block>();
+  block->deletions = std::move(columns.back());
+  columns.pop_back();
+  block->indexes = std::make_shared<arrow::UInt64Array>(std::move(columns.back()));
+  columns.pop_back();
+  if (block->deletions->GetNullCount() > 0 || block->indexes->null_count() > 0) {
+    return Wrong(entry.offset, "block ", i, " has rows without an index");
+  }
+  if (entry.tombstones > 0) block->deleted = block->deletions->buffers[1]->data();
+  std::vector<std::shared_ptr<arrow::ArrayData>> key_columns;
+  for (const int column : layout_->key) key_columns.push_back(columns[static_cast<size_t>(column)]);
+  auto keys = layout_->codec->EncodeColumns(key_columns, entry.rows);
+  if (!keys.ok()) return Wrong(entry.offset, "block ", i, " has no sound keys: ", keys.status().message());
+  block->keys = *std::move(keys);
+  block->source.rows = entry.rows;
+  block->source.keys = block->keys;
+  for (const auto& column : columns) AddColumn(&block->source, column);
+  block->rows = arrow::RecordBatch::Make(layout_->get_schema, entry.rows, std::move(columns));
+  // Objects cost about as much for each column, however few rows there are.
+  block->nbytes = static_cast<int64_t>(block->keys->nbytes()) + 512 + 320 * file_schema_->num_fields();
+  for (const auto& column : block->source.columns) block->nbytes += BytesOutside(*column);
+  if (check) ARROW_RETURN_NOT_OK(CheckBlock(*block, i));
+  return block;
+}
+
+// Whether the block is as its entry in the index says.
+inline arrow::Status TableFile::CheckBlock(const Block& block, size_t i) const {
+  const BlockEntry& entry = entries_[i];
+  if (block.key(0) != first_key(i) || block.key(block.size() - 1) != last_key(i)) {
+    return Wrong(entry.offset, "block ", i, " has other keys than the index says");
+  }
+  for (int64_t row = 1; row < block.size(); ++row) {
+    if (block.key(row - 1) >= block.key(row)) return Wrong(entry.offset, "the keys of block ", i, " do not ascend");
+  }
+  const uint64_t* indexes = block.indexes->raw_values();
+  const auto [smallest, largest] = std::minmax_element(indexes, indexes + block.size());
+  const int64_t tombstones =
+      arrow::internal::CountSetBits(block.deletions->buffers[1]->data(), block.deletions->offset, block.size());
+  if (*smallest != entry.first_index || *largest != entry.last_index || tombstones != int64_t{entry.tombstones}) {
+    return Wrong(entry.offset, "block ", i, " has other writes than the index says");
+  }
+  return arrow::Status::OK();
+}
+
+inline arrow::Status TableFile::ReadZones(std::shared_ptr<arrow::RecordBatch>* out) const noexcept {
+  return Guarded([&]() -> arrow::Status {
+    const uint64_t offset = head_offset_ + head_->zones.offset;
+    const auto read = [&]() -> arrow::Result<std::shared_ptr<arrow::RecordBatch>> {
+      auto stream = std::make_shared<arrow::io::BufferReader>(
+          arrow::SliceBuffer(bytes_, static_cast<int64_t>(offset), static_cast<int64_t>(head_->zones.bytes)));
+      auto options = arrow::ipc::IpcReadOptions::Defaults();
+      options.use_threads = false;
+      ARROW_ASSIGN_OR_RAISE(auto reader, arrow::ipc::RecordBatchStreamReader::Open(stream, options));
+      std::shared_ptr<arrow::RecordBatch> batch;
+      ARROW_RETURN_NOT_OK(reader->ReadNext(&batch));
+      if (batch == nullptr || batch->num_rows() != static_cast<int64_t>(head_->blocks)) {
+        return arrow::Status::Invalid("not a row for each block");
+      }
+      ARROW_RETURN_NOT_OK(batch->ValidateFull());
+      return batch;
+    };
+    auto batch = read();
+    if (!batch.ok()) return Wrong(offset, "the zone maps cannot be read: ", batch.status().message());
+    *out = *std::move(batch);
+    return arrow::Status::OK();
+  });
+}
+
+inline arrow::Status TableFile::Verify(std::string* name) const noexcept {
+  return Guarded([&]() -> arrow::Status {
+    // What was checked when the file was opened may have changed on the disk since.
+    TableFile again;
+    again.name_ = name_;
+    again.layout_ = layout_;
+    again.file_schema_ = file_schema_;
+    again.cache_ = cache_;
+    ARROW_RETURN_NOT_OK(again.OpenBytes(bytes_));
+    for (size_t i = 0; i < again.blocks(); ++i) {
+      ARROW_ASSIGN_OR_RAISE(const auto block, again.Decode(i, true));
+      for (int64_t row = 0; row < block->size(); ++row) {
+        if (!MayContain(HashKey(block->key(row)))) {
+          return Wrong(head_offset_ + head_->bloom.offset, "the bloom filter lacks a key of block ", i);
+        }
+      }
+    }
+    std::shared_ptr<arrow::RecordBatch> zones;
+    ARROW_RETURN_NOT_OK(again.ReadZones(&zones));
+    *name = ContentName(bytes_->data(), static_cast<uint64_t>(bytes_->size()));
+    return arrow::Status::OK();
+  });
+}
 
 }  // namespace marble

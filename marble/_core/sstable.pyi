@@ -1,13 +1,12 @@
 """Sorted tables in files: written once, mapped, read by block. Layout, ownership and invariants: head of ``sstable.pyx``."""
 
-from collections.abc import Iterator, Sequence
-from typing import Literal, Self, final
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Self, final
 
 import pyarrow as pa
 
-@final
-class SSTableInfo:
-    """What a file holds. Immutable.
+class SSTableInfo(NamedTuple):
+    """What a file holds.
 
     Keys are in the encoding of `marble._core.key_codec`. Tombstones count as rows.
     """
@@ -199,7 +198,7 @@ class SSTable:
         *,
         reverse: bool = False,
         versions: bool = False,
-    ) -> Iterator[pa.RecordBatch]:
+    ) -> SSTableScan:
         """Iterate over rows by key, a block at a time.
 
         Parameters
@@ -220,3 +219,13 @@ class SSTable:
         CorruptionError
             Naming file and offset, from the iterator.
         """
+
+@final
+class SSTableScan:
+    """Iterator over the rows of a file. Calls from several threads take turns; each row comes once."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Schema of the batches."""
+    def __iter__(self) -> SSTableScan: ...
+    def __next__(self) -> pa.RecordBatch: ...

@@ -56,6 +56,17 @@ constexpr size_t kFileSealBytes = kFileSealMagic.size() + kFileSealNumbers * kDi
 
 inline uint64_t ChecksumOf(const uint8_t* bytes, uint64_t size) noexcept { return XXH3_64bits(bytes, size); }
 
+// A file's name by its content.
+inline std::string HexName(XXH128_hash_t hash) {
+  std::string name(2 * kDigits, '0');
+  auto* digits = reinterpret_cast<uint8_t*>(name.data());
+  WriteHex(digits, hash.high64);
+  WriteHex(digits + kDigits, hash.low64);
+  return name;
+}
+
+inline std::string ContentName(const uint8_t* bytes, uint64_t size) { return HexName(XXH3_128bits(bytes, size)); }
+
 // Of a file's end, from the footer on. The last of the seal's numbers, at `digits`, counts as zeros ('0').
 inline uint64_t FooterChecksum(const uint8_t* footer, uint64_t size, uint64_t digits) noexcept {
   XXH3_state_t state;
