@@ -92,6 +92,12 @@ inline void AllocateKeyBytes(KeyColumn* keys) {
 
 class KeyCodec {
  public:
+  enum class Kind : uint8_t { kBool, kUnsigned, kSigned, kFloat, kDecimal, kFixedBytes, kBytes, kLargeBytes };
+  struct Part {
+    Kind kind;
+    int64_t width;  // bytes of the encoding; 0 for kBytes and kLargeBytes
+  };
+
   static arrow::Status Make(std::shared_ptr<arrow::Schema> schema, std::shared_ptr<const KeyCodec>* out) noexcept {
     return Guarded([&]() -> arrow::Status {
       auto codec = std::make_shared<KeyCodec>();
@@ -105,6 +111,8 @@ class KeyCodec {
   const std::shared_ptr<arrow::Schema>& schema() const noexcept { return schema_; }
   // Bytes of every key, or 0 where keys differ in length.
   int64_t width() const noexcept { return variable_ ? 0 : fixed_; }
+  // How each column is encoded.
+  const std::vector<Part>& parts() const noexcept { return parts_; }
 
   arrow::Status Encode(const arrow::RecordBatch& batch, std::shared_ptr<const KeyColumn>* out) const noexcept {
     return Guarded([&]() -> arrow::Status {
@@ -169,12 +177,6 @@ class KeyCodec {
   }
 
  private:
-  enum class Kind : uint8_t { kBool, kUnsigned, kSigned, kFloat, kDecimal, kFixedBytes, kBytes, kLargeBytes };
-  struct Part {
-    Kind kind;
-    int64_t width;  // bytes of the encoding; 0 for kBytes and kLargeBytes
-  };
-
   std::string Names() const {
     std::string names;
     for (const auto& field : schema_->fields()) names += (names.empty() ? "'" : ", '") + field->name() + "'";

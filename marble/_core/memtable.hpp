@@ -16,7 +16,7 @@
 //      for.
 #pragma once
 
-#include "memtable_scan.hpp"
+#include "merge_cursor.hpp"
 #include "memtable_state.hpp"
 
 #include <cstdint>
@@ -59,8 +59,9 @@ inline std::shared_ptr<const KeyColumn> GatherKeys(const RowPlan& plan, int64_t 
   return keys;
 }
 
-// Which batches of a run are to be rewritten: many small ones, or such as are mostly dead.
-inline std::vector<bool> ChooseRewritten(const Run& run) {
+// Which sources of a run are to be rewritten, of batches or (`tombstones`) of deletes: many small ones, or such as are
+// mostly dead.
+inline std::vector<bool> ChooseRewritten(const Run& run, bool tombstones) {
   size_t small = 0;
   size_t sparse = 0;
   int64_t sparse_dead = 0;
@@ -68,9 +69,11 @@ inline std::vector<bool> ChooseRewritten(const Run& run) {
     return slot.source->rows < kSmallRows && slot.source->bytes < kSmallBytes;
   };
   const auto is_sparse = [](const Slot& slot) { return int64_t{slot.live} * 2 < slot.source->rows; };
-  const auto has_rows = [](const Slot& slot) { return slot.live > 0 && !slot.source->columns.empty(); };
+  const auto is_asked = [tombstones](const Slot& slot) {
+    return slot.live > 0 && slot.source->columns.empty() == tombstones;
+  };
   for (const Slot& slot : run.slots) {
-    if (!has_rows(slot)) continue;
+    if (!is_asked(slot)) continue;
     small += is_small(slot) ? 1 : 0;
     if (is_sparse(slot)) {
       ++sparse;
@@ -82,26 +85,33 @@ inline std::vector<bool> ChooseRewritten(const Run& run) {
   std::vector<bool> chosen;
   if (!take_small && !take_sparse) return chosen;
   for (const Slot& slot : run.slots) {
-    chosen.push_back(has_rows(slot) && ((take_small && is_small(slot)) || (take_sparse && is_sparse(slot))));
+    chosen.push_back(is_asked(slot) && ((take_small && is_small(slot)) || (take_sparse && is_sparse(slot))));
   }
   return chosen;
 }
 
-// Copies the rows that `plan` lists, which are the refs of `run` at `positions`, into a source of their own.
+// Copies the rows (or deleted keys) that `plan` lists, which are the refs of `run` at `positions`, into a source of
+// their own.
 inline arrow::Status RewriteRows(const Layout& layout, const RowPlan& plan, const std::vector<size_t>& positions,
-                                 Run* run) {
+                                 bool tombstones, Run* run) {
   auto source = std::make_shared<Source>();
   source->rows = static_cast<int64_t>(plan.rows.size());
-  for (int i = 0; i < layout.schema->num_fields(); ++i) {
+  for (int i = 0; !tombstones && i < layout.schema->num_fields(); ++i) {
     ARROW_ASSIGN_OR_RAISE(auto column, GatherColumn(plan, i, layout.schema->field(i)->type(), false));
     AddColumn(source.get(), std::move(column));
   }
   if (!layout.whole) source->keys = GatherKeys(plan, layout.codec->width());
+  std::shared_ptr<uint64_t[]> indexes(new uint64_t[plan.rows.size()]);
+  for (size_t i = 0; i < plan.rows.size(); ++i) {
+    indexes[i] = plan.sources[plan.rows[i].source]->IndexOf(plan.rows[i].row);
+  }
+  source->indexes = std::move(indexes);
   const auto slot = static_cast<uint32_t>(run->slots.size());
   run->slots.push_back({std::move(source), static_cast<uint32_t>(plan.rows.size())});
   for (size_t i = 0; i < positions.size(); ++i) {
-    const uint64_t old = run->refs[positions[i]];
-    run->refs[positions[i]] = MakeRef(slot, static_cast<uint32_t>(i));
+    uint64_t& ref = run->refs[positions[i]];
+    const uint64_t old = ref & ~kTombstone;  // A tombstone that moves stays one.
+    ref = (ref & kTombstone) | MakeRef(slot, static_cast<uint32_t>(i));
     ReleaseRefs(run, &old, 1);
   }
   return arrow::Status::OK();
@@ -109,8 +119,8 @@ inline arrow::Status RewriteRows(const Layout& layout, const RowPlan& plan, cons
 
 // Frees memory that a merged run keeps for little. It may stop half-way (no memory, too long a row): the run is whole
 // all the same.
-inline arrow::Status RewriteSparse(const Layout& layout, Run* run) {
-  const std::vector<bool> chosen = ChooseRewritten(*run);
+inline arrow::Status RewriteSparse(const Layout& layout, bool tombstones, Run* run) {
+  const std::vector<bool> chosen = ChooseRewritten(*run, tombstones);
   if (chosen.empty()) return arrow::Status::OK();
   const std::vector<Slot> kept = run->slots;  // Sources of the plan stay alive until it is done with.
   RowPlan plan;
@@ -124,7 +134,7 @@ inline arrow::Status RewriteSparse(const Layout& layout, Run* run) {
   int64_t bytes = 0;
   for (size_t i = 0; i < run->size; ++i) {
     const uint32_t slot = SlotOf(run->refs[i]);
-    if (slot < chosen.size() && chosen[slot] && (run->refs[i] & kTombstone) == 0) {
+    if (slot < chosen.size() && chosen[slot]) {
       plan.rows.push_back({numbers[slot], RowOf(run->refs[i])});
       positions.push_back(i);
       bytes += kept[slot].source->bytes / kept[slot].source->rows;
@@ -132,7 +142,7 @@ inline arrow::Status RewriteSparse(const Layout& layout, Run* run) {
     const bool full = plan.rows.size() == kRewriteRows || bytes > kRewriteBytes;
     if (plan.rows.empty() || !(full || i + 1 == run->size)) continue;
     plan.FindSpans();
-    const arrow::Status status = RewriteRows(layout, plan, positions, run);
+    const arrow::Status status = RewriteRows(layout, plan, positions, tombstones, run);
     if (status.IsCapacityError() || status.IsOutOfMemory()) break;
     ARROW_RETURN_NOT_OK(status);
     plan.rows.clear();
@@ -146,9 +156,10 @@ inline arrow::Status RewriteSparse(const Layout& layout, Run* run) {
 class MemtableCore {
  public:
   static arrow::Status Make(std::shared_ptr<arrow::Schema> schema, const std::vector<std::string>& key,
-                            std::shared_ptr<MemtableCore>* out) noexcept {
+                            bool keep_tombstones, std::shared_ptr<MemtableCore>* out) noexcept {
     return Guarded([&]() -> arrow::Status {
       auto table = std::make_shared<MemtableCore>();
+      table->keep_tombstones_ = keep_tombstones;
       ARROW_RETURN_NOT_OK(Layout::Make(std::move(schema), key, &table->layout_));
       auto state = std::make_shared<State>();
       state->layout = table->layout_;
@@ -174,6 +185,7 @@ class MemtableCore {
       ARROW_RETURN_NOT_OK(layout_->CheckBatch(batch));
       auto source = std::make_shared<Source>();
       source->rows = batch.num_rows();
+      source->index = index;
       std::vector<std::shared_ptr<arrow::ArrayData>> key_columns;
       source->columns.reserve(static_cast<size_t>(batch.num_columns()));
       source->views.reserve(static_cast<size_t>(batch.num_columns()));
@@ -197,25 +209,19 @@ class MemtableCore {
       ARROW_RETURN_NOT_OK(CheckIndex(*state, index));
       std::shared_ptr<const KeyColumn> keys;
       ARROW_RETURN_NOT_OK(layout_->codec->Encode(batch, &keys));
-      const size_t distinct = Sort(*keys, 0);
-      std::vector<KeyView> views;
-      views.reserve(distinct);
-      for (size_t i = 0; i < distinct; ++i) views.push_back(state->ViewKey(*keys, items_[i].row));
-      // Only rows that are there need a tombstone.
-      const std::vector<Hit> hits = state->Find(views, 0);
-      size_t count = 0;
-      for (size_t i = 0; i < distinct; ++i) {
-        if (hits[i].live()) items_[count++] = {views[i].word, items_[i].row};
-      }
+      State base = *state;
+      if (keep_tombstones_) Reshape(*keys, &base);
+      const size_t count = keep_tombstones_ ? Sort(*keys, base.shape.skip) : SortPresent(*keys, base);
       std::shared_ptr<Run> run;
       if (count > 0) {
         auto source = std::make_shared<Source>();
         source->rows = keys->rows;
+        source->index = index;
         if (!layout_->whole) source->keys = std::move(keys);
         run = MakeRun(std::move(source), items_.get(), count, true);
-        run->delta.store(-static_cast<int64_t>(count), std::memory_order_relaxed);
+        if (!keep_tombstones_) run->delta.store(-static_cast<int64_t>(count), std::memory_order_relaxed);
       }
-      ARROW_RETURN_NOT_OK(Publish(*state, std::move(run), index));
+      ARROW_RETURN_NOT_OK(Publish(base, std::move(run), index));
       *deleted = static_cast<int64_t>(count);
       return arrow::Status::OK();
     });
@@ -265,6 +271,20 @@ class MemtableCore {
     return SortDistinct(keys, items_.get(), scratch_.get(), skip);
   }
 
+  // As Sort, but leaves only keys of rows that are there: without older rows outside, nothing else needs a tombstone.
+  size_t SortPresent(const KeyColumn& keys, const State& state) {
+    const size_t distinct = Sort(keys, 0);
+    std::vector<KeyView> views;
+    views.reserve(distinct);
+    for (size_t i = 0; i < distinct; ++i) views.push_back(state.ViewKey(keys, items_[i].row));
+    const std::vector<Hit> hits = state.Find(views, 0);
+    size_t count = 0;
+    for (size_t i = 0; i < distinct; ++i) {
+      if (hits[i].live()) items_[count++] = {views[i].word, items_[i].row};
+    }
+    return count;
+  }
+
   // Puts `run` (or nothing) before the runs of `old`, merges what is due, and makes it the state.
   arrow::Status Publish(const State& old, std::shared_ptr<Run> run, uint64_t index) {
     auto state = std::make_shared<State>();
@@ -275,12 +295,15 @@ class MemtableCore {
     state->index = index;
     size_t merged = 0;
     if (run != nullptr) {
-      if (old.runs.empty()) run->delta.store(static_cast<int64_t>(run->size), std::memory_order_relaxed);
+      if (old.runs.empty()) {
+        run->delta.store(static_cast<int64_t>(run->size - run->tombstones), std::memory_order_relaxed);
+      }
       while (merged < old.runs.size() && run->size * 2 > old.runs[merged]->size) {
         const bool bottom = merged + 1 == old.runs.size();
-        run = MergeRuns(*run, *old.runs[merged], bottom, old.shape);
+        run = MergeRuns(*run, *old.runs[merged], bottom, keep_tombstones_, old.shape);
         ++merged;
-        ARROW_RETURN_NOT_OK(RewriteSparse(*layout_, run.get()));
+        ARROW_RETURN_NOT_OK(RewriteSparse(*layout_, false, run.get()));
+        ARROW_RETURN_NOT_OK(RewriteSparse(*layout_, true, run.get()));
       }
       if (run->size > 0) state->runs.push_back(std::move(run));
     }
@@ -294,6 +317,7 @@ class MemtableCore {
   }
 
   std::shared_ptr<const Layout> layout_;
+  bool keep_tombstones_ = false;
   std::mutex writer_lock_;
   mutable std::mutex state_lock_;
   std::shared_ptr<const State> state_;

@@ -9,11 +9,13 @@ Invariants: each object holds its C++ object from ``__cinit__`` or from the only
 """
 cimport cython
 from libc.stdint cimport int64_t, uint64_t
+from libcpp cimport bool as cbool
 from libcpp.memory cimport shared_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 from marble._core.arrow_face cimport batch_of, import_pyarrow, raise_status, schema_of
 from marble._core.arrow_face cimport wrap_array, wrap_batch, wrap_schema
+from marble._core.scan_face cimport CMergeCursor, CScanBatch, CScanOptions, make_scan, scan_options
 from pyarrow.includes.common cimport CStatus
 from pyarrow.includes.libarrow cimport CArray, CRecordBatch, CSchema
 
@@ -26,30 +28,6 @@ cdef object _MAKER = object()
 
 
 cdef extern from "memtable.hpp" namespace "marble" nogil:
-    cdef cppclass CKeyCodec "const marble::KeyCodec":
-        const shared_ptr[CSchema]& schema() noexcept
-
-    cdef cppclass CLayout "const marble::Layout":
-        shared_ptr[CSchema] schema
-        shared_ptr[CSchema] get_schema
-        vector[int] key
-        shared_ptr[CKeyCodec] codec
-
-    cdef cppclass CState "const marble::State":
-        shared_ptr[CLayout] layout
-        vector[int] runs  # Of another element type in truth: only its size is asked for.
-        uint64_t index
-        CStatus CountRows(int64_t* out) noexcept
-        CStatus CountBytes(uint64_t* out) noexcept
-        CStatus GetMany(const CRecordBatch& keys, shared_ptr[CRecordBatch]* out, shared_ptr[CArray]* found) noexcept
-
-    cdef cppclass CScanCursor "marble::ScanCursor":
-        const shared_ptr[CSchema]& schema() noexcept
-        CStatus Next(shared_ptr[CRecordBatch]* out) noexcept
-
-    CStatus make_scan "marble::ScanCursor::Make"(
-        shared_ptr[CState] state, vector[int] columns, int64_t batch_rows_max, shared_ptr[CScanCursor]* out) noexcept
-
     cdef cppclass CMemtable "marble::MemtableCore":
         CLayout& layout() noexcept
         shared_ptr[CState] Take() noexcept
@@ -57,14 +35,15 @@ cdef extern from "memtable.hpp" namespace "marble" nogil:
         CStatus Delete(const CRecordBatch& keys, uint64_t index, int64_t* deleted) noexcept
 
     CStatus make_memtable "marble::MemtableCore::Make"(
-        shared_ptr[CSchema] schema, const vector[string]& key, shared_ptr[CMemtable]* out) noexcept
+        shared_ptr[CSchema] schema, const vector[string]& key, cbool keep_tombstones,
+        shared_ptr[CMemtable]* out) noexcept
 
 
 @cython.final
 cdef class Memtable:
     cdef shared_ptr[CMemtable] table
 
-    def __cinit__(self, schema, key):
+    def __cinit__(self, schema, key, cbool keep_tombstones=False):
         cdef shared_ptr[CSchema] c_schema
         cdef vector[string] names
         schema_of(schema, &c_schema)
@@ -74,7 +53,7 @@ cdef class Memtable:
             if not isinstance(name, str):
                 raise UsageError(f"the key is a sequence of column names, got {name!r} in it")
             names.push_back(name.encode())
-        raise_status(make_memtable(c_schema, names, &self.table))
+        raise_status(make_memtable(c_schema, names, keep_tombstones, &self.table))
 
     @property
     def schema(self):
@@ -119,8 +98,6 @@ cdef class Memtable:
 
 @cython.final
 cdef class Snapshot:
-    cdef shared_ptr[CState] state
-
     def __cinit__(self, maker=None):
         if maker is not _MAKER:
             raise TypeError("a Snapshot comes from Memtable.snapshot")
@@ -147,6 +124,14 @@ cdef class Snapshot:
         return rows
 
     @property
+    def entry_count(self):
+        return self.state.get().CountEntries()
+
+    @property
+    def bytes_about(self):
+        return self.state.get().AboutBytes()
+
+    @property
     def nbytes(self):
         cdef CStatus status
         cdef uint64_t total = 0
@@ -166,29 +151,17 @@ cdef class Snapshot:
         raise_status(status)
         return wrap_batch(rows), wrap_array(found)
 
-    def scan(self, batch_rows_max=65536, columns=None):
-        cdef vector[int] indices
-        cdef int64_t rows_max = batch_rows_max
+    def scan(self, batch_rows_max=65536, columns=None, lower=None, upper=None, *, reverse=False, limit=None):
+        cdef CScanOptions options
         cdef Scan scan = Scan.__new__(Scan, _MAKER)
-        if rows_max < 1:
-            raise UsageError(f"batch_rows_max must be at least 1, got {batch_rows_max}")
-        names = self.schema.names
-        if isinstance(columns, (str, bytes)):
-            raise UsageError(f"columns is a sequence of names, got {columns!r}: write [{columns!r}]")
-        wanted = names if columns is None else list(columns)
-        for name in wanted:
-            if name not in names:
-                raise UsageError(f"column {name!r} is not in the table; its columns are {names}")
-            indices.push_back(names.index(name))
-        if len(set(wanted)) != len(wanted):
-            raise UsageError(f"a column is named twice in {wanted}")
-        raise_status(make_scan(self.state, indices, rows_max, &scan.cursor))
+        scan_options(&options, self.schema, batch_rows_max, columns, lower, upper, reverse, limit)
+        raise_status(make_scan(self.state, options, &scan.cursor))
         return scan
 
 
 @cython.final
 cdef class Scan:
-    cdef shared_ptr[CScanCursor] cursor
+    cdef shared_ptr[CMergeCursor] cursor
 
     def __cinit__(self, maker=None):
         if maker is not _MAKER:
@@ -202,11 +175,11 @@ cdef class Scan:
         return self
 
     def __next__(self):
-        cdef shared_ptr[CRecordBatch] batch
+        cdef CScanBatch batch
         cdef CStatus status
         with nogil:
             status = self.cursor.get().Next(&batch)
         raise_status(status)
-        if batch.get() == NULL:
+        if batch.rows.get() == NULL:
             raise StopIteration
-        return wrap_batch(batch)
+        return wrap_batch(batch.rows)

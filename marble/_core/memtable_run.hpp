@@ -43,6 +43,10 @@ struct Source {
   std::vector<std::shared_ptr<arrow::ArrayData>> columns;
   std::vector<ColumnView> views;  // One per column, side by side: reading a row misses the cache for its own sake only.
   std::shared_ptr<const KeyColumn> keys;  // Null when keys are whole.
+  uint64_t index = 0;                     // Log index of the write that all rows are from, unless `indexes` is there:
+  std::shared_ptr<const uint64_t[]> indexes;  // that of each row.
+
+  uint64_t IndexOf(uint32_t row) const noexcept { return indexes == nullptr ? index : indexes[row]; }
 };
 
 constexpr uint64_t kTombstone = uint64_t{1} << 63;
@@ -344,8 +348,9 @@ inline void ReleaseRefs(Run* run, const uint64_t* refs, size_t count) noexcept {
 }
 
 // Merges two neighbouring runs. In the oldest run of all (`bottom`) tombstones have nothing left to hide and are
-// dropped.
-inline std::shared_ptr<Run> MergeRuns(const Run& newer, const Run& older, bool bottom, const KeyShape& shape) {
+// dropped, unless older rows lie outside of the memtable (`keep_tombstones`).
+inline std::shared_ptr<Run> MergeRuns(const Run& newer, const Run& older, bool bottom, bool keep_tombstones,
+                                      const KeyShape& shape) {
   auto run = std::make_shared<Run>();
   if (newer.slots.size() + older.slots.size() > kSlotMax) throw std::bad_alloc();
   run->slots.reserve(newer.slots.size() + older.slots.size());
@@ -366,7 +371,7 @@ inline std::shared_ptr<Run> MergeRuns(const Run& newer, const Run& older, bool b
   MergePieces(shape, newer_piece, older_piece, sources.data(), &out);
   run->size = out.size;
   ReleaseRefs(run.get(), dropped.get(), out.dropped_size);
-  if (bottom && run->tombstones > 0) {
+  if (bottom && !keep_tombstones && run->tombstones > 0) {
     size_t kept = 0;
     for (size_t i = 0; i < run->size; ++i) {
       const uint64_t ref = run->refs[i];
@@ -387,7 +392,7 @@ inline std::shared_ptr<Run> MergeRuns(const Run& newer, const Run& older, bool b
   const int64_t newer_delta = newer.delta.load(std::memory_order_relaxed);
   const int64_t older_delta = older.delta.load(std::memory_order_relaxed);
   if (bottom) {
-    run->delta.store(static_cast<int64_t>(run->size), std::memory_order_relaxed);
+    run->delta.store(static_cast<int64_t>(run->size - run->tombstones), std::memory_order_relaxed);
   } else if (newer_delta != Run::kUnknown && older_delta != Run::kUnknown) {
     run->delta.store(newer_delta + older_delta, std::memory_order_relaxed);
   }

@@ -4,7 +4,7 @@
 // Ownership: a state shares its runs and its layout; whoever holds a state can read it for as long as it likes.
 // Thread safety: immutable; every function may run in any number of threads at once, without the GIL.
 // Invariants:
-//   1. No run is empty, and the last (oldest) one has no tombstone.
+//   1. No run is empty. The last (oldest) one has no tombstone, unless the memtable keeps them for older rows elsewhere.
 //   2. Rows that refs name exist in their sources; sources hold rows that passed full validation.
 //   3. All keys of all runs begin with the same `shape.skip` bytes, and all words start behind these.
 #pragma once
@@ -186,6 +186,27 @@ struct State {
 
   arrow::Status CountBytes(uint64_t* out) const noexcept;
 
+  // Entries of all runs: at least as many as there are rows and tombstones.
+  uint64_t CountEntries() const noexcept {
+    uint64_t entries = 0;
+    for (const auto& run : runs) entries += run->size;
+    return entries;
+  }
+
+  // About how many bytes rows, keys and runs have. Quick: whole allocations behind slices are not looked at.
+  uint64_t AboutBytes() const noexcept {
+    uint64_t bytes = 0;
+    for (const auto& run : runs) {
+      bytes += run->size * 16;
+      for (const Slot& slot : run->slots) {
+        if (slot.source == nullptr) continue;
+        bytes += static_cast<uint64_t>(slot.source->bytes);
+        if (slot.source->keys != nullptr) bytes += slot.source->keys->nbytes();
+      }
+    }
+    return bytes;
+  }
+
   arrow::Status GetMany(const arrow::RecordBatch& keys, std::shared_ptr<arrow::RecordBatch>* out,
                         std::shared_ptr<arrow::Array>* found) const noexcept {
     return Guarded([&]() -> arrow::Status {
@@ -278,6 +299,7 @@ inline arrow::Status State::CountBytes(uint64_t* out) const noexcept {
       for (const Slot& slot : run->slots) {
         if (slot.source == nullptr) continue;
         if (slot.source->keys != nullptr) total += slot.source->keys->nbytes();
+        if (slot.source->indexes != nullptr) total += static_cast<uint64_t>(slot.source->rows) * 8;
         for (const auto& column : slot.source->columns) AddBuffers(*column, &buffers);
       }
     }
