@@ -1,5 +1,6 @@
 """Memcomparable bytes of primary keys. Layout, ownership and invariants: head of ``key_codec.pyx``."""
 
+from collections.abc import Iterable
 from typing import Self, final
 
 import pyarrow as pa
@@ -49,3 +50,34 @@ class KeyCodec:
         UsageError
             Other columns or types than `schema`, a null, or a NaN. The message names column and row.
         """
+    def encode_prefix(self, batch: pa.RecordBatch, *, open_end: bool = False) -> list[bytes]:
+        """Encode the first columns of keys: every key that begins with these values begins with these bytes.
+
+        Parameters
+        ----------
+        batch
+            Its columns are one or more of the key columns, from the first on, in key order.
+        open_end
+            The last of them may go on: text or bytes that begin with the value.
+
+        Returns
+        -------
+        list of bytes
+            One for each row. Keys that begin so are those in ``[prefix, prefix_end(prefix))``.
+
+        Raises
+        ------
+        UsageError
+            As `encode`; `open_end` with a last column that is neither string nor binary.
+        """
+    def decode(self, keys: Iterable[bytes]) -> pa.RecordBatch:
+        """Return the key columns of encoded keys, a row for each. -0.0 comes back as 0.0.
+
+        Raises
+        ------
+        UsageError
+            Bytes that are no key of this codec.
+        """
+
+def prefix_end(prefix: bytes) -> bytes | None:
+    """Return the smallest bytes that lie above all that begin with `prefix`; None if nothing does."""

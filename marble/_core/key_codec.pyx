@@ -9,9 +9,15 @@ cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libcpp.memory cimport shared_ptr
-from marble._core.arrow_face cimport batch_of, import_pyarrow, raise_status, schema_of, wrap_schema
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+from marble._core.arrow_face cimport batch_of, import_pyarrow, raise_status, schema_of, wrap_batch, wrap_schema
 from pyarrow.includes.common cimport CStatus
 from pyarrow.includes.libarrow cimport CRecordBatch, CSchema
+
+import pyarrow as pa
+
+from marble.errors import UsageError
 
 import_pyarrow()
 
@@ -33,6 +39,11 @@ cdef extern from "key_codec.hpp" namespace "marble" nogil:
         CStatus Encode(const CRecordBatch& batch, shared_ptr[CKeyColumn]* out) noexcept
 
     CStatus make_codec "marble::KeyCodec::Make"(shared_ptr[CSchema] schema, shared_ptr[CKeyCodec]* out) noexcept
+
+
+cdef extern from "key_decode.hpp" namespace "marble" nogil:
+    CStatus decode_keys "marble::KeyDecoder::DecodeBatch"(
+        const CKeyCodec& codec, const vector[string]& keys, shared_ptr[CRecordBatch]* out) noexcept
 
 
 @cython.final
@@ -90,3 +101,34 @@ cdef class KeyCodec:
             status = self.codec.get().Encode(c_batch.get()[0], &column.column)
         raise_status(status)
         return column
+
+    def encode_prefix(self, batch, *, open_end=False):
+        schema = self.schema
+        count = batch.num_columns if isinstance(batch, pa.RecordBatch) else 0
+        if not 1 <= count <= len(schema):
+            raise UsageError(f"a beginning of the key is a batch of 1 to {len(schema)} of its columns, from the first on")
+        keys = KeyCodec(pa.schema([schema.field(i) for i in range(count)])).encode(batch).to_pylist()
+        if not open_end:
+            return keys
+        last = schema.field(count - 1)
+        if last.type not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
+            raise UsageError(f"only text and bytes can go on: key column {last.name!r} has type {last.type}")
+        return [key[:-2] for key in keys]
+
+    def decode(self, keys):
+        cdef vector[string] c_keys
+        cdef shared_ptr[CRecordBatch] batch
+        cdef CStatus status
+        for key in keys:
+            if not isinstance(key, bytes):
+                raise UsageError(f"an encoded key is bytes, got {key!r}")
+            c_keys.push_back(key)
+        with nogil:
+            status = decode_keys(self.codec.get()[0], c_keys, &batch)
+        raise_status(status)
+        return wrap_batch(batch)
+
+
+def prefix_end(bytes prefix):
+    start = prefix.rstrip(b"\xff")
+    return start[:-1] + bytes([start[-1] + 1]) if start else None

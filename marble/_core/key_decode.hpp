@@ -46,6 +46,25 @@ class KeyDecoder {
     return columns;
   }
 
+  // As Decode, of bytes that anybody may have made.
+  static arrow::Status DecodeBatch(const KeyCodec& codec, const std::vector<std::string>& keys,
+                                   std::shared_ptr<arrow::RecordBatch>* out) noexcept {
+    return Guarded([&]() -> arrow::Status {
+      const auto rows = static_cast<int64_t>(keys.size());
+      ARROW_ASSIGN_OR_RAISE(auto columns, Decode(codec, std::vector<std::string_view>(keys.begin(), keys.end())));
+      *out = arrow::RecordBatch::Make(codec.schema(), rows, std::move(columns));
+      ARROW_RETURN_NOT_OK((*out)->ValidateFull());
+      std::shared_ptr<const KeyColumn> again;
+      ARROW_RETURN_NOT_OK(codec.Encode(**out, &again));
+      for (size_t i = 0; i < keys.size(); ++i) {
+        const auto row = static_cast<int64_t>(i);
+        const std::string_view key(reinterpret_cast<const char*>(again->data(row)), again->size(row));
+        if (key != keys[i]) return arrow::Status::Invalid("key ", i, " is not what its values are encoded as");
+      }
+      return arrow::Status::OK();
+    });
+  }
+
  private:
   static arrow::Status TooShort() { return arrow::Status::Invalid("a key ends too early"); }
 

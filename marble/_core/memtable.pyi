@@ -18,6 +18,8 @@ class Memtable:
         The table's columns. Dictionary, run-end-encoded and extension types are refused.
     key
         Names of the key columns, in key order.
+    keep_tombstones
+        Older rows of the table lie elsewhere, in files: deletes are kept so that they hide them.
 
     Raises
     ------
@@ -25,7 +27,7 @@ class Memtable:
         A key column is unknown, repeated or of a type that `KeyCodec` refuses; a column's type cannot be stored.
     """
 
-    def __new__(cls, schema: pa.Schema, key: Sequence[str]) -> Self: ...
+    def __new__(cls, schema: pa.Schema, key: Sequence[str], keep_tombstones: bool = False) -> Self: ...
     @property
     def schema(self) -> pa.Schema:
         """The table's schema, as given."""
@@ -66,7 +68,7 @@ class Memtable:
         Returns
         -------
         int
-            Rows that were there and are no longer.
+            Rows that were there and are no longer; with `keep_tombstones`, distinct keys, whether they were here or not.
 
         Raises
         ------
@@ -93,10 +95,16 @@ class Snapshot:
         """Index of the last write in it; 0 before the first."""
     @property
     def row_count(self) -> int:
-        """Rows, exactly. Counted when first asked, and then remembered."""
+        """Rows, exactly, tombstones aside. Counted when first asked, and then remembered."""
     @property
     def run_count(self) -> int:
         """Sorted runs that reads look into."""
+    @property
+    def entry_count(self) -> int:
+        """Entries of its runs: at least as many as there are rows and tombstones."""
+    @property
+    def bytes_about(self) -> int:
+        """About how many bytes its rows and keys have. Quick, unlike `nbytes`: for deciding when to flush."""
     @property
     def nbytes(self) -> int:
         """Bytes of memory held by this snapshot: index, keys, and the whole allocations behind batches, each once."""
@@ -119,8 +127,17 @@ class Snapshot:
         UsageError
             Wrong columns, or a null or NaN.
         """
-    def scan(self, batch_rows_max: int = 65536, columns: Sequence[str] | None = None) -> Scan:
-        """Iterate over all rows in key order.
+    def scan(
+        self,
+        batch_rows_max: int = 65536,
+        columns: Sequence[str] | None = None,
+        lower: bytes | None = None,
+        upper: bytes | None = None,
+        *,
+        reverse: bool = False,
+        limit: int | None = None,
+    ) -> Scan:
+        """Iterate over rows in key order.
 
         Parameters
         ----------
@@ -128,11 +145,17 @@ class Snapshot:
             Most rows of a batch, at least 1. Batches may be smaller, never empty.
         columns
             Names of the columns wanted, in that order; None for all.
+        lower, upper
+            Encoded keys, or any bytes: only rows with ``lower <= key < upper``.
+        reverse
+            From the largest key down.
+        limit
+            Most rows of all.
 
         Raises
         ------
         UsageError
-            An unknown or repeated column, or `batch_rows_max` below 1.
+            An unknown or repeated column, `batch_rows_max` below 1, `limit` below 0, or a bound that is not bytes.
         """
 
 @final

@@ -11,6 +11,7 @@
 
 #include "gather.hpp"
 #include "key_codec.hpp"
+#include "lookup.hpp"
 #include "memtable_run.hpp"
 
 #include <arrow/array/array_primitive.h>
@@ -21,6 +22,7 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -202,6 +204,7 @@ struct State {
         if (slot.source == nullptr) continue;
         bytes += static_cast<uint64_t>(slot.source->bytes);
         if (slot.source->keys != nullptr) bytes += slot.source->keys->nbytes();
+        if (slot.source->indexes != nullptr) bytes += static_cast<uint64_t>(slot.source->rows) * 8;
       }
     }
     return bytes;
@@ -212,23 +215,19 @@ struct State {
     return Guarded([&]() -> arrow::Status {
       std::shared_ptr<const KeyColumn> encoded;
       ARROW_RETURN_NOT_OK(layout->codec->Encode(keys, &encoded));
-      RowPlan plan;
-      std::shared_ptr<arrow::Buffer> bitmap;
-      ARROW_ASSIGN_OR_RAISE(bitmap, arrow::AllocateEmptyBitmap(encoded->rows));
-      PlanRows(Find(ViewKeys(*encoded), 0), &plan, bitmap->mutable_data());
-      std::vector<std::shared_ptr<arrow::ArrayData>> columns(static_cast<size_t>(layout->schema->num_fields()));
-      for (size_t i = 0; i < layout->key.size(); ++i) {
-        columns[static_cast<size_t>(layout->key[i])] = keys.column_data(static_cast<int>(i));
+      Lookup lookup(static_cast<size_t>(encoded->rows));
+      const std::vector<Hit> hits = Find(ViewKeys(*encoded), 0);
+      for (size_t i = 0; i < hits.size(); ++i) {
+        if (hits[i].live()) lookup.Put(i, SourceOf(hits[i]), RowOf(hits[i].ref));
       }
-      for (size_t i = 0; i < columns.size(); ++i) {
-        if (columns[i] != nullptr) continue;
-        const auto& type = layout->schema->field(static_cast<int>(i))->type();
-        ARROW_ASSIGN_OR_RAISE(columns[i], GatherColumn(plan, static_cast<int>(i), type, true));
-      }
-      *out = arrow::RecordBatch::Make(layout->get_schema, encoded->rows, std::move(columns));
-      *found = std::make_shared<arrow::BooleanArray>(encoded->rows, std::move(bitmap));
-      return arrow::Status::OK();
+      std::vector<int> columns(static_cast<size_t>(layout->schema->num_fields()));
+      std::iota(columns.begin(), columns.end(), 0);
+      return lookup.Gather(*layout->get_schema, layout->key, keys, columns, out, found);
     });
+  }
+
+  const Source* SourceOf(const Hit& hit) const noexcept {
+    return runs[static_cast<size_t>(hit.run)]->slots[SlotOf(hit.ref)].source.get();
   }
 
   // A key as the runs know it. One that does not begin as all the table's keys do is in no run: its view has no data.
@@ -245,36 +244,6 @@ struct State {
     views.reserve(static_cast<size_t>(keys.rows));
     for (int64_t row = 0; row < keys.rows; ++row) views.push_back(ViewKey(keys, row));
     return views;
-  }
-
- private:
-  // Turns hits into a plan with its sources numbered from 0, and sets the bits of the rows that are there.
-  void PlanRows(const std::vector<Hit>& hits, RowPlan* plan, uint8_t* bitmap) const {
-    constexpr uint32_t kNone = std::numeric_limits<uint32_t>::max();
-    std::vector<std::vector<uint32_t>> numbers(runs.size());
-    uint32_t missing = kNone;
-    plan->rows.reserve(hits.size());
-    for (size_t i = 0; i < hits.size(); ++i) {
-      const Hit& hit = hits[i];
-      if (!hit.live()) {
-        if (missing == kNone) {
-          missing = static_cast<uint32_t>(plan->sources.size());
-          plan->sources.push_back(nullptr);
-        }
-        plan->rows.push_back({missing, 0});
-        continue;
-      }
-      arrow::bit_util::SetBit(bitmap, static_cast<int64_t>(i));
-      const auto r = static_cast<size_t>(hit.run);
-      if (numbers[r].empty()) numbers[r].assign(runs[r]->slots.size(), kNone);
-      uint32_t& number = numbers[r][SlotOf(hit.ref)];
-      if (number == kNone) {
-        number = static_cast<uint32_t>(plan->sources.size());
-        plan->sources.push_back(runs[r]->slots[SlotOf(hit.ref)].source.get());
-      }
-      plan->rows.push_back({number, RowOf(hit.ref)});
-    }
-    plan->FindSpans();
   }
 };
 

@@ -1,0 +1,353 @@
+// One table's rows where they lie in memtables and in files, read as one.
+//
+// Layout: sources newest first: states of memtables, then levels. A level is files whose keys do not overlap, in key
+// order; a file that overlaps others is a level of its own. Of a key's versions the one in the newest source counts.
+// Ownership: a reader shares states and files; scans share them with it. What they give out keeps mappings alive.
+// Thread safety: immutable; every function may run in any number of threads at once, without the GIL.
+// Invariants:
+//   1. All sources are of one layout. The files of a level ascend, and so do the keys within them.
+//   2. A block that cannot hold what is looked for is left out of a scan only if no older block that can lies in its
+//      range of keys: its versions, tombstones too, may hide older ones.
+#pragma once
+
+#include "lookup.hpp"
+#include "merge_cursor.hpp"
+#include "sstable.hpp"
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace marble {
+
+constexpr int64_t kGetKeys = 4096;  // Keys whose blocks are held at a time.
+
+using FilePtr = std::shared_ptr<const TableFile>;
+
+// Files with ascending keys that do not overlap. `wanted` has, for each file, a bit for each block: whether it can hold
+// what is looked for; null where nothing is known.
+struct Level {
+  std::vector<FilePtr> files;
+  std::vector<std::shared_ptr<arrow::Buffer>> wanted;
+
+  // First file from `from` on whose last key is not below `key`.
+  size_t FindFile(std::string_view key, size_t from = 0) const noexcept {
+    size_t end = files.size();
+    while (from < end) {
+      const size_t middle = from + (end - from) / 2;
+      if (files[middle]->last_key() < key) {
+        from = middle + 1;
+      } else {
+        end = middle;
+      }
+    }
+    return from;
+  }
+
+  bool IsWanted(size_t file, size_t block) const noexcept {
+    return wanted.empty() || wanted[file] == nullptr ||
+           arrow::bit_util::GetBit(wanted[file]->data(), static_cast<int64_t>(block));
+  }
+
+  // Whether a block that is wanted has keys in [first, last].
+  bool HasWanted(std::string_view first, std::string_view last) const noexcept {
+    size_t file = FindFile(first);
+    if (file == files.size()) return false;
+    for (size_t block = files[file]->FindBlock(first); file < files.size(); ++file, block = 0) {
+      for (; block < files[file]->blocks(); ++block) {
+        if (files[file]->first_key(block) > last) return false;
+        if (IsWanted(file, block)) return true;
+      }
+    }
+    return false;
+  }
+};
+
+using Levels = std::vector<Level>;  // Newest first.
+
+// The blocks of one level between the bounds of a scan.
+class LevelStream : public BlockStream {
+ public:
+  LevelStream(std::shared_ptr<const Levels> levels, size_t level, const ScanOptions& options)
+      : levels_(std::move(levels)), level_(level), lower_(options.lower), upper_(options.upper),
+        has_upper_(options.has_upper), reverse_(options.reverse) {
+    const std::vector<FilePtr>& files = this->files();
+    if (!reverse_) {
+      file_ = lower_.empty() ? 0 : (*levels_)[level_].FindFile(lower_);
+      if (file_ < files.size()) block_ = lower_.empty() ? 0 : files[file_]->FindBlock(lower_);
+      return;
+    }
+    file_ = files.size();
+    if (has_upper_) {
+      // Keys are below `upper`: the block that it would be in may begin with it, or above.
+      file_ = (*levels_)[level_].FindFile(upper_);
+      const size_t block = file_ < files.size() ? files[file_]->FindBlock(upper_) : 0;
+      if (file_ < files.size() && files[file_]->first_key(block) < upper_) {
+        block_ = block + 1;
+        ++file_;
+      } else if (block > 0) {
+        block_ = block;
+        ++file_;
+      } else {
+        block_ = file_ > 0 ? files[file_ - 1]->blocks() : 0;
+      }
+    } else if (file_ > 0) {
+      block_ = files[file_ - 1]->blocks();
+    }
+  }
+
+  arrow::Status Next(StreamBlock* out) override {
+    *out = {};
+    while (Stands()) {
+      const TableFile& file = *files()[reverse_ ? file_ - 1 : file_];
+      const size_t block = reverse_ ? block_ - 1 : block_;
+      if (reverse_ ? file.last_key(block) < lower_ : has_upper_ && file.first_key(block) >= upper_) return End();
+      if (MayLeaveOut(file, block)) {
+        Step();
+        continue;
+      }
+      ARROW_ASSIGN_OR_RAISE(std::shared_ptr<const Block> loaded, file.Load(block));
+      Step();
+      out->deleted = loaded->deleted;
+      out->indexes = loaded->indexes->raw_values();
+      const Source* source = &loaded->source;
+      out->source = std::shared_ptr<const Source>(std::move(loaded), source);
+      break;
+    }
+    return arrow::Status::OK();
+  }
+
+  std::string Start() const override {
+    const std::string_view first = files().front()->first_key();
+    return std::string(first.substr(0, CommonBytes(first, files().back()->last_key())));
+  }
+
+ private:
+  const std::vector<FilePtr>& files() const noexcept { return (*levels_)[level_].files; }
+
+  // Forward, [file_, block_] is the next block; in reverse it is the one before [file_ - 1, block_].
+  bool Stands() const noexcept { return reverse_ ? file_ > 0 : file_ < files().size(); }
+
+  void Step() noexcept {
+    if (reverse_) {
+      if (--block_ == 0 && --file_ > 0) block_ = files()[file_ - 1]->blocks();
+    } else if (++block_ == files()[file_]->blocks()) {
+      ++file_;
+      block_ = 0;
+    }
+  }
+
+  arrow::Status End() noexcept {
+    file_ = reverse_ ? 0 : files().size();
+    return arrow::Status::OK();
+  }
+
+  bool MayLeaveOut(const TableFile& file, size_t block) const noexcept {
+    if ((*levels_)[level_].IsWanted(reverse_ ? file_ - 1 : file_, block)) return false;
+    for (size_t older = level_ + 1; older < levels_->size(); ++older) {
+      if ((*levels_)[older].HasWanted(file.first_key(block), file.last_key(block))) return false;
+    }
+    return true;
+  }
+
+  const std::shared_ptr<const Levels> levels_;
+  const size_t level_;
+  const std::string lower_;
+  const std::string upper_;
+  const bool has_upper_;
+  const bool reverse_;
+  size_t file_ = 0;
+  size_t block_ = 0;
+};
+
+class LsmReader {
+ public:
+  using States = std::vector<std::shared_ptr<const State>>;
+
+  static arrow::Status Make(States states, std::vector<std::vector<FilePtr>> levels,
+                            std::shared_ptr<const LsmReader>* out) noexcept {
+    return Guarded([&]() -> arrow::Status {
+      auto reader = std::make_shared<LsmReader>();
+      for (auto& files : levels) {
+        if (!files.empty()) reader->levels_.push_back({std::move(files), {}});
+      }
+      if (states.empty() && reader->levels_.empty()) {
+        return arrow::Status::Invalid("a table is read from at least one memtable or file");
+      }
+      reader->layout_ = states.empty() ? reader->levels_[0].files[0]->layout() : states[0]->layout;
+      reader->states_ = std::move(states);
+      ARROW_RETURN_NOT_OK(reader->Check());
+      *out = std::move(reader);
+      return arrow::Status::OK();
+    });
+  }
+
+  const std::shared_ptr<const Layout>& layout() const noexcept { return layout_; }
+
+  // Columns other than the key's are null where no row has the key.
+  arrow::Status GetMany(const arrow::RecordBatch& keys, const std::vector<int>& columns,
+                        std::shared_ptr<arrow::RecordBatch>* out, std::shared_ptr<arrow::Array>* found) const noexcept {
+    return Guarded([&]() -> arrow::Status {
+      std::shared_ptr<const KeyColumn> encoded;
+      ARROW_RETURN_NOT_OK(layout_->codec->Encode(keys, &encoded));
+      if (levels_.empty() || keys.num_rows() <= kGetKeys) return GetPart(keys, *encoded, columns, out, found);
+      arrow::RecordBatchVector parts;
+      arrow::ArrayVector founds;
+      for (int64_t first = 0; first < keys.num_rows(); first += kGetKeys) {
+        const auto part = keys.Slice(first, kGetKeys);
+        ARROW_RETURN_NOT_OK(layout_->codec->Encode(*part, &encoded));
+        parts.emplace_back();
+        founds.emplace_back();
+        ARROW_RETURN_NOT_OK(GetPart(*part, *encoded, columns, &parts.back(), &founds.back()));
+      }
+      ARROW_ASSIGN_OR_RAISE(*out, arrow::ConcatenateRecordBatches(parts));
+      return arrow::Concatenate(founds).Value(found);
+    });
+  }
+
+  // `wanted` has for each level, for each of its files, which blocks can hold what is looked for; see Level.
+  arrow::Status Scan(ScanOptions options, std::vector<std::vector<std::shared_ptr<arrow::Buffer>>> wanted,
+                     std::shared_ptr<MergeCursor>* out) const noexcept {
+    return Guarded([&]() -> arrow::Status {
+      auto levels = std::make_shared<Levels>(levels_);
+      for (size_t i = 0; i < wanted.size(); ++i) (*levels)[i].wanted = std::move(wanted[i]);
+      MergeCursor::Streams streams;
+      for (size_t i = 0; i < levels->size(); ++i) streams.push_back(std::make_unique<LevelStream>(levels, i, options));
+      return MergeCursor::Make(layout_, states_, std::move(streams), std::move(options), out);
+    });
+  }
+
+  arrow::Status CountRows(ScanOptions options, uint64_t* out) const noexcept {
+    std::shared_ptr<MergeCursor> cursor;
+    ARROW_RETURN_NOT_OK(Scan(std::move(options), {}, &cursor));
+    ScanBatch batch;
+    *out = 0;
+    for (;;) {
+      ARROW_RETURN_NOT_OK(cursor->Next(&batch));
+      if (batch.rows == nullptr) return arrow::Status::OK();
+      *out += static_cast<uint64_t>(batch.rows->num_rows());
+    }
+  }
+
+ private:
+  arrow::Status Check() const {
+    const auto check_layout = [this](const Layout& other) -> arrow::Status {
+      if (&other == layout_.get() || (other.schema->Equals(*layout_->schema) && other.key == layout_->key)) {
+        return arrow::Status::OK();
+      }
+      return arrow::Status::Invalid("memtables and files are of different tables");
+    };
+    for (const auto& state : states_) ARROW_RETURN_NOT_OK(check_layout(*state->layout));
+    for (const Level& level : levels_) {
+      for (size_t i = 0; i < level.files.size(); ++i) {
+        ARROW_RETURN_NOT_OK(check_layout(*level.files[i]->layout()));
+        if (i > 0 && level.files[i - 1]->last_key() >= level.files[i]->first_key()) {
+          return arrow::Status::Invalid("files ", level.files[i - 1]->name(), " and ", level.files[i]->name(),
+                                        " of one level overlap or are out of order");
+        }
+      }
+    }
+    return arrow::Status::OK();
+  }
+
+  arrow::Status GetPart(const arrow::RecordBatch& keys, const KeyColumn& encoded, const std::vector<int>& columns,
+                        std::shared_ptr<arrow::RecordBatch>* out, std::shared_ptr<arrow::Array>* found) const {
+    const auto count = static_cast<size_t>(encoded.rows);
+    Lookup lookup(count);
+    std::vector<uint32_t> open(count);
+    for (size_t i = 0; i < count; ++i) open[i] = static_cast<uint32_t>(i);
+    for (const auto& state : states_) {
+      if (open.empty()) break;
+      if (!state->runs.empty()) FindInState(*state, encoded, &open, &lookup);
+    }
+    std::vector<std::shared_ptr<const Block>> held;
+    if (!open.empty() && !levels_.empty()) ARROW_RETURN_NOT_OK(FindInFiles(encoded, &open, &lookup, &held));
+    return lookup.Gather(*layout_->get_schema, layout_->key, keys, columns, out, found);
+  }
+
+  static void FindInState(const State& state, const KeyColumn& keys, std::vector<uint32_t>* open, Lookup* lookup) {
+    std::vector<KeyView> views;
+    views.reserve(open->size());
+    for (const uint32_t i : *open) views.push_back(state.ViewKey(keys, i));
+    const std::vector<Hit> hits = state.Find(views, 0);
+    size_t left = 0;
+    for (size_t i = 0; i < hits.size(); ++i) {
+      if (hits[i].live()) lookup->Put((*open)[i], state.SourceOf(hits[i]), RowOf(hits[i].ref));
+      if (hits[i].run < 0) (*open)[left++] = (*open)[i];
+    }
+    open->resize(left);
+  }
+
+  // `open` are keys by row. `held` keeps the blocks that the lookup refers to.
+  arrow::Status FindInFiles(const KeyColumn& keys, std::vector<uint32_t>* open, Lookup* lookup,
+                            std::vector<std::shared_ptr<const Block>>* held) const {
+    // In key order each file and each block is looked for once.
+    std::vector<SortItem> items;
+    items.reserve(open->size());
+    for (const uint32_t row : *open) items.push_back({keys.Word(row, 0), row});
+    std::vector<SortItem> scratch(items.size());
+    SortKeys(keys, items.data(), scratch.data(), items.size(), 0);
+    for (size_t i = 0; i < items.size(); ++i) (*open)[i] = items[i].row;
+    std::vector<uint64_t> hashes(static_cast<size_t>(keys.rows));
+    for (const uint32_t row : *open) hashes[row] = HashKey(KeyAt(keys, row));
+    for (const Level& level : levels_) {
+      ARROW_RETURN_NOT_OK(FindInLevel(level, keys, hashes, open, lookup, held));
+      if (open->empty()) break;
+    }
+    return arrow::Status::OK();
+  }
+
+  static arrow::Status FindInLevel(const Level& level, const KeyColumn& keys, const std::vector<uint64_t>& hashes,
+                                   std::vector<uint32_t>* open, Lookup* lookup,
+                                   std::vector<std::shared_ptr<const Block>>* held) {
+    size_t left = 0;
+    size_t at = 0;
+    for (size_t file = 0; at < open->size();) {
+      file = level.FindFile(KeyAt(keys, (*open)[at]), file);
+      if (file == level.files.size()) break;
+      const TableFile& table = *level.files[file];
+      size_t end = at;
+      for (; end < open->size() && KeyAt(keys, (*open)[end]) <= table.last_key(); ++end) {
+        table.bloom().Prefetch(hashes[(*open)[end]]);
+      }
+      size_t loaded = table.blocks();
+      const Block* block = nullptr;
+      for (; at < end; ++at) {
+        const uint32_t row = (*open)[at];
+        const std::string_view key = KeyAt(keys, row);
+        int64_t found = -1;
+        if (table.first_key() <= key && table.MayContain(hashes[row])) {
+          const size_t number = table.FindBlock(key);
+          if (table.first_key(number) <= key) {
+            if (number != loaded) {
+              ARROW_ASSIGN_OR_RAISE(std::shared_ptr<const Block> next, table.Load(number));
+              block = next.get();
+              held->push_back(std::move(next));
+              loaded = number;
+            }
+            found = block->Find(key);
+          }
+        }
+        if (found < 0) {
+          (*open)[left++] = row;
+        } else if (!block->is_deleted(found)) {
+          lookup->Put(row, &block->source, static_cast<uint32_t>(found));
+        }
+      }
+    }
+    left = static_cast<size_t>(std::copy(open->begin() + static_cast<std::ptrdiff_t>(at), open->end(),
+                                         open->begin() + static_cast<std::ptrdiff_t>(left)) - open->begin());
+    open->resize(left);
+    return arrow::Status::OK();
+  }
+
+  std::shared_ptr<const Layout> layout_;
+  States states_;
+  Levels levels_;
+};
+
+}  // namespace marble
