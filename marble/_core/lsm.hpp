@@ -14,6 +14,9 @@
 #include "merge_cursor.hpp"
 #include "sstable.hpp"
 
+#include <arrow/array/concatenate.h>
+#include <arrow/record_batch.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -293,7 +296,7 @@ class LsmReader {
     SortKeys(keys, items.data(), scratch.data(), items.size(), 0);
     for (size_t i = 0; i < items.size(); ++i) (*open)[i] = items[i].row;
     std::vector<uint64_t> hashes(static_cast<size_t>(keys.rows));
-    for (const uint32_t row : *open) hashes[row] = HashKey(KeyAt(keys, row));
+    for (const uint32_t row : *open) hashes[row] = HashKey(ViewOf(keys, row));
     for (const Level& level : levels_) {
       ARROW_RETURN_NOT_OK(FindInLevel(level, keys, hashes, open, lookup, held));
       if (open->empty()) break;
@@ -307,18 +310,18 @@ class LsmReader {
     size_t left = 0;
     size_t at = 0;
     for (size_t file = 0; at < open->size();) {
-      file = level.FindFile(KeyAt(keys, (*open)[at]), file);
+      file = level.FindFile(ViewOf(keys, (*open)[at]), file);
       if (file == level.files.size()) break;
       const TableFile& table = *level.files[file];
       size_t end = at;
-      for (; end < open->size() && KeyAt(keys, (*open)[end]) <= table.last_key(); ++end) {
+      for (; end < open->size() && ViewOf(keys, (*open)[end]) <= table.last_key(); ++end) {
         table.bloom().Prefetch(hashes[(*open)[end]]);
       }
       size_t loaded = table.blocks();
       const Block* block = nullptr;
       for (; at < end; ++at) {
         const uint32_t row = (*open)[at];
-        const std::string_view key = KeyAt(keys, row);
+        const std::string_view key = ViewOf(keys, row);
         int64_t found = -1;
         if (table.first_key() <= key && table.MayContain(hashes[row])) {
           const size_t number = table.FindBlock(key);

@@ -165,5 +165,7 @@ class Scan:
     @property
     def schema(self) -> pa.Schema:
         """Schema of the batches."""
+    def close(self) -> None:
+        """Let go of the snapshot now; the iterator has ended then."""
     def __iter__(self) -> Scan: ...
     def __next__(self) -> pa.RecordBatch: ...

@@ -171,6 +171,10 @@ cdef class Scan:
     def schema(self):
         return wrap_schema(self.cursor.get().schema())
 
+    def close(self):
+        with nogil:
+            self.cursor.get().Close()
+
     def __iter__(self):
         return self
 

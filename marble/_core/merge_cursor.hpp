@@ -104,6 +104,21 @@ class MergeCursor {
     });
   }
 
+  // Lets go of all that the cursor reads from; it has ended then.
+  void Close() noexcept {
+    // Freed behind the lock: memory may belong to Python, and wait for the GIL.
+    std::vector<Lane> lanes;
+    std::vector<StreamBlock> held;
+    States states;
+    const std::lock_guard<std::mutex> guard(mutex_);
+    lanes.swap(lanes_);
+    held.swap(held_);
+    states.swap(states_);
+    pending_.clear();
+    pending_at_ = 0;
+    free_.clear();
+  }
+
  private:
   static constexpr uint32_t kNone = std::numeric_limits<uint32_t>::max();
 
@@ -393,8 +408,7 @@ class MergeCursor {
         keys.emplace_back(reinterpret_cast<const char*>(bytes), static_cast<size_t>(layout_->codec->width()));
       } else {
         const uint64_t ref = pending_[pending_at_ + bare[i]];
-        const KeyColumn& column = *sources_[SlotOf(ref)]->keys;
-        keys.emplace_back(reinterpret_cast<const char*>(column.data(RowOf(ref))), column.size(RowOf(ref)));
+        keys.push_back(ViewOf(*sources_[SlotOf(ref)]->keys, RowOf(ref)));
       }
     }
     ARROW_ASSIGN_OR_RAISE(auto decoded, KeyDecoder::Decode(*layout_->codec, std::move(keys)));

@@ -57,6 +57,10 @@ class BlockStream {
   virtual std::string Start() const = 0;
 };
 
+inline std::string_view ViewOf(const KeyColumn& keys, int64_t row) noexcept {
+  return {reinterpret_cast<const char*>(keys.data(row)), keys.size(row)};
+}
+
 inline int CompareBytes(std::string_view a, std::string_view b) noexcept {
   return CompareKeys(reinterpret_cast<const uint8_t*>(a.data()), a.size(), reinterpret_cast<const uint8_t*>(b.data()),
                      b.size(), 0);
@@ -74,8 +78,7 @@ inline size_t LowerBoundBytes(const KeyColumn& keys, std::string_view bytes) noe
   size_t first = 0;
   for (size_t end = static_cast<size_t>(keys.rows); first < end;) {
     const size_t middle = first + (end - first) / 2;
-    const auto row = static_cast<int64_t>(middle);
-    if (CompareBytes({reinterpret_cast<const char*>(keys.data(row)), keys.size(row)}, bytes) < 0) {
+    if (CompareBytes(ViewOf(keys, static_cast<int64_t>(middle)), bytes) < 0) {
       first = middle + 1;
     } else {
       end = middle;

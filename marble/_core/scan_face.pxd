@@ -32,6 +32,7 @@ cdef extern from "merge_cursor.hpp" namespace "marble" nogil:
     cdef cppclass CMergeCursor "marble::MergeCursor":
         const shared_ptr[CSchema]& schema() noexcept
         CStatus Next(CScanBatch* out) noexcept
+        void Close() noexcept
 
     CStatus make_scan "marble::MakeScan"(
         shared_ptr[CState] state, CScanOptions options, shared_ptr[CMergeCursor]* out) noexcept

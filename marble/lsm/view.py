@@ -12,8 +12,11 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from marble._core.lsm import Reader
 from marble._core.memtable import Snapshot
 from marble.filters import columns_read, filter_batches
+from marble.lsm.keyrange import KeyRange
+from marble.lsm.pushdown import push_down
 from marble.schema import TableInfo
 
 SCAN_BATCH_ROWS_MAX: Final = 65536
@@ -22,15 +25,15 @@ SCAN_BATCH_ROWS_MAX: Final = 65536
 
 @dataclass(frozen=True, slots=True)
 class TableView:
-    """What table `info` held after entry `index` of the log was applied."""
+    """What table `info` held after entry `index` of the log was applied, in memory alone or in files too."""
 
     index: int
     info: TableInfo
-    snapshot: Snapshot
+    snapshot: Snapshot | Reader
 
     @property
     def row_count(self) -> int:
-        """Rows of the table."""
+        """Rows of the table. With files behind it, all keys are read to tell."""
         return self.snapshot.row_count
 
     def get_many(self, keys: pa.RecordBatch) -> pa.RecordBatch:
@@ -51,6 +54,8 @@ class TableView:
         ------
         UsageError
             If `keys` are not of the key schema, or hold a null or NaN.
+        CorruptionError
+            A file is damaged; it is named.
         """
         rows, found = self.snapshot.get_many(keys)
         columns = rows.columns
@@ -66,6 +71,10 @@ class TableView:
         columns: Sequence[str] | None = None,
         filter: pc.Expression | None = None,  # noqa: A002
         batch_rows_max: int = SCAN_BATCH_ROWS_MAX,
+        *,
+        keys: KeyRange | None = None,
+        reverse: bool = False,
+        limit: int | None = None,
     ) -> pa.RecordBatchReader:
         """Read rows in key order, in bounded memory.
 
@@ -74,19 +83,57 @@ class TableView:
         columns
             Names of the columns wanted, in that order. All, if None.
         filter
-            Gives only rows for which it is true (`marble.database.check_scan` says whether it fits).
+            Gives only rows for which it is true (`marble.database.check_scan` says whether it fits). What it says about
+            keys and values spares reading blocks of files.
         batch_rows_max
             Most rows of a batch.
+        keys
+            Gives only rows whose keys lie in it; see `marble.lsm.keyrange`.
+        reverse
+            From the largest key down.
+        limit
+            Most rows of all, after the filter.
+
+        Raises
+        ------
+        UsageError
+            An unknown or repeated column, or a number that makes no sense.
+        CorruptionError
+            From the reader: a file is damaged; it is named.
         """
         schema = self.info.schema
         wanted = list(schema.names) if columns is None else list(columns)
+        bounds = KeyRange() if keys is None else keys
+        may_match = None
+        if filter is not None:
+            pushed, may_match = push_down(self.info, filter)
+            bounds &= pushed
         read = wanted if filter is None else columns_read(schema, wanted, filter)
         given = pa.schema([schema.field(name) for name in read])
-        batches = self.snapshot.scan(batch_rows_max, read)
+        # What a filter leaves is counted behind it.
+        most = limit if filter is None else None
+        if isinstance(self.snapshot, Reader):
+            batches: Iterator[pa.RecordBatch] = self.snapshot.scan(
+                batch_rows_max, read, bounds.lower, bounds.upper, reverse=reverse, limit=most, may_match=may_match
+            )
+        else:
+            batches = self.snapshot.scan(
+                batch_rows_max, read, bounds.lower, bounds.upper, reverse=reverse, limit=most
+            )
         source = pa.RecordBatchReader.from_batches(given, _typed(batches, given))
-        return source if filter is None else filter_batches(source, columns, filter)
+        if filter is None:
+            return source
+        kept = filter_batches(source, columns, filter)
+        return kept if limit is None else pa.RecordBatchReader.from_batches(kept.schema, _first_rows(kept, limit))
 
 
 def _typed(batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     for batch in batches:
         yield pa.RecordBatch.from_arrays(batch.columns, schema=schema)
+
+
+def _first_rows(batches: Iterator[pa.RecordBatch], limit: int) -> Iterator[pa.RecordBatch]:
+    left = limit
+    while left > 0 and (batch := next(batches, None)) is not None:
+        yield batch.slice(0, left)
+        left -= batch.num_rows
