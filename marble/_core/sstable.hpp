@@ -362,7 +362,14 @@ inline arrow::Result<std::shared_ptr<const Block>> TableFile::Decode(size_t i, b
   options.use_threads = false;
   const auto read = [&]() -> arrow::Result<std::shared_ptr<arrow::RecordBatch>> {
     ARROW_ASSIGN_OR_RAISE(auto message, arrow::ipc::Message::Open(std::move(metadata), std::move(body)));
-    if (message->type() != arrow::ipc::MessageType::RECORD_BATCH) return arrow::Status::Invalid("not a record batch");
+    if (message->type() != arrow::ipc::MessageType::RECORD_BATCH || message->body() == nullptr ||
+        message->metadata_version() != arrow::ipc::MetadataVersion::V5) {
+      return arrow::Status::Invalid("not a record batch");
+    }
+    uint64_t decoded = 0;
+    if (!CountDecoded(*message->metadata(), *message->body(), &decoded) || decoded > entry.decoded_bytes) {
+      return arrow::Status::Invalid("its buffers would have more bytes than the index says");
+    }
     ARROW_ASSIGN_OR_RAISE(auto batch, arrow::ipc::ReadRecordBatch(*message, file_schema_, nullptr, options));
     if (batch->num_rows() != int64_t{entry.rows}) return arrow::Status::Invalid("another number of rows");
     if (check) ARROW_RETURN_NOT_OK(batch->ValidateFull());

@@ -34,6 +34,8 @@ constexpr uint64_t kFileAlignment = 64;
 constexpr uint64_t kMessagePrefixBytes = 8;
 constexpr std::string_view kFileMagic = "ARROW1";
 constexpr uint64_t kFileMagicBytes = 8;  // At the start, with its padding.
+// No block has more once it is decompressed: bounds what is allocated on a file's word.
+constexpr uint64_t kDecodedBytesMax = uint64_t{1} << 33;
 constexpr uint64_t kFileEndBytes = 4 + kFileMagic.size();
 
 constexpr uint64_t AlignUp(uint64_t size, uint64_t to) noexcept { return (size + to - 1) / to * to; }
@@ -44,6 +46,12 @@ inline arrow::Result<std::shared_ptr<arrow::Schema>> FileSchema(const Layout& la
   for (const auto& field : fields) {
     if (field->name() == kIndexColumn || field->name() == kDeletedColumn) {
       return arrow::Status::Invalid("column '", field->name(), "' has a name that files of a table use themselves");
+    }
+    // A tombstone has nulls, and these types have no place to say so.
+    const auto id = field->type()->id();
+    if (id == arrow::Type::NA || arrow::is_union(id)) {
+      return arrow::Status::Invalid("column '", field->name(), "' has type ", field->type()->ToString(),
+                                    ", which a file cannot store");
     }
   }
   fields.push_back(arrow::field(std::string(kIndexColumn), arrow::uint64(), false));
@@ -97,6 +105,9 @@ inline arrow::Result<std::shared_ptr<arrow::Buffer>> MakeMessage(const arrow::Re
     at += padded;
   }
   if (at != total) return arrow::Status::UnknownError("a message is shorter than its parts");
+  if (static_cast<uint64_t>(payload.raw_body_length) > kDecodedBytesMax) {
+    return arrow::Status::Invalid("a block of ", payload.raw_body_length, " bytes: its rows are too long for a file");
+  }
   entry->offset = offset;
   entry->bytes = total;
   entry->decoded_bytes = static_cast<uint64_t>(payload.raw_body_length);
@@ -133,16 +144,53 @@ class FlatWriter {
   uint8_t* bytes_;
 };
 
-// Where the schema table stands in a schema message.
-inline uint64_t SchemaPlace(const arrow::Buffer& message) noexcept {
-  const auto load = [&message](uint64_t at, auto value) {
-    std::memcpy(&value, message.data() + at, sizeof(value));
+// Reads a flatbuffer that Arrow has verified, or has made.
+class FlatReader {
+ public:
+  explicit FlatReader(const arrow::Buffer& bytes) : bytes_(bytes.data()) {}
+  template <typename T>
+  T Load(uint64_t at) const noexcept {
+    T value;
+    std::memcpy(&value, bytes_ + at, sizeof(value));
     return value;
-  };
-  const uint64_t table = load(0, uint32_t{});
-  const uint64_t vtable = table - static_cast<uint64_t>(int64_t{load(table, int32_t{})});
-  const uint64_t header = table + load(vtable + 4 + 2 * 2, uint16_t{});  // Message.header is the third field.
-  return header + load(header, uint32_t{});
+  }
+  // Where field number `field` of a table stands; 0 if it is not there.
+  uint64_t Field(uint64_t table, uint64_t field) const noexcept {
+    const uint64_t vtable = table - static_cast<uint64_t>(int64_t{Load<int32_t>(table)});
+    if (4 + 2 * field >= Load<uint16_t>(vtable)) return 0;
+    const uint16_t offset = Load<uint16_t>(vtable + 4 + 2 * field);
+    return offset == 0 ? 0 : table + offset;
+  }
+  uint64_t Follow(uint64_t at) const noexcept { return at + Load<uint32_t>(at); }
+  // The table that a message is about: Message.header.
+  uint64_t Header() const noexcept { return Follow(Field(Follow(0), 2)); }
+
+ private:
+  const uint8_t* bytes_;
+};
+
+// How many bytes the buffers of a record batch message will have once they are decompressed, as they say themselves; 0
+// if it is not compressed. False if a buffer does not lie in the body.
+inline bool CountDecoded(const arrow::Buffer& metadata, const arrow::Buffer& body, uint64_t* total) noexcept {
+  const FlatReader flat(metadata);
+  const uint64_t batch = flat.Header();
+  *total = 0;
+  if (flat.Field(batch, 3) == 0 || flat.Field(batch, 2) == 0) return true;  // RecordBatch.compression, .buffers
+  const uint64_t buffers = flat.Follow(flat.Field(batch, 2));
+  const auto room = static_cast<uint64_t>(body.size());
+  for (uint64_t i = 0; i < flat.Load<uint32_t>(buffers); ++i) {
+    const auto offset = flat.Load<uint64_t>(buffers + 4 + 16 * i);
+    const auto bytes = flat.Load<uint64_t>(buffers + 4 + 16 * i + 8);
+    if (offset > room || bytes > room - offset) return false;
+    if (bytes == 0) continue;
+    if (bytes < sizeof(int64_t)) return false;
+    int64_t decoded;
+    std::memcpy(&decoded, body.data() + offset, sizeof(decoded));
+    if (decoded == -1) continue;  // It was not worth compressing.
+    if (decoded < 0 || decoded > static_cast<int64_t>(kDecodedBytesMax)) return false;
+    *total += static_cast<uint64_t>(decoded);
+  }
+  return true;
 }
 
 // The file from the footer on, with its seal. `schema` is the schema message: the whole of it goes into the footer, as
@@ -164,7 +212,7 @@ inline arrow::Result<std::shared_ptr<arrow::Buffer>> MakeFooter(const std::vecto
   FlatWriter flat(bytes);
   flat.Refer(0, kFooter);
   flat.Table(4, kFooter, 24, {20, 4, 8, 12, 16});  // version, schema, dictionaries, recordBatches, custom_metadata
-  flat.Refer(kFooter + 4, copy + SchemaPlace(schema));
+  flat.Refer(kFooter + 4, copy + FlatReader(schema).Header());
   flat.Refer(kFooter + 8, kDictionaries);
   flat.Refer(kFooter + 12, kBatches);
   flat.Refer(kFooter + 16, metadata);

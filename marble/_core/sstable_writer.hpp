@@ -20,6 +20,7 @@
 #include <arrow/io/memory.h>
 #include <arrow/ipc/writer.h>
 #include <arrow/util/bitmap_ops.h>
+#include <arrow/util/byte_size.h>
 #include <arrow/util/compression.h>
 
 #include <cstdint>
@@ -198,7 +199,13 @@ class TableWriter {
     for (const auto& column : columns) {
       const int64_t fixed = FixedBits(*column->type);
       const bool binary = arrow::is_base_binary_like(column->type->id());
-      bits += fixed > 0 ? fixed : binary ? 8 * Stride(*column->type) : AboutBytes(*column) * 8 / rows;
+      if (fixed > 0 || binary) {
+        bits += fixed > 0 ? fixed : 8 * Stride(*column->type);
+        continue;
+      }
+      // Of nested rows the average will do; but of these rows, not of all that share their buffers.
+      const auto bytes = arrow::util::ReferencedBufferSize(*column);
+      bits += (bytes.ok() ? *bytes : AboutBytes(*column)) * 8 / rows;
     }
     std::vector<uint32_t> sizes(static_cast<size_t>(rows), Clip((bits + 7) / 8));
     const auto add = [&sizes](const auto* offsets) {
