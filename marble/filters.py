@@ -46,7 +46,7 @@ def columns_read(schema: pa.Schema, wanted: Sequence[str], filter: pc.Expression
     expression does not fit without it. Halves are tried first, so that few among many are found quickly.
     """
     # A reference by position means another column as soon as one is left out.
-    if "FieldPath(" in str(filter):
+    if _refers_by_position(filter):
         return list(schema.names)
 
     def fits(names: list[str]) -> bool:
@@ -68,3 +68,10 @@ def columns_read(schema: pa.Schema, wanted: Sequence[str], filter: pc.Expression
 
     chosen = {*wanted, *needed([name for name in schema.names if name not in wanted], list(wanted))}
     return [name for name in schema.names if name in chosen]
+
+
+def _refers_by_position(filter: pc.Expression) -> bool:  # noqa: A002
+    try:
+        return "FieldPath(" in str(filter)
+    except UnicodeDecodeError:  # A constant of bytes that are no text: pyarrow cannot show it. Read everything, then.
+        return True

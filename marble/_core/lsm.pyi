@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from marble._core.memtable import Snapshot
 from marble._core.sstable import SSTable
 
-def conjuncts(filter: pc.Expression) -> list[tuple[str, str, pa.Scalar | pa.Array]]:
+def conjuncts(filter: pc.Expression) -> list[tuple[str, str, pa.Scalar | pa.Array]]:  # noqa: A002
     """What a filter demands of single columns: triples of column, operator and constant.
 
     Operators are ``==``, ``<``, ``<=``, ``>``, ``>=``, ``starts_with`` and ``in``, whose constant is an array. Every row

@@ -58,11 +58,13 @@ def encode_start(info: TableInfo, values: Sequence[object], *, text: bool = Fals
     if not 1 <= len(values) <= len(info.key):
         raise UsageError(f"a key of table {info.name!r} has 1 to {len(info.key)} columns {info.key}, got {len(values)}")
     fields = [info.key_schema.field(i) for i in range(len(values))]
-    columns = []
+    columns: list[pa.Array] = []
     for field, value in zip(fields, values, strict=True):
         try:
-            is_scalar = isinstance(value, pa.Scalar)
-            columns.append(pa.repeat(value.cast(field.type), 1) if is_scalar else pa.array([value], field.type))
+            if isinstance(value, pa.Scalar):
+                columns.append(pa.repeat(value.cast(field.type), 1))
+            else:
+                columns.append(pa.array([value], field.type))
         except (pa.ArrowException, TypeError, OverflowError) as error:
             raise UsageError(f"{value!r} is no value of key column {field.name!r}, {field.type}: {error}") from None
     batch = pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))

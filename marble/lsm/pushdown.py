@@ -58,8 +58,8 @@ def _demand(schema: pa.Schema, column: str, op: str, value: pa.Scalar | pa.Array
         values = value.drop_null()
         if len(values) == 0 or len(values) < len(value) or not _has_order(type_):
             return None
-        exact = [_exact(each, type_) for each in values]
-        if any(each is None for each in exact):
+        exact = [each for each in (_exact(each, type_) for each in values) if each is not None]
+        if len(exact) < len(values):
             return None
         least = pc.min_max(pa.array([each.as_py() for each in exact], type_))
         return _Demand(column, op, (least["min"], least["max"]))

@@ -117,9 +117,7 @@ class TableView:
                 batch_rows_max, read, bounds.lower, bounds.upper, reverse=reverse, limit=most, may_match=may_match
             )
         else:
-            batches = self.snapshot.scan(
-                batch_rows_max, read, bounds.lower, bounds.upper, reverse=reverse, limit=most
-            )
+            batches = self.snapshot.scan(batch_rows_max, read, bounds.lower, bounds.upper, reverse=reverse, limit=most)
         source = pa.RecordBatchReader.from_batches(given, _typed(batches, given))
         if filter is None:
             return source
