@@ -167,6 +167,48 @@ class LevelStream : public BlockStream {
   size_t block_ = 0;
 };
 
+// A key that is looked for in a block.
+struct BlockProbe {
+  const Block* block = nullptr;
+  std::string_view key;
+  uint64_t depth = 0;  // So many bytes all keys of the block begin with, and `key` too;
+  uint64_t word = 0;   // these are the eight behind them.
+  uint32_t row = 0;    // Of `key` among the keys that are looked up.
+  int64_t at = 0;
+  int64_t size = 0;
+  int64_t found = -1;  // The key's row in the block, or -1.
+};
+
+// Looks all probes up at the same time: each step waits for memory, and so they wait together.
+inline void FindInBlocks(BlockProbe* probes, size_t count) noexcept {
+  for (size_t i = 0; i < count; ++i) probes[i].size = probes[i].block->size();
+  for (bool more = true; more;) {
+    more = false;
+    for (size_t i = 0; i < count; ++i) {
+      BlockProbe& probe = probes[i];
+      if (probe.size <= 1) continue;
+      const int64_t half = probe.size / 2;
+      const bool below = probe.block->keys->Word(probe.at + half - 1, probe.depth) < probe.word;
+      // The step is masked, not chosen: which way it goes cannot be predicted.
+      probe.at += half & (int64_t{0} - (below ? 1 : 0));
+      probe.size -= half;
+      more = more || probe.size > 1;
+    }
+  }
+  for (size_t i = 0; i < count; ++i) {
+    BlockProbe& probe = probes[i];
+    const Block& block = *probe.block;
+    if (block.keys->Word(probe.at, probe.depth) < probe.word) ++probe.at;
+    if (probe.at == block.size()) continue;
+    const std::string_view there = block.key(probe.at);
+    if (there == probe.key) {
+      probe.found = probe.at;
+    } else if (there < probe.key) {  // It has the same word; so may the one looked for, further on.
+      probe.found = block.Find(probe.key);
+    }
+  }
+}
+
 class LsmReader {
  public:
   using States = std::vector<std::shared_ptr<const State>>;
@@ -297,54 +339,58 @@ class LsmReader {
     for (size_t i = 0; i < items.size(); ++i) (*open)[i] = items[i].row;
     std::vector<uint64_t> hashes(static_cast<size_t>(keys.rows));
     for (const uint32_t row : *open) hashes[row] = HashKey(ViewOf(keys, row));
+    std::vector<bool> done(static_cast<size_t>(keys.rows));
     for (const Level& level : levels_) {
-      ARROW_RETURN_NOT_OK(FindInLevel(level, keys, hashes, open, lookup, held));
+      ARROW_RETURN_NOT_OK(FindInLevel(level, keys, hashes, *open, lookup, held, &done));
+      std::erase_if(*open, [&done](uint32_t row) { return done[row]; });
       if (open->empty()) break;
     }
     return arrow::Status::OK();
   }
 
+  // `open` are keys in order. `done` becomes true for those that the level has, be it as tombstones.
   static arrow::Status FindInLevel(const Level& level, const KeyColumn& keys, const std::vector<uint64_t>& hashes,
-                                   std::vector<uint32_t>* open, Lookup* lookup,
-                                   std::vector<std::shared_ptr<const Block>>* held) {
-    size_t left = 0;
-    size_t at = 0;
-    for (size_t file = 0; at < open->size();) {
-      file = level.FindFile(ViewOf(keys, (*open)[at]), file);
+                                   const std::vector<uint32_t>& open, Lookup* lookup,
+                                   std::vector<std::shared_ptr<const Block>>* held, std::vector<bool>* done) {
+    BlockProbe probes[kSearchLanes];
+    size_t count = 0;
+    const auto search = [&] {
+      FindInBlocks(probes, count);
+      for (size_t i = 0; i < count; ++i) {
+        if (probes[i].found < 0) continue;
+        (*done)[probes[i].row] = true;
+        if (probes[i].block->is_deleted(probes[i].found)) continue;
+        lookup->Put(probes[i].row, &probes[i].block->source, static_cast<uint32_t>(probes[i].found));
+      }
+      count = 0;
+    };
+    for (size_t at = 0, file = 0; at < open.size();) {
+      file = level.FindFile(ViewOf(keys, open[at]), file);
       if (file == level.files.size()) break;
       const TableFile& table = *level.files[file];
       size_t end = at;
-      for (; end < open->size() && ViewOf(keys, (*open)[end]) <= table.last_key(); ++end) {
-        table.bloom().Prefetch(hashes[(*open)[end]]);
+      for (; end < open.size() && ViewOf(keys, open[end]) <= table.last_key(); ++end) {
+        table.bloom().Prefetch(hashes[open[end]]);
       }
       size_t loaded = table.blocks();
-      const Block* block = nullptr;
       for (; at < end; ++at) {
-        const uint32_t row = (*open)[at];
+        const uint32_t row = open[at];
         const std::string_view key = ViewOf(keys, row);
-        int64_t found = -1;
-        if (table.first_key() <= key && table.MayContain(hashes[row])) {
-          const size_t number = table.FindBlock(key);
-          if (table.first_key(number) <= key) {
-            if (number != loaded) {
-              ARROW_ASSIGN_OR_RAISE(std::shared_ptr<const Block> next, table.Load(number));
-              block = next.get();
-              held->push_back(std::move(next));
-              loaded = number;
-            }
-            found = block->Find(key);
-          }
+        if (key < table.first_key() || !table.MayContain(hashes[row])) continue;
+        const size_t number = table.FindBlock(key);
+        if (key < table.first_key(number)) continue;
+        if (number != loaded) {
+          ARROW_ASSIGN_OR_RAISE(std::shared_ptr<const Block> block, table.Load(number));
+          held->push_back(std::move(block));
+          loaded = number;
         }
-        if (found < 0) {
-          (*open)[left++] = row;
-        } else if (!block->is_deleted(found)) {
-          lookup->Put(row, &block->source, static_cast<uint32_t>(found));
-        }
+        // All keys of the block, and this one between them, begin with the same bytes.
+        const size_t depth = CommonBytes(table.first_key(number), table.last_key(number));
+        probes[count++] = {held->back().get(), key, depth, keys.Word(row, depth), row};
+        if (count == kSearchLanes) search();
       }
     }
-    left = static_cast<size_t>(std::copy(open->begin() + static_cast<std::ptrdiff_t>(at), open->end(),
-                                         open->begin() + static_cast<std::ptrdiff_t>(left)) - open->begin());
-    open->resize(left);
+    search();
     return arrow::Status::OK();
   }
 
