@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
+import pyarrow as pa
+
 from marble.errors import UnavailableError, UsageError
 
 
@@ -82,6 +84,13 @@ class Files(Protocol):
         """Up to `size` bytes (all, if None) from `offset`; fewer only at the end of the file."""
         ...
 
+    def map(self, path: str) -> pa.Buffer:
+        """The bytes of a file that does not change any more, read when they are touched.
+
+        They stay as long as the buffer does, also when the file is removed or another gets its name.
+        """
+        ...
+
     def create(self, path: str) -> AppendFile:
         """A new, empty file that must not exist yet. Durable in the directory only after `sync_directory`."""
         ...
@@ -100,6 +109,10 @@ class Files(Protocol):
 
     def rename(self, source: str, target: str) -> None:
         """Put `source` in the place of `target`. Durable only after `sync_directory`."""
+        ...
+
+    def link(self, source: str, target: str) -> None:
+        """Give the file `source` a further name, which must be free. Durable only after `sync_directory`."""
         ...
 
     def remove(self, path: str) -> None: ...
@@ -203,6 +216,12 @@ class SystemFiles:
             file.seek(offset)
             return file.read(-1 if size is None else size)
 
+    def map(self, path: str) -> pa.Buffer:
+        if not self.size(path):
+            return pa.py_buffer(b"")  # Nothing cannot be mapped.
+        with pa.memory_map(str(self._path(path)), "r") as mapped:
+            return mapped.read_buffer()
+
     def create(self, path: str) -> AppendFile:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
         return SystemAppendFile(os.open(self._path(path), flags, 0o644), 0)
@@ -228,6 +247,9 @@ class SystemFiles:
 
     def rename(self, source: str, target: str) -> None:
         os.rename(self._path(source), self._path(target))
+
+    def link(self, source: str, target: str) -> None:
+        os.link(self._path(source), self._path(target))
 
     def remove(self, path: str) -> None:
         os.unlink(self._path(path))

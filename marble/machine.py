@@ -7,9 +7,9 @@ locale, no randomness, no order of a dict that was filled from outside).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 import pyarrow as pa
 
@@ -47,15 +47,67 @@ SNAPSHOT_SCHEMA: Final = pa.schema(
 )
 """A machine's state on its way to a file: pieces in an order that the machine decides. ``section`` says what a piece is."""
 
+FILES: Final = "files"
+"""The section that names files which belong to the state: its payload holds rows of `FILES_SCHEMA`. All others mean nothing
+to anybody but the machine."""
+
+FILES_SCHEMA: Final = pa.schema(
+    [
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("nbytes", pa.uint64(), nullable=False),
+        pa.field("level", pa.uint32(), nullable=False),
+        pa.field("rows", pa.uint64(), nullable=False),
+        pa.field("tombstones", pa.uint64(), nullable=False),
+        pa.field("first_key", pa.binary(), nullable=False),
+        pa.field("last_key", pa.binary(), nullable=False),
+        pa.field("first_index", pa.uint64(), nullable=False),
+        pa.field("last_index", pa.uint64(), nullable=False),
+        pa.field("ttl_min", pa.int64()),
+        pa.field("ttl_max", pa.int64()),
+    ]
+)
+"""One row is one file. Whoever moves, counts or removes files looks at ``name`` and ``nbytes`` and nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileRef:
+    """A file that a state consists of, besides its rows: named by its content, never changed.
+
+    - ``name``: the XXH3-128 of the file as 32 hexadecimal digits; equal names are equal bytes.
+    - ``nbytes``: its length.
+    """
+
+    name: str
+    nbytes: int
+
+    @property
+    def checksum(self) -> int:
+        """The name as a number: what the XXH3-128 of the bytes must be."""
+        return int(self.name, 16)
+
+
+Pace = Callable[[int], None]
+"""Called with the bytes that were written and synced; may wait, and may raise to give up."""
+
 
 class MachineState(Protocol):
-    """The state of a machine at one index. Never changes; costs no copy of the rows to make."""
+    """The state of a machine at one index. Never changes; costs no copy of the rows to make.
+
+    As long as somebody holds it, no file that it consists of is removed.
+    """
 
     @property
     def applied_index(self) -> int: ...
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """The whole state (schema `SNAPSHOT_SCHEMA`), some MiB at a time, made while it is asked for. Once, on any thread."""
+    def batches(self, pace: Pace | None = None) -> Iterator[pa.RecordBatch]:
+        """The whole state (schema `SNAPSHOT_SCHEMA`), some MiB at a time, made while it is asked for. Once, on any thread.
+
+        What belongs into files is written and durable before the first piece comes. `pace` is for these.
+        """
+        ...
+
+    def files(self) -> Sequence[FileRef]:
+        """The files that the pieces given out by `batches` so far refer to."""
         ...
 
 
@@ -83,5 +135,52 @@ class StateMachine(Protocol):
         """Replace the whole state by what a `MachineState` at `index` gave out. Readers see the old state or the new one.
 
         Raises CorruptionError if that cannot be; the old state then stays.
+        """
+        ...
+
+
+class Compaction(Protocol):
+    """Files of a machine that are to become fewer, or go. Its content stays as it is."""
+
+    def run(self, pace: Pace | None = None) -> None:
+        """Do it, on any one thread, while entries are applied.
+
+        Raises
+        ------
+        OSError
+            The disk failed or is full. All is as before.
+        CorruptionError
+            A file is damaged. All is as before, and this file is left alone from now on.
+        """
+        ...
+
+
+@runtime_checkable
+class StoredMachine(StateMachine, Protocol):
+    """A state machine that keeps its state in files."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """About how much is in memory only: what a capture would have to write. Any thread."""
+        ...
+
+    @property
+    def backlog_bytes(self) -> int:
+        """How far files lag behind: what waits to be written, and what waits to be compacted. Any thread."""
+        ...
+
+    def plan_compaction(self) -> Compaction | None:
+        """What is to be compacted next, if anything. One at a time: the one before must have run. One thread."""
+        ...
+
+    def collect(self, kept: Collection[str]) -> int:
+        """Remove the files that are neither named in `kept` nor part of the state or of one that somebody holds.
+
+        Not while a snapshot is written or received elsewhere: the files of one that is not yet in `kept` would go.
+
+        Returns
+        -------
+        int
+            Bytes given back.
         """
         ...

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from marble.errors import UsageError
+from marble.table_options import DEFAULT_OPTIONS, TableOptions
 
 
 def _column(name: str, type_: pa.DataType) -> pa.Field:
@@ -104,7 +105,7 @@ class TableInfo:
     """What a table is: its place in the log, its name, its columns and its primary key.
 
     - ``id`` is given by the catalog when the creation is applied; it is at least 1 and never used again.
-    - ``(name, schema, key)`` have passed `check_table`.
+    - ``(name, schema, key)`` have passed `check_table`, and ``options`` `check_options`.
 
     Attributes
     ----------
@@ -122,6 +123,7 @@ class TableInfo:
     name: str
     schema: pa.Schema
     key: tuple[str, ...]
+    options: TableOptions = DEFAULT_OPTIONS
     key_schema: pa.Schema = dataclasses.field(init=False, repr=False, compare=False)
     lookup_schema: pa.Schema = dataclasses.field(init=False, repr=False, compare=False)
     _checked: tuple[tuple[int, pa.Field, bool], ...] = dataclasses.field(init=False, repr=False, compare=False)
@@ -138,9 +140,9 @@ class TableInfo:
         flags = [_has_required_child(field.type) or pt.is_floating(field.type) for _, field in checked]
         keep("_checked", tuple((i, field, flag) for (i, field), flag in zip(checked, flags, strict=True)))
 
-    def same_definition(self, schema: pa.Schema, key: Sequence[str]) -> bool:
-        """Whether `schema` and `key` (as `check_table` returned them) are those of this table."""
-        return self.key == tuple(key) and bool(self.schema.equals(schema))
+    def same_definition(self, schema: pa.Schema, key: Sequence[str], options: TableOptions = DEFAULT_OPTIONS) -> bool:
+        """Whether `schema`, `key` (as `check_table` returned them) and `options` are those of this table."""
+        return (self.key, self.options) == (tuple(key), options) and bool(self.schema.equals(schema))
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "marble"
 
 FLOORS = [
-    ("types", "errors", "schema", "filters", "env", "metrics", "machine", "config", "sessions"),
+    ("types", "errors", "table_options", "schema", "filters", "env", "metrics", "machine", "config", "sessions"),
     ("_core",),
     ("raft", "logstore", "lsm", "database", "members"),
     ("transport",),
@@ -25,7 +25,11 @@ FLOORS = [
 ]
 
 STEPS = {
-    **{part: {"types", "errors"} for part in ("schema", "filters", "env", "metrics", "machine", "config")},
+    **{
+        part: {"types", "errors"}
+        for part in ("table_options", "schema", "filters", "env", "metrics", "machine", "config")
+    },
+    "schema": {"types", "errors", "table_options"},
     "sessions": {"types", "errors", "machine"},
     "transfer": {"jobs"},
     "snapshotting": {"jobs", "transfer"},

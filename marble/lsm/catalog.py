@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from marble.errors import UsageError, check
 from marble.schema import TableInfo, nearest
+from marble.table_options import DEFAULT_OPTIONS, TableOptions
 
 TABLES_MAX: Final = 4096
 """Each table costs memory on every replica, used or not; part of the state machine, so the same on all."""
@@ -39,8 +40,10 @@ class Catalog:
         check(all(id_ < next_id for id_ in by_id), "the next id of a catalog has been used")
         return Catalog(next_id, MappingProxyType(by_name), MappingProxyType(by_id))
 
-    def create(self, name: str, schema: pa.Schema, key: Sequence[str]) -> tuple[Catalog, TableInfo]:
-        """This catalog with one more table, whose definition `marble.schema.check_table` has returned.
+    def create(
+        self, name: str, schema: pa.Schema, key: Sequence[str], options: TableOptions = DEFAULT_OPTIONS
+    ) -> tuple[Catalog, TableInfo]:
+        """This catalog with one more table, whose definition `check_table` and `check_options` have returned.
 
         A table that exists with the same definition is returned with the catalog unchanged.
 
@@ -51,12 +54,12 @@ class Catalog:
         """
         existing = self.by_name.get(name)
         if existing is not None:
-            if existing.same_definition(schema, key):
+            if existing.same_definition(schema, key, options):
                 return self, existing
-            raise UsageError(f"table {name!r} exists already with another schema or key: choose another name")
+            raise UsageError(f"table {name!r} exists already with another schema, key or options: choose another name")
         if len(self.by_name) >= TABLES_MAX:
             raise UsageError(f"table {name!r} cannot be created: there are {TABLES_MAX} tables already; drop one first")
-        info = TableInfo(self.next_id, name, schema, tuple(key))
+        info = TableInfo(self.next_id, name, schema, tuple(key), options)
         return self._with({**self.by_name, name: info}, self.next_id + 1), info
 
     def drop(self, name: str) -> tuple[Catalog, TableInfo]:

@@ -6,23 +6,31 @@ entries: a reader never sees a state without its index, nor half an entry.
 Rule 3: apply is deterministic. Wrong content is an error `Result`, the same on every replica, and changes nothing;
 damaged content (a checksum that does not match) is this replica's misfortune alone and raises `CorruptionError`.
 Time is the highest `time_us` of the entries so far, never a clock's.
-Rule 4: an entry that names a session and a sequence is executed once (`marble.sessions`): a repeat gives the first
+Rule 4: where rows are stored is no part of the state: flushes and compactions put files in the place of memtables and of
+other files beside `apply` (`marble.lsm.store`), under the lock, and readers cannot tell.
+Rule 5: an entry that names a session and a sequence is executed once (`marble.sessions`): a repeat gives the first
 `Result` and changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import threading
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
 from marble._core import entry_batch
-from marble._core.memtable import Memtable, Snapshot
+from marble._core.memtable import Snapshot
 from marble.errors import InvariantError, UsageError, check
 from marble.lsm import payload
 from marble.lsm.catalog import Catalog
+from marble.lsm.files import TableFiles
 from marble.lsm.snapshot import TableState, restored
+from marble.lsm.store import CompactionTask, Store, StorePolicy
+from marble.lsm.tree import Below, TableData, Tree, living
 from marble.lsm.view import TableView
 from marble.machine import Result
 from marble.schema import TableInfo
@@ -32,22 +40,30 @@ from marble.types import EntryKind
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """What readers see. ``snapshots`` has an item for each table of ``catalog``, by id."""
+    """What readers see. ``tables`` has an item for each table of ``catalog``, by id."""
 
     applied_index: int = 0
     time_us: int = 0
     session_count: int = 0
     catalog: Catalog = field(default_factory=Catalog)
-    snapshots: Mapping[int, Snapshot] = field(default_factory=dict)
+    tables: Mapping[int, Snapshot | TableData] = field(default_factory=dict)
 
 
 class TableMachine:
-    """All tables of one Raft group in memory: a `marble.machine.StateMachine`.
+    """All tables of one Raft group: a `marble.machine.StoredMachine`.
 
-    Thread safety: `apply`, `capture` and `restore` on one thread; everything else on any.
+    Thread safety: `apply`, `capture` and `restore` on one thread; `plan_compaction` on one, `collect` and what `capture`
+    returned on one; everything else on any.
 
     Parameters
     ----------
+    files
+        Where the tables' files are; nothing of it is touched before the first call. None: the tables are in memory only, and
+        snapshots hold all rows.
+    policy
+        How they are kept there.
+    retention
+        For how many entries back the state is kept for `read(at_index=)`. It keeps their memory and files, too.
     on_command
         Called with index and bytes of each COMMAND when it is applied, in order, on the applying thread and before the
         state is published. It must be deterministic if it keeps state, and an exception of it stops this replica.
@@ -65,15 +81,29 @@ class TableMachine:
         on_command: Callable[[int, bytes], None] | None = None,
         on_capture: Callable[[], bytes] | None = None,
         on_restore: Callable[[bytes], None] | None = None,
+        *,
+        files: TableFiles | None = None,
+        policy: StorePolicy | None = None,
+        retention: int = 0,
     ) -> None:
         self._on_command = on_command
         self._on_capture = on_capture
         self._on_restore = on_restore
+        self._retention = retention
+        self._lock = threading.Lock()
+        """Held for any assignment to `_state`, `_trees` or what lies below a memtable."""
+        self._store = None if files is None else Store(files, policy or StorePolicy(), self._edit)
         self._state = _State()
+        self._past: deque[_State] = deque([self._state])
+        self._unplanned = False
+        """Whether there may be something to compact."""
+        self._frozen_bytes = 0
+        self._debt_bytes = 0
         self._failed = False
         # The applying thread's own: ahead of `_state` while a run of entries is being applied.
         self._catalog = Catalog()
-        self._memtables: dict[int, Memtable] = {}
+        self._trees: dict[int, Tree] = {}
+        self._active_bytes = 0
         self._touched: set[int] = set()
         self._sessions = Sessions()
         self._time_us = 0
@@ -110,11 +140,37 @@ class TableMachine:
         """The table with this name or id. Raises UsageError, with the nearest name, if there is none."""
         return self._state.catalog.get(table)
 
-    def read(self, table: str | int) -> TableView:
-        """The present state of the table with this name or id. Raises UsageError if there is none."""
-        state = self._state
+    def read(self, table: str | int, at_index: int | None = None) -> TableView:
+        """One state of the table with this name or id.
+
+        Parameters
+        ----------
+        table
+            The table.
+        at_index
+            After which entry; None: the last one applied.
+
+        Raises
+        ------
+        UsageError
+            There is no such table, or none at that entry; or that state is not kept (any more), or has not been reached.
+        """
+        state = self._state if at_index is None else self._state_at(at_index)
         info = state.catalog.get(table)
-        return TableView(state.applied_index, info, state.snapshots[info.id])
+        return TableView(state.applied_index, info, living(state.tables[info.id], info, state.time_us))
+
+    def _state_at(self, index: int) -> _State:
+        with self._lock:
+            past = list(self._past)
+        place = bisect_left(past, index, key=lambda state: state.applied_index)
+        if place == len(past):
+            raise UsageError(f"entry {index} has not been applied here: the last one is {past[-1].applied_index}")
+        if past[place].applied_index != index:
+            raise UsageError(
+                f"the state after entry {index} is not kept: the oldest is that of entry {past[0].applied_index}; "
+                "a larger retention keeps more"
+            )
+        return past[place]
 
     def apply(self, entries: pa.RecordBatch) -> list[Result]:
         """Apply the rows of `entries` (schema `marble.schema.ENTRY_SCHEMA`), which follow `applied_index`.
@@ -154,22 +210,35 @@ class TableMachine:
             self._time_us = max(self._time_us, time_us)
             data = entry_batch.payload(entries, row)
             results.append(self._apply_one(kind, first + row, session, sequence, table, data))
+            if self._retention and first + row < last:
+                self._publish(first + row)
         self._publish(last)
         self._failed = False
         return results
 
     def _publish(self, applied_index: int) -> None:
-        snapshots = self._state.snapshots
-        if self._touched:
-            snapshots = dict(snapshots)
-            for id_ in self._touched:
-                memtable = self._memtables.get(id_)
-                if memtable is None:
-                    snapshots.pop(id_, None)
-                else:
-                    snapshots[id_] = memtable.snapshot()
-            self._touched.clear()
-        self._state = _State(applied_index, self._time_us, len(self._sessions), self._catalog, snapshots)
+        with self._lock:
+            tables = self._state.tables
+            if self._touched:
+                tables = dict(tables)
+                for id_ in self._touched:
+                    tree = self._trees.get(id_)
+                    if tree is None:
+                        tables.pop(id_, None)
+                    else:
+                        tables[id_] = tree.data()
+                self._touched.clear()
+            self._show(_State(applied_index, self._time_us, len(self._sessions), self._catalog, tables))
+
+    def _show(self, state: _State) -> None:
+        """What readers see from now on. Under the lock."""
+        past = self._past
+        if past[-1].applied_index == state.applied_index:
+            past.pop()
+        past.append(state)
+        while past[0].applied_index < state.applied_index - self._retention:
+            past.popleft()
+        self._state = state
 
     def capture(self) -> TableState:
         """The state as of `applied_index`, to be written on any thread while this machine goes on.
@@ -177,35 +246,121 @@ class TableMachine:
         Raises InvariantError if an earlier call failed.
         """
         check(not self._failed, "an earlier apply failed half way: this replica's tables cannot be trusted any more")
-        state = self._state
         commands = b"" if self._on_capture is None else self._on_capture()
-        return TableState(
-            state.applied_index, state.time_us, state.catalog, state.snapshots, self._sessions.state(), commands
+        trees = dict(self._trees)
+        with self._lock:
+            if self._store is not None:
+                self._active_bytes, before = 0, self._state
+                frozen = {tree.info.id: tree.data() for tree in self._store.freeze(trees.values())}
+                self._show(replace(before, tables={**before.tables, **frozen}))
+                self._account()
+            state = self._state
+        captured = TableState(
+            state.applied_index,
+            state.time_us,
+            state.catalog,
+            state.tables,
+            self._sessions.state(),
+            commands,
+            lambda tables, pace: {} if self._store is None else self._store.flush(tables, trees, pace),
         )
+        return captured if self._store is None else self._store.holding(captured)
 
     def restore(self, index: int, batches: Iterable[pa.RecordBatch]) -> None:
-        """Replace the whole state by what a `TableState` of entry `index` gave out.
+        """Replace the whole state by what a `TableState` of entry `index` gave out. Files are adopted as they are.
 
         Readers see the old state or the new one; both are in memory while the new one is built.
 
         Raises
         ------
         CorruptionError
-            `batches` are not such a state. The old one stays.
+            `batches` are not such a state, or a file is missing or damaged. The old one stays.
         InvariantError
             `index` lies before `applied_index`.
         """
         check(index >= self.applied_index, f"a snapshot of entry {index} would undo entries up to {self.applied_index}")
-        found = restored(index, batches)
+        found = restored(index, batches, None if self._store is None else self._store.files)
         self._failed = True
         if self._on_restore is not None:
             self._on_restore(found.commands)
         self._sessions, self._time_us = found.sessions, found.time_us
-        self._catalog, self._memtables = found.catalog, found.memtables
+        self._catalog = found.catalog
         self._touched.clear()
-        snapshots = {id_: memtable.snapshot() for id_, memtable in found.memtables.items()}
-        self._state = _State(index, found.time_us, len(found.sessions), found.catalog, snapshots)
+        with self._lock:
+            self._trees = found.trees
+            self._past.clear()
+            state = _State(index, found.time_us, len(found.sessions), found.catalog, _published(found.trees))
+            self._past.append(state)
+            self._state = state
+            self._account()
         self._failed = False
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    @property
+    def memory_bytes(self) -> int:
+        """About how much is in memory only and not in files; 0 without files."""
+        return 0 if self._store is None else self._active_bytes + self._frozen_bytes
+
+    @property
+    def backlog_bytes(self) -> int:
+        """How far files lag behind: what is in memory only, and what of level 0 should long have been merged."""
+        return self.memory_bytes + self._debt_bytes
+
+    @property
+    def store(self) -> Store | None:
+        """The tables' files."""
+        return self._store
+
+    def plan_compaction(self) -> CompactionTask | None:
+        """What is to be compacted next, if anything. One at a time: the one before must have run."""
+        if self._store is None or not self._unplanned:
+            return None
+        with self._lock:
+            trees, self._unplanned = list(self._trees.values()), False
+        task = self._store.plan(trees, self._state.time_us)
+        if task is not None:
+            self._unplanned = True
+        return task
+
+    def collect(self, kept: Collection[str]) -> int:
+        """Remove the files that neither are named in `kept` nor part of the state or of one that somebody holds."""
+        if self._store is None:
+            return 0
+
+        def trees() -> list[Tree]:
+            with self._lock:
+                return list(self._trees.values())
+
+        return self._store.collect(kept, trees)
+
+    def _edit(self, tree: Tree, change: Callable[[Below], Below | None]) -> bool:
+        """Replace what lies below the memtable of `tree`, also for readers, whose content stays the same."""
+        with self._lock:
+            below = change(tree.below)
+            if below is None or self._trees.get(tree.info.id) is not tree:
+                return False
+            tree.below = below
+            state = self._state
+            shown = state.tables.get(tree.info.id)
+            if isinstance(shown, TableData):
+                tables = {**state.tables, tree.info.id: TableData(shown.active, below)}
+                self._show(replace(state, tables=tables))
+            self._account()
+        return True
+
+    def _account(self) -> None:
+        """Count what lags behind. Under the lock."""
+        store = self._store
+        if store is None:
+            return
+        trees = self._trees.values()
+        self._active_bytes = sum(tree.memory_bytes for tree in trees)
+        self._frozen_bytes = sum(frozen.nbytes for tree in trees for frozen in tree.below.frozen)
+        self._debt_bytes = sum(store.backlog_bytes(tree.below.levels) for tree in trees)
+        self._unplanned = True
+
+    # -- entries -----------------------------------------------------------------------------------------------------
 
     def _apply_one(self, kind: int, index: int, session: int, sequence: int, table: int, data: pa.Buffer) -> Result:
         if kind == EntryKind.OPEN_SESSION:
@@ -236,27 +391,34 @@ class TableMachine:
 
     def _write(self, index: int, table: int, data: pa.Buffer) -> int:
         info = self._catalog.get(table)
-        rows = self._memtables[info.id].upsert(payload.decode_rows(data, info), index)
-        self._touched.add(info.id)
+        tree = self._trees[info.id]
+        rows = tree.write(payload.decode_rows(data, info), index)
+        self._touch(info.id, data.size)
         return rows
 
     def _delete(self, index: int, table: int, data: pa.Buffer) -> int:
         info = self._catalog.get(table)
-        rows = self._memtables[info.id].delete(payload.decode_keys(data, info), index)
-        self._touched.add(info.id)
+        rows = self._trees[info.id].delete(payload.decode_keys(data, info), index, self._time_us)
+        self._touch(info.id, data.size)
         return rows
+
+    def _touch(self, table: int, nbytes: int) -> None:
+        self._touched.add(table)
+        self._active_bytes += nbytes
 
     def _create_table(self, index: int, table: int, data: pa.Buffer) -> int:
         catalog, info = self._catalog.create(*payload.decode_create_table(data))
-        if info.id not in self._memtables:
-            self._memtables[info.id] = Memtable(info.schema, info.key)
+        if info.id not in self._trees:
+            with self._lock:
+                self._trees[info.id] = Tree(info, self._store is not None)
             self._touched.add(info.id)
         self._catalog = catalog
         return info.id
 
     def _drop_table(self, index: int, table: int, data: pa.Buffer) -> int:
         self._catalog, info = self._catalog.drop(payload.decode_drop_table(data))
-        del self._memtables[info.id]
+        with self._lock:
+            del self._trees[info.id]
         self._touched.add(info.id)
         return info.id
 
@@ -265,3 +427,7 @@ class TableMachine:
         if self._on_command is not None:
             self._on_command(index, operation)
         return 0
+
+
+def _published(trees: Mapping[int, Tree]) -> dict[int, Snapshot | TableData]:
+    return {id_: tree.data() for id_, tree in trees.items()}

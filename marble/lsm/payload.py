@@ -21,6 +21,7 @@ import pyarrow as pa
 from marble._core.entry_batch import decode_payload, encode_payload
 from marble.errors import ProtocolError, UsageError
 from marble.schema import TableInfo, check_keys, check_rows, check_table, check_table_name
+from marble.table_options import DEFAULT_OPTIONS, TableOptions, check_options
 
 
 def _column(name: str, type_: pa.DataType) -> pa.Field:
@@ -32,9 +33,13 @@ CREATE_TABLE_SCHEMA: Final = pa.schema(
         _column("name", pa.string()),
         _column("schema", pa.binary()),
         _column("key", pa.list_(_column("item", pa.string()))),
+        _column("compression", pa.string()),
+        _column("ttl_column", pa.string()),
+        _column("ttl_us", pa.int64()),
     ]
 )
-"""``schema`` is an encapsulated IPC schema message, as `pyarrow.Schema.serialize` makes it."""
+"""``schema`` is an encapsulated IPC schema message, as `pyarrow.Schema.serialize` makes it. The last three are the fields of
+`marble.table_options.TableOptions`, with an empty text for None."""
 
 DROP_TABLE_SCHEMA: Final = pa.schema([_column("name", pa.string())])
 
@@ -48,10 +53,20 @@ def encode_rows(batch: pa.RecordBatch) -> pa.Buffer:
     return encode_payload(batch)
 
 
-def encode_create_table(name: str, schema: pa.Schema, key: Sequence[str]) -> pa.Buffer:
-    """The payload of a CREATE_TABLE. Raises UsageError if `check_table` does."""
+def encode_create_table(
+    name: str, schema: pa.Schema, key: Sequence[str], options: TableOptions = DEFAULT_OPTIONS
+) -> pa.Buffer:
+    """The payload of a CREATE_TABLE. Raises UsageError if `check_table` or `check_options` does."""
     schema, key = check_table(name, schema, key)
-    row = {"name": name, "schema": schema.serialize().to_pybytes(), "key": list(key)}
+    check_options(name, schema, options)
+    row = {
+        "name": name,
+        "schema": schema.serialize().to_pybytes(),
+        "key": list(key),
+        "compression": options.compression or "",
+        "ttl_column": options.ttl_column or "",
+        "ttl_us": options.ttl_us,
+    }
     return encode_payload(pa.RecordBatch.from_pylist([row], CREATE_TABLE_SCHEMA))
 
 
@@ -84,18 +99,19 @@ def decode_keys(payload: pa.Buffer, table: TableInfo) -> pa.RecordBatch:
     return _decode(payload, table.key_schema, f"table {table.name!r}: keys", lambda batch: check_keys(batch, table))
 
 
-def decode_create_table(payload: pa.Buffer) -> tuple[str, pa.Schema, tuple[str, ...]]:
-    """Name, schema and key of a CREATE_TABLE, as `marble.schema.check_table` returns them."""
+def decode_create_table(payload: pa.Buffer) -> tuple[str, pa.Schema, tuple[str, ...], TableOptions]:
+    """Name, schema, key and options of a CREATE_TABLE, as `check_table` and `check_options` return them."""
     row = _decode_row(payload, CREATE_TABLE_SCHEMA, "the definition of a table")
     name, serialized, key = row["name"], row["schema"], row["key"]
     # Reading a schema instantiates the extension types in it, which is code that someone registered: not for strangers.
     if _EXTENSION_MARK in serialized:
         raise UsageError(f"table {name!a}: extension types cannot be stored: cast to the storage type")
     try:
-        schema = pa.ipc.read_schema(pa.py_buffer(serialized))
-        return (name, *check_table(name, schema, key))
+        schema, key = check_table(name, pa.ipc.read_schema(pa.py_buffer(serialized)), key)
     except (pa.ArrowException, OSError, UnicodeDecodeError):
         raise UsageError(f"table {name!a}: its schema is not an Arrow IPC schema message") from None
+    options = TableOptions(row["compression"] or None, row["ttl_column"] or None, row["ttl_us"])
+    return name, schema, key, check_options(name, schema, options)
 
 
 def decode_drop_table(payload: pa.Buffer) -> str:

@@ -1,4 +1,4 @@
-"""The state of a `marble.lsm.machine.TableMachine` on its way to a snapshot and back.
+"""The state of a `marble.lsm.machine.TableMachine` on its way to a snapshot and back: the manifest of its tables.
 
 A state is rows of `marble.machine.SNAPSHOT_SCHEMA`. Each payload is what `marble._core.entry_batch.encode_payload` makes
 of a batch; the sections come in this order:
@@ -8,7 +8,10 @@ section    table             payload
 =========  ================  =====================================================================================
 machine    0                 one row of `MACHINE_SCHEMA`
 table      id of the table   its definition, one row of `marble.lsm.payload.CREATE_TABLE_SCHEMA`
-rows       id of the table   rows of the table last defined, in key order, as in a WRITE; any number of pieces
+files      id of the table   rows of `marble.machine.FILES_SCHEMA`: the files of the table last defined, level by
+                             level, each in its order; any number of pieces
+rows       id of the table   rows of that table that are in no file, in key order, as in a WRITE; any number of pieces
+deleted    id of the table   keys that files may have and the table has not, as in a DELETE; any number of pieces
 sessions   0                 rows of `marble.sessions.SESSIONS_SCHEMA`; any number of pieces
 commands   0                 a piece of what the user keeps of commands, one row of `COMMAND_SCHEMA`; any number
 =========  ================  =====================================================================================
@@ -16,22 +19,27 @@ commands   0                 a piece of what the user keeps of commands, one row
 Rule 1: what is read back passes every check that an entry's payload passes, and the rules between the sections:
 whatever is wrong is `CorruptionError`, and nothing of the machine has changed by then.
 Rule 2: making a state costs no copy of rows; the copies are made while it is written, piece by piece.
+Rule 3: the first piece comes when all that belongs into files is in files, and durable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from marble._core.entry_batch import decode_payload, encode_payload
-from marble._core.memtable import Memtable, Snapshot
-from marble.errors import CorruptionError, ProtocolError, UsageError
+from marble._core.memtable import Snapshot
+from marble.errors import CorruptionError, InvariantError, ProtocolError, UsageError
 from marble.lsm import payload
 from marble.lsm.catalog import Catalog
-from marble.machine import SNAPSHOT_SCHEMA
+from marble.lsm.files import TableFile, TableFiles, encode_files
+from marble.lsm.levels import Levels
+from marble.lsm.tree import TableData, Tree, memtable_versions
+from marble.machine import FILES, FILES_SCHEMA, SNAPSHOT_SCHEMA, FileRef, Pace
 from marble.schema import TableInfo
 from marble.sessions import SESSIONS_SCHEMA, Sessions
 
@@ -43,47 +51,106 @@ MACHINE_SCHEMA: Final = pa.schema(
 PIECE_BYTES: Final = 4 * 1024 * 1024
 """About how many bytes of rows make one piece: large beside what a piece costs, small beside any heap."""
 
+FILES_PER_PIECE: Final = 4096
+"""Rows of `FILES_SCHEMA` in one piece: a table of 128 GiB."""
+
+LEVELS_MAX: Final = 63
+"""No table has more levels: each is many times as large as the one above it."""
+
+_OF_TABLE: Final = ("table", FILES, "rows", "deleted")
 _FOLLOWS: Final = {
     "machine": ("",),
-    "table": ("machine", "table", "rows"),
-    "rows": ("table", "rows"),
-    "sessions": ("machine", "table", "rows", "sessions"),
-    "commands": ("machine", "table", "rows", "sessions", "commands"),
+    "table": ("machine", *_OF_TABLE),
+    FILES: ("table", FILES),
+    "rows": ("table", FILES, "rows"),
+    "deleted": ("table", FILES, "rows", "deleted"),
+    "sessions": ("machine", *_OF_TABLE, "sessions"),
+    "commands": ("machine", *_OF_TABLE, "sessions", "commands"),
 }
 """What each section may follow."""
 
+Flush = Callable[[Mapping[int, TableData], Pace | None], Mapping[int, Levels]]
+"""Writes the frozen memtables of tables to files, and returns all files of each of these tables."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class TableState:
     """All that a machine held after entry ``applied_index``: a `marble.machine.MachineState`.
 
-    - ``snapshots`` has an item for each table of ``catalog``, by id.
+    - ``tables`` has an item for each table of ``catalog``, by id.
     - ``sessions`` can be read once, and so can the whole.
+    - ``levels`` has what `flush` has returned.
     """
 
     applied_index: int
     time_us: int
     catalog: Catalog
-    snapshots: Mapping[int, Snapshot]
+    tables: Mapping[int, Snapshot | TableData]
     sessions: Iterator[pa.RecordBatch]
     commands: bytes
+    flush: Flush
+    levels: Mapping[int, Levels] = field(default_factory=dict)
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """The whole state, a piece at a time, made while it is asked for. Once, on any thread."""
+    def batches(self, pace: Pace | None = None) -> Iterator[pa.RecordBatch]:
+        """The whole state, a piece at a time, made while it is asked for. Once, on any thread.
+
+        Raises
+        ------
+        OSError
+            The disk failed or is full.
+        CorruptionError
+            A file is damaged.
+        """
+        stored = {id_: data for id_, data in self.tables.items() if isinstance(data, TableData)}
+        self.levels = {id_: data.below.levels for id_, data in stored.items()}
+        frozen = {id_: data for id_, data in stored.items() if data.below.frozen}
+        self.levels = {**self.levels, **self.flush(frozen, pace)}
         tables = self.catalog.by_id
         numbers = (self.applied_index, self.time_us, self.catalog.next_id, len(tables))
         columns = [pa.array([number], pa.uint64()) for number in numbers]
         yield _piece("machine", 0, encode_payload(pa.RecordBatch.from_arrays(columns, schema=MACHINE_SCHEMA)))
         for id_ in sorted(tables):
-            info = tables[id_]
-            yield _piece("table", id_, payload.encode_create_table(info.name, info.schema, info.key))
-            for batch in self.snapshots[id_].scan():
-                for part in _cut(batch):
-                    yield _piece("rows", id_, encode_payload(part))
+            yield from self._table(tables[id_], self.tables[id_])
         for batch in self.sessions:
             yield _piece("sessions", 0, encode_payload(batch))
         for start in range(0, len(self.commands), PIECE_BYTES):
             yield _piece("commands", 0, payload.encode_command(self.commands[start : start + PIECE_BYTES]))
+
+    def files(self) -> list[FileRef]:
+        """The files that belong to it: all, once `batches` has given out its first piece."""
+        return [file.ref for id_ in sorted(self.levels) for file in self.levels[id_]]
+
+    def names(self) -> set[str]:
+        """Names of the files that must stay while somebody holds this."""
+        found = {ref.name for ref in self.files()}
+        for data in self.tables.values():
+            if isinstance(data, TableData):
+                found.update(file.name for file in data.below.levels)
+        return found
+
+    def _table(self, info: TableInfo, data: Snapshot | TableData) -> Iterator[pa.RecordBatch]:
+        definition = payload.encode_create_table(info.name, info.schema, info.key, info.options)
+        yield _piece("table", info.id, definition)
+        if not isinstance(data, TableData):
+            for batch in data.scan():
+                for part in _cut(batch):
+                    yield _piece("rows", info.id, encode_payload(part))
+            return
+        files = encode_files(self.levels[info.id].levels)
+        for start in range(0, files.num_rows, FILES_PER_PIECE):
+            yield _piece(FILES, info.id, encode_payload(files.slice(start, FILES_PER_PIECE)))
+        if data.below.frozen:
+            return  # What was in memory has gone into a file just now.
+        deleted = []
+        for batch, _, gone in memtable_versions([data.active], drop_tombstones=not files.num_rows):
+            living = pa.RecordBatch.from_arrays(batch.columns, schema=info.schema).filter(pc.invert(gone))
+            for part in _cut(living):
+                yield _piece("rows", info.id, encode_payload(part))
+            keys = batch.select(list(info.key)).filter(gone)
+            if keys.num_rows:
+                deleted.append(pa.RecordBatch.from_arrays(keys.columns, schema=info.key_schema))
+        for keys in deleted:
+            yield _piece("deleted", info.id, encode_payload(keys))
 
 
 def _piece(section: str, table: int, data: pa.Buffer) -> pa.RecordBatch:
@@ -98,8 +165,9 @@ def _piece(section: str, table: int, data: pa.Buffer) -> pa.RecordBatch:
 
 def _cut(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     """`batch` in parts of about `PIECE_BYTES`, however its bytes are spread over its rows."""
-    if batch.nbytes <= PIECE_BYTES or batch.num_rows == 1:
-        yield batch
+    if batch.nbytes <= PIECE_BYTES or batch.num_rows <= 1:
+        if batch.num_rows:
+            yield batch
         return
     half = batch.num_rows // 2
     yield from _cut(batch.slice(0, half))
@@ -113,7 +181,7 @@ class Restored:
     applied_index: int
     time_us: int
     catalog: Catalog
-    memtables: dict[int, Memtable]
+    trees: dict[int, Tree]
     sessions: Sessions
     commands: bytes
 
@@ -123,11 +191,13 @@ class _Builder:
     """Takes pieces in their order. ``section`` is that of the last piece; what may follow it is in `_FOLLOWS`."""
 
     index: int
+    store: TableFiles | None
     section: str = ""
     numbers: dict[str, int] = field(default_factory=dict)
     infos: list[TableInfo] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
-    memtables: dict[int, Memtable] = field(default_factory=dict)
+    levels: list[list[TableFile]] = field(default_factory=list)
+    trees: dict[int, Tree] = field(default_factory=dict)
     sessions: list[pa.RecordBatch] = field(default_factory=list)
     commands: list[bytes] = field(default_factory=list)
 
@@ -139,11 +209,16 @@ class _Builder:
             self.take_machine(data)
         elif section == "table":
             self.take_table(table, data)
-        elif section == "rows":
+        elif section in (FILES, "rows", "deleted"):
             info = self.infos[-1]
             if table != info.id:
-                raise _wrong(f"rows of table {table} stand with table {info.id}")
-            self.memtables[table].upsert(payload.decode_rows(data, info), self.index)
+                raise _wrong(f"{section} of table {table} stand with table {info.id}")
+            if section == FILES:
+                self.take_files(info, decode_payload(data, FILES_SCHEMA))
+            elif section == "rows":
+                self.tree().write(payload.decode_rows(data, info), self.index)
+            else:
+                self.tree().bury(payload.decode_keys(data, info), self.index)
         elif section == "sessions":
             self.sessions.append(decode_payload(data, SESSIONS_SCHEMA))
         else:
@@ -158,25 +233,53 @@ class _Builder:
             raise _wrong(f"it is of entry {self.numbers['applied_index']}, not of {self.index}")
 
     def take_table(self, table: int, data: pa.Buffer) -> None:
-        name, schema, key = payload.decode_create_table(data)
+        name, schema, key, options = payload.decode_create_table(data)
+        if self.infos:
+            self.tree()
         last = self.infos[-1].id if self.infos else 0
         if not last < table < self.numbers["next_table"] or name in self.names:
             raise _wrong(f"table {table} {name!a} stands twice, out of order, or above the next id")
-        self.infos.append(TableInfo(table, name, schema, key))
+        self.infos.append(TableInfo(table, name, schema, key, options))
         self.names.add(name)
-        self.memtables[table] = Memtable(schema, key)
+        self.levels = []
+
+    def take_files(self, info: TableInfo, batch: pa.RecordBatch) -> None:
+        if self.store is None:
+            raise _wrong(f"table {info.name!r} has files, and this machine keeps none")
+        batch.validate(full=True)
+        for row in batch.to_pylist():
+            if None in [row[field.name] for field in FILES_SCHEMA if not field.nullable]:
+                raise _wrong(f"a file of table {info.name!r} is described by a null")
+            level = row["level"]
+            if not len(self.levels) - 1 <= level <= LEVELS_MAX:
+                raise _wrong(f"files of table {info.name!r} are not in order")
+            self.levels += [[] for _ in range(level + 1 - len(self.levels))]
+            self.levels[level].append(self.store.open(row, info))
+
+    def tree(self) -> Tree:
+        """The table last defined, whose files have all come by now."""
+        info = self.infos[-1]
+        if info.id not in self.trees:
+            try:
+                levels = Levels.of(self.levels)
+            except InvariantError as error:
+                raise _wrong(f"table {info.name!r}: {error}") from None
+            self.trees[info.id] = Tree(info, self.store is not None, levels)
+        return self.trees[info.id]
 
     def finish(self) -> Restored:
         if not self.section or len(self.infos) != self.numbers["tables"]:
             raise _wrong("tables are missing")
+        if self.infos:
+            self.tree()
         sessions = Sessions()
         sessions.restore(self.numbers["time_us"], self.sessions)
         catalog = Catalog.of(self.numbers["next_table"], self.infos)
-        return Restored(self.index, self.numbers["time_us"], catalog, self.memtables, sessions, b"".join(self.commands))
+        return Restored(self.index, self.numbers["time_us"], catalog, self.trees, sessions, b"".join(self.commands))
 
 
-def restored(index: int, batches: Iterable[pa.RecordBatch]) -> Restored:
-    """Build a machine's state anew.
+def restored(index: int, batches: Iterable[pa.RecordBatch], store: TableFiles | None = None) -> Restored:
+    """Build a machine's state anew. Files are mapped and checked but for their blocks; none of their rows is read.
 
     Parameters
     ----------
@@ -184,13 +287,15 @@ def restored(index: int, batches: Iterable[pa.RecordBatch]) -> Restored:
         Of which entry it must be.
     batches
         What `TableState.batches` gave out, in batches of any number of rows.
+    store
+        Where the files are. None: this machine has none.
 
     Raises
     ------
     CorruptionError
-        That is not what they are.
+        That is not what they are; or a file is missing or damaged.
     """
-    builder = _Builder(index)
+    builder = _Builder(index, store)
     for batch in batches:
         if not batch.schema.equals(SNAPSHOT_SCHEMA):
             raise _wrong("its pieces have other columns")
@@ -199,7 +304,7 @@ def restored(index: int, batches: Iterable[pa.RecordBatch]) -> Restored:
         for section, table, data in zip(*batch.columns, strict=True):
             try:
                 builder.take(section.as_py(), table.as_py(), _aligned(data.as_buffer()))
-            except (UsageError, ProtocolError) as error:
+            except (UsageError, ProtocolError, pa.ArrowInvalid) as error:
                 raise _wrong(f"section {section.as_py()!a} of table {table.as_py()}: {error}") from error
     return builder.finish()
 

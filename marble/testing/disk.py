@@ -23,11 +23,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+import pyarrow as pa
+
 from marble.env import Random
 from marble.errors import UnavailableError
 
 SECTOR_BYTES: Final = 512
-_TAKES_SPACE: Final = frozenset({"write", "create", "overwrite"})
+_TAKES_SPACE: Final = frozenset({"write", "create", "overwrite", "link"})
 
 
 class DiskCrash(BaseException):
@@ -158,7 +160,7 @@ class SimulatedFiles:
         """Shorten the file as no program of ours would."""
         node = self._node(path)
         node.sync()
-        del node.seen[size:], node.stored[size:]
+        node.seen, node.stored = node.seen[:size], node.stored[:size]
 
     def put(self, path: str, data: bytes) -> None:
         """Make `path` hold exactly `data`, durably, its directory included."""
@@ -278,6 +280,10 @@ class SimulatedFiles:
         data = self._node(path).seen
         return bytes(data[offset : len(data) if size is None else offset + size])
 
+    def map(self, path: str) -> pa.Buffer:
+        # The bytes themselves, not a copy: what befalls the file befalls whoever has mapped it.
+        return pa.py_buffer(self._node(path).seen)
+
     def create(self, path: str) -> SimulatedAppendFile:
         if path in self._names:
             raise FileExistsError(errno.EEXIST, "file exists", path)
@@ -308,6 +314,13 @@ class SimulatedFiles:
         with self.operation("rename", target) as failing:
             if not failing:
                 self._change(_NameChange(_directory(target), target, self._node(source), source))
+
+    def link(self, source: str, target: str) -> None:
+        if target in self._names:
+            raise FileExistsError(errno.EEXIST, "file exists", target)
+        with self.operation("link", target) as failing:
+            if not failing:
+                self._change(_NameChange(_directory(target), target, self._node(source)))
 
     def remove(self, path: str) -> None:
         self._node(path)

@@ -136,3 +136,53 @@ def test_nothing_works_without_power_and_old_files_stay_dead() -> None:
     with pytest.raises(DiskCrash):
         file.write(b"z")
     files.create("log/g").write(b"works again")
+
+
+def test_a_mapping_sees_what_befalls_its_file_and_outlives_its_name() -> None:
+    files = disk()
+    files.put("d/a", b"abc")
+    mapped = files.map("d/a")
+    assert mapped.to_pybytes() == b"abc"
+    files.flip_bit("d/a", 0)
+    assert mapped.to_pybytes() == b"`bc"
+    files.remove("d/a")
+    files.sync_directory("d")
+    files.crash()
+    assert mapped.to_pybytes() == b"`bc"
+    assert not files.exists("d/a")
+
+
+def test_a_link_is_durable_after_a_sync_of_its_directory() -> None:
+    kept = set()
+    for seed in range(20):
+        files = disk(seed)
+        files.put("d/a", b"abc")
+        files.make_directory("e")
+        files.link("d/a", "e/a")
+        with pytest.raises(FileExistsError):
+            files.link("d/a", "e/a")
+        assert files.read("e/a") == b"abc"
+        if seed % 2:
+            files.sync_directory("e")
+        files.crash()
+        kept.add((seed % 2, files.exists("e/a")))
+        assert files.read("d/a") == b"abc"
+    assert kept == {(0, False), (0, True), (1, True)}
+
+
+def test_mappings_and_links_of_a_real_disk(tmp_path: Path) -> None:
+    files = SystemFiles(tmp_path)
+    files.make_directory("d")
+    for path, data in (("d/a", b"abc"), ("d/empty", b"")):
+        file = files.create(path)
+        file.write(data)
+        file.close()
+    mapped, empty = files.map("d/a"), files.map("d/empty")
+    files.link("d/a", "d/b")
+    with pytest.raises(FileExistsError):
+        files.link("d/a", "d/b")
+    files.remove("d/a")
+    files.rename("d/empty", "d/a")
+    assert (mapped.to_pybytes(), empty.to_pybytes(), files.read("d/b")) == (b"abc", b"", b"abc")
+    with pytest.raises(FileNotFoundError):
+        files.map("d/none")

@@ -34,7 +34,7 @@ def test_create_again_is_the_same_table() -> None:
 )
 def test_create_with_another_definition_is_refused(schema: pa.Schema, key: list[str]) -> None:
     catalog, _ = Catalog().create("t", SCHEMA, ["id"])
-    with pytest.raises(UsageError, match="'t' exists already with another schema or key"):
+    with pytest.raises(UsageError, match="'t' exists already with another schema, key or options"):
         catalog.create("t", schema, key)
 
 

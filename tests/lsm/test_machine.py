@@ -126,7 +126,7 @@ def test_view_does_not_change(machine: TableMachine) -> None:
         (Proposal(EntryKind.DELETE, 1, encode_payload(rows((1, "a")))), "not a valid record batch"),
         (Proposal(EntryKind.CREATE_TABLE, 0, encode_payload(rows((1, "a")))), "not a valid record batch"),
         (Proposal(EntryKind.COMMAND, 0, encode_payload(rows((1, "a")))), "not a valid record batch"),
-        (create("t", SCHEMA, ["v"]), "exists already with another schema or key"),
+        (create("t", SCHEMA, ["v"]), "exists already with another schema, key or options"),
         (drop("tt"), "no table 'tt'; did you mean 't'"),
     ],
 )

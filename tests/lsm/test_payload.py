@@ -11,6 +11,7 @@ from marble._core.entry_batch import encode_payload
 from marble.errors import UsageError
 from marble.lsm import payload
 from marble.schema import TableInfo, check_table
+from marble.table_options import TableOptions
 
 SCHEMA = pa.schema(
     [
@@ -46,10 +47,15 @@ def test_keys_come_back() -> None:
 
 def test_create_table_comes_back() -> None:
     schema = SCHEMA.with_metadata({"a": "b"})
-    name, decoded, key = payload.decode_create_table(payload.encode_create_table("t", schema, ["name", "id"]))
-    assert (name, key) == ("t", ("name", "id"))
+    name, decoded, key, options = payload.decode_create_table(payload.encode_create_table("t", schema, ["name", "id"]))
+    assert (name, key, options) == ("t", ("name", "id"), TableOptions())
     assert decoded.equals(SCHEMA)
     assert decoded.metadata is None
+
+
+def test_options_come_back() -> None:
+    options = TableOptions("zstd", "id", 7)
+    assert payload.decode_create_table(payload.encode_create_table("t", SCHEMA, ["id"], options))[3] == options
 
 
 def test_drop_table_and_command_come_back() -> None:
@@ -72,15 +78,38 @@ def test_entry_size() -> None:
         payload.check_entry_size(data, data.size - 1, "the batch")
 
 
-def create(name: str | None = "t", schema: bytes | None = None, key: list[str | None] | None = None) -> pa.Buffer:
+def create(
+    name: str | None = "t",
+    schema: bytes | None = None,
+    key: list[str | None] | None = None,
+    compression: str | None = "",
+    ttl_column: str = "",
+    ttl_us: int = 0,
+) -> pa.Buffer:
     """The payload of a CREATE_TABLE by a proposer that checks nothing."""
-    loose = pa.schema([("name", pa.string()), ("schema", pa.binary()), ("key", pa.list_(pa.string()))])
-    row = {"name": name, "schema": schema or SCHEMA.serialize().to_pybytes(), "key": key or ["id"]}
+    loose = pa.schema(
+        [
+            ("name", pa.string()),
+            ("schema", pa.binary()),
+            ("key", pa.list_(pa.string())),
+            ("compression", pa.string()),
+            ("ttl_column", pa.string()),
+            ("ttl_us", pa.int64()),
+        ]
+    )
+    row = {
+        "name": name,
+        "schema": schema or SCHEMA.serialize().to_pybytes(),
+        "key": key or ["id"],
+        "compression": compression,
+        "ttl_column": ttl_column,
+        "ttl_us": ttl_us,
+    }
     return encode_payload(pa.RecordBatch.from_pylist([row], loose))
 
 
 def test_create_without_checks_is_well_formed() -> None:
-    assert payload.decode_create_table(create()) == ("t", SCHEMA, ("id",))
+    assert payload.decode_create_table(create()) == ("t", SCHEMA, ("id",), TableOptions())
 
 
 @pytest.mark.parametrize(
@@ -96,6 +125,13 @@ def test_create_without_checks_is_well_formed() -> None:
         (create(schema=encode_payload(ROWS).to_pybytes()), "not an Arrow IPC schema message"),
         (create(schema=pa.schema([("id", pa.int8()), ("u", pa.uuid())]).serialize().to_pybytes()), "extension types"),
         (create(schema=pa.schema([("id", pa.string_view())]).serialize().to_pybytes()), "cast to string"),
+        (create(compression=None), "one row without nulls"),
+        (create(compression="zip"), "compression is 'lz4', 'zstd' or none, not 'zip'"),
+        (create(ttl_us=5), "needs a column"),
+        (create(ttl_column="nope", ttl_us=5), "no column 'nope'"),
+        (create(ttl_column="name", ttl_us=5), "cannot live by a string"),
+        (create(ttl_column="id"), "1 to 9007199254740992 microseconds, not 0"),
+        (create(ttl_column="id", ttl_us=-1), "1 to 9007199254740992 microseconds, not -1"),
         (pa.py_buffer(b""), "not a valid record batch"),
         (pa.py_buffer(b"\xff" * 64), "not a valid record batch"),
         (payload.encode_rows(ROWS), "not a valid record batch"),
@@ -195,7 +231,7 @@ def test_damaged_definitions_are_refused_or_valid(seed: int) -> None:
         for _ in range(chance.randrange(1, 4)):
             damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
         try:
-            name, schema, key = payload.decode_create_table(create(schema=bytes(damaged)))
+            name, schema, key, _ = payload.decode_create_table(create(schema=bytes(damaged)))
         except UsageError:
             refused += 1
             continue

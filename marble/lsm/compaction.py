@@ -1,0 +1,234 @@
+"""What to compact next, and how.
+
+Planning is pure: the same levels give the same plan. Level 0 is tiered: runs of files of similar size become one file
+there, until so much has come together that merging it into level 1 is worth what has to be rewritten of that. The deeper
+levels are leveled: each may be `CompactionPolicy.ratio` times as large as the one above it; the file that meets the fewest
+bytes in the next level goes down first.
+
+Rule 1: nothing that a reader can see depends on whether or when any of this happens.
+Rule 2: a tombstone goes only when no older file may have its key; so does a row whose time to live is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from marble._core.lsm import Reader
+from marble.lsm.files import Compression, TableFile, Versions
+from marble.lsm.levels import Levels
+from marble.schema import TableInfo
+
+_MIB: Final = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class CompactionPolicy:
+    """How large what may be. Local to a replica: no two need to have the same."""
+
+    level0_files: int = 4
+    """With so many files in level 0 something is done about them. Each is one more that a read may have to look into."""
+    level0_files_max: int = 12
+    """With so many they are merged into level 1, whatever that costs."""
+    level0_share: int = 4
+    """They also are when they have a share of one part in so many of what they meet in level 1."""
+    level1_bytes: int = 256 * _MIB
+    ratio: int = 10
+    """How much larger each level may be than the one above it."""
+    file_bytes_max: int = 32 * _MIB
+    """About where files of level 1 and below are split."""
+    compressed_level: int = 2
+    """From this level on, files are compressed if the table says how. What is above is written anew too often."""
+
+    def bytes_max(self, level: int) -> int:
+        """What level 1 or a deeper one may have."""
+        return self.level1_bytes * int(self.ratio ** (level - 1))
+
+    def compression(self, info: TableInfo, level: int) -> Compression | None:
+        """How files of `level` are compressed."""
+        return info.options.compression if level >= self.compressed_level else None  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Files to be replaced by others with the same content.
+
+    - ``runs``: what goes, newest first; each a run of files that ascend and have no key in common.
+    - ``level``: where the result goes.
+    - ``rewrite``: whether there are new files; else the same ones change their level, or go if ``level`` is None.
+    - ``drop_tombstones``: whether tombstones hide nothing any more.
+    """
+
+    runs: tuple[tuple[TableFile, ...], ...]
+    level: int | None
+    rewrite: bool = True
+    drop_tombstones: bool = False
+
+    @property
+    def files(self) -> tuple[TableFile, ...]:
+        """All that goes, newest first."""
+        return tuple(file for run in self.runs for file in run)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of these."""
+        return frozenset(file.name for file in self.files)
+
+
+def plan_compaction(
+    levels: Levels,
+    policy: CompactionPolicy,
+    expired_until: int | None = None,
+    damaged: Collection[str] = (),
+    compressed: bool = False,
+) -> Plan | None:
+    """What to do next; None if all is well.
+
+    Parameters
+    ----------
+    levels
+        A table's files.
+    policy
+        See there.
+    expired_until
+        The highest value of the TTL column that is gone (`marble.table_options.expired_until`).
+    damaged
+        Names of files that cannot be read: left alone.
+    compressed
+        Whether files are compressed once they are deep enough.
+    """
+    for plan in _plans(levels, policy, expired_until, compressed):
+        if not any(name in plan.names for name in damaged):
+            return plan
+    return None
+
+
+def backlog_bytes(levels: Levels, policy: CompactionPolicy) -> int:
+    """What of level 0 should have been merged long ago: 0 as long as compaction keeps up."""
+    late = len(levels[0]) - policy.level0_files_max
+    return sum(file.nbytes for file in levels[0]) if late > 0 else 0
+
+
+def merged(plan: Plan, info: TableInfo, expired_until: int | None) -> Iterator[Versions]:
+    """The content of `plan`'s files as it is to be written, by key."""
+    reader = Reader([], [[file.opened for file in run] for run in plan.runs])
+    for versions in reader.scan_versions(plan.drop_tombstones):
+        kept = versions if expired_until is None else _expire(versions, info, expired_until, plan.drop_tombstones)
+        if kept[0].num_rows:
+            yield kept
+
+
+def expired_rows(batch: pa.RecordBatch, column: str, expired_until: int) -> pa.BooleanArray:
+    """Which rows' time to live is over. A row without a time stays."""
+    times = batch.column(column)
+    plain = times.view(pa.int32() if times.type.bit_width == 32 else pa.int64())
+    return pc.fill_null(pc.less_equal(plain, pa.scalar(expired_until, pa.int64())), False)
+
+
+def _expire(versions: Versions, info: TableInfo, expired_until: int, drop: bool) -> Versions:
+    batch, indexes, deleted = versions
+    assert info.options.ttl_column is not None
+    gone = pc.or_(deleted, expired_rows(batch, info.options.ttl_column, expired_until))
+    if not drop:
+        return batch, indexes, gone
+    kept = pc.invert(gone)
+    return batch.filter(kept), indexes.filter(kept), gone.filter(kept)
+
+
+# -- plans, the most urgent first --------------------------------------------------------------------------------------
+
+
+def _plans(levels: Levels, policy: CompactionPolicy, expired_until: int | None, compressed: bool) -> Iterator[Plan]:
+    if expired_until is not None:
+        expired = _expired(levels, expired_until)
+        if expired:
+            yield Plan(tuple((file,) for file in expired), None, rewrite=False)
+    if len(levels[0]) >= policy.level0_files:
+        yield from _level0(levels, policy)
+    scores = {
+        level: sum(file.nbytes for file in levels[level]) / policy.bytes_max(level)
+        for level in range(1, len(levels.levels))
+    }
+    for level in sorted(scores, key=lambda level: (-scores[level], level)):
+        if scores[level] > 1:
+            yield from _deeper(levels, level, compressed and level + 1 == policy.compressed_level)
+
+
+def _expired(levels: Levels, expired_until: int) -> list[TableFile]:
+    """Files without a row that still lives, under which there is nothing that they hide."""
+    gone: list[TableFile] = []
+    below: list[TableFile] = []
+    for files in reversed(levels.levels):
+        older = list(below)
+        # Within level 0 files behind are older; within the others they have no key in common.
+        for file in reversed(files):
+            over = file.ttl_max is not None and file.ttl_max <= expired_until
+            if over and not any(each.meets(file.first_key, file.last_key) for each in older):
+                gone.append(file)
+                continue
+            below.append(file)
+            if files is levels.levels[0]:
+                older.append(file)
+    return gone
+
+
+def _level0(levels: Levels, policy: CompactionPolicy) -> Iterator[Plan]:
+    files = levels[0]
+    first, last = _range(files)
+    met = levels.overlapping(1, first, last)
+    above, below = sum(file.nbytes for file in files), sum(file.nbytes for file in met)
+    tiers = len(files) < policy.level0_files_max and above * policy.level0_share < below
+    if tiers:
+        start, end = _similar(files)
+        if end - start > 1:
+            run = files[start:end]
+            hides = end < len(files) or levels.reaches_below(0, *_range(run))
+            yield Plan(tuple((file,) for file in run), 0, drop_tombstones=not hides)
+        return
+    apart = sorted(files, key=lambda file: file.first_key)
+    disjoint = all(a.last_key < b.first_key for a, b in pairwise(apart))
+    if disjoint and not met and all(file.nbytes >= policy.file_bytes_max // 4 for file in files):
+        yield Plan((tuple(apart),), 1, rewrite=False)
+        return
+    runs = [(file,) for file in files] + ([met] if met else [])
+    first, last = _range([file for run in runs for file in run])
+    yield Plan(tuple(runs), 1, drop_tombstones=not levels.reaches_below(1, first, last))
+
+
+def _similar(files: Sequence[TableFile]) -> tuple[int, int]:
+    """The first run, from the newest file on, in which none is more than twice as large as all before it in the run."""
+    for start in range(len(files) - 1):
+        total, end = files[start].nbytes, start + 1
+        while end < len(files) and files[end].nbytes <= 2 * total:
+            total += files[end].nbytes
+            end += 1
+        if end - start > 1:
+            return start, end
+    return 0, 0
+
+
+def _deeper(levels: Levels, level: int, rewrite: bool) -> Iterator[Plan]:
+    """The ways to bring a file of `level` down, the cheapest for its size first; `rewrite`: not as it is."""
+
+    def met(file: TableFile) -> tuple[TableFile, ...]:
+        return levels.overlapping(level + 1, file.first_key, file.last_key)
+
+    def cost(file: TableFile) -> float:
+        return sum(each.nbytes for each in met(file)) / file.nbytes
+
+    for file in sorted(levels[level], key=lambda file: (cost(file), file.first_key)):
+        below = met(file)
+        if not below and not rewrite:
+            yield Plan(((file,),), level + 1, rewrite=False)
+            continue
+        hides = levels.reaches_below(level + 1, *_range((file, *below)))
+        yield Plan(((file,), below) if below else ((file,),), level + 1, drop_tombstones=not hides)
+
+
+def _range(files: Sequence[TableFile]) -> tuple[bytes, bytes]:
+    return min(file.first_key for file in files), max(file.last_key for file in files)

@@ -1,0 +1,256 @@
+"""One table's rows: a memtable, frozen ones on their way to files, and the files.
+
+Rule 1: `Tree.write`, `Tree.delete` and `Tree.freeze` on the applying thread only. What lies below the memtable is one
+immutable value, `Below`, replaced as a whole under the machine's lock.
+Rule 2: where a row is stored changes nothing that a reader can see: a flush puts a file in the place of frozen memtables,
+a compaction files in the place of files.
+Rule 3: a tombstone is kept for as long as something below may have its key.
+
+A table without files (`TableFiles` is None) is its memtable, and nothing lies below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from marble._core.lsm import Memtable as SlowMemtable
+from marble._core.lsm import Reader
+from marble._core.memtable import Memtable, Snapshot
+from marble.lsm.compaction import Plan, expired_rows
+from marble.lsm.files import TableFile, Versions
+from marble.lsm.levels import Levels
+from marble.schema import TableInfo
+from marble.table_options import expired_until
+
+
+class Readable(Protocol):
+    """Rows of one table that do not change. Any number of threads."""
+
+    @property
+    def row_count(self) -> int:
+        """Rows, exactly: counted when first asked."""
+        ...
+
+    def get_many(self, keys: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.BooleanArray]:
+        """For each of `keys` the row (its key and nulls if there is none), and whether there is one."""
+        ...
+
+    def scan(self, batch_rows_max: int = ..., columns: Sequence[str] | None = None) -> Iterable[pa.RecordBatch]:
+        """All rows in key order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """A memtable that takes no more writes, and about how much memory it holds."""
+
+    snapshot: Snapshot
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Below:
+    """What lies below the memtable, newest first."""
+
+    frozen: tuple[Frozen, ...] = ()
+    levels: Levels = field(default_factory=Levels)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return bool(self.frozen) or bool(self.levels)
+
+    def flushed(self, frozen: tuple[Frozen, ...], files: Sequence[TableFile]) -> Below | None:
+        """With `files` in the place of `frozen`; None if those are not its oldest ones, and nothing may change."""
+        kept = len(self.frozen) - len(frozen)
+        if kept < 0 or not frozen or any(a is not b for a, b in zip(self.frozen[kept:], frozen, strict=True)):
+            return None
+        return Below(self.frozen[:kept], self.levels.flushed(files))
+
+    def compacted(self, plan: Plan, files: Sequence[TableFile]) -> Below | None:
+        """With `files` in the place of those of `plan`; None if these are not all here."""
+        if not plan.names <= {file.name for file in self.levels}:
+            return None
+        return replace(self, levels=self.levels.replaced(plan.names, plan.level or 0, files))
+
+
+class TableData:
+    """What a table with files held at one moment: a `Readable`.
+
+    Attributes
+    ----------
+    active
+        The memtable's content.
+    below
+        What lay below it.
+    """
+
+    __slots__ = ("_reader", "_row_count", "active", "below")
+
+    def __init__(self, active: Snapshot, below: Below) -> None:
+        self.active = active
+        self.below = below
+        self._reader: Reader | None = None
+        self._row_count: int | None = None
+
+    @property
+    def reader(self) -> Reader:
+        """All of it merged. Made when first asked for; two threads may make two, which are alike."""
+        if self._reader is None:
+            self._reader = merged_reader(
+                [self.active, *(each.snapshot for each in self.below.frozen)], self.below.levels
+            )
+        return self._reader
+
+    @property
+    def row_count(self) -> int:
+        if self._row_count is None:
+            key = self.active.schema.names[:1]
+            self._row_count = sum(batch.num_rows for batch in self.scan(columns=key))
+        return self._row_count
+
+    def get_many(self, keys: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.BooleanArray]:
+        return self.reader.get_many(keys)
+
+    def scan(self, batch_rows_max: int = 65536, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        return self.reader.scan(columns, batch_rows_max=batch_rows_max)
+
+
+class Living:
+    """A `Readable` without the rows whose time to live is over.
+
+    Parameters
+    ----------
+    data
+        All rows.
+    info
+        The table, which has a TTL column.
+    until
+        The highest time, in that column's unit, that is over.
+    """
+
+    def __init__(self, data: Readable, info: TableInfo, until: int) -> None:
+        assert info.options.ttl_column is not None
+        self._data = data
+        self._info = info
+        self._column = info.options.ttl_column
+        self._until = until
+
+    @property
+    def row_count(self) -> int:
+        return sum(batch.num_rows for batch in self.scan(columns=[self._column]))
+
+    def get_many(self, keys: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.BooleanArray]:
+        rows, found = self._data.get_many(keys)
+        living = pc.and_not(found, expired_rows(rows, self._column, self._until))
+        if living.true_count == found.true_count:
+            return rows, found
+        places = pc.if_else(living, pa.array(range(len(living)), pa.int64()), pa.scalar(None, pa.int64()))
+        taken = {field.name: column for field, column in zip(rows.schema, rows.take(places).columns, strict=True)}
+        columns = [rows.column(name) if name in self._info.key else taken[name] for name in rows.schema.names]
+        return pa.RecordBatch.from_arrays(columns, schema=rows.schema), living
+
+    def scan(self, batch_rows_max: int = 65536, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        wanted = self._info.schema.names if columns is None else list(columns)
+        read = [*wanted, *([] if self._column in wanted else [self._column])]
+        for batch in self._data.scan(batch_rows_max, read):
+            kept = batch.filter(pc.invert(expired_rows(batch, self._column, self._until)))
+            if kept.num_rows:
+                yield kept.select(wanted)
+
+
+def living(data: Readable, info: TableInfo, time_us: int) -> Readable:
+    """`data` as it is at `time_us`."""
+    until = expired_until(info.schema, info.options, time_us)
+    return data if until is None else Living(data, info, until)
+
+
+def merged_reader(memtables: Sequence[Snapshot], levels: Levels) -> Reader:
+    """All of these merged, the newest first; each file of level 0 is a run of its own."""
+    runs = [[file.opened] for file in levels[0]]
+    runs += [[file.opened for file in files] for files in levels.levels[1:] if files]
+    return Reader(list(memtables), runs)
+
+
+def memtable_versions(memtables: Sequence[Snapshot], drop_tombstones: bool) -> Iterator[Versions]:
+    """What these memtables, newest first, hold together, by key."""
+    return Reader(list(memtables), []).scan_versions(drop_tombstones)
+
+
+class Tree:
+    """The rows of one table, as the applying thread has them.
+
+    Parameters
+    ----------
+    info
+        The table.
+    stored
+        Whether it has files.
+    levels
+        Those that it has.
+
+    Attributes
+    ----------
+    below
+        What lies below the memtable; assigned under the machine's lock.
+    memory_bytes
+        About how much the memtable holds.
+    """
+
+    def __init__(self, info: TableInfo, stored: bool, levels: Levels | None = None) -> None:
+        self.info = info
+        self.below = Below(levels=levels or Levels())
+        self.memory_bytes = 0
+        self._stored = stored
+        self._memtable = self._new_memtable()
+
+    def _new_memtable(self) -> Memtable:
+        info = self.info
+        return (
+            SlowMemtable(info.schema, info.key, keep_tombstones=True)
+            if self._stored
+            else Memtable(info.schema, info.key)
+        )
+
+    def data(self) -> Snapshot | TableData:
+        """The rows as of now."""
+        snapshot = self._memtable.snapshot()
+        return TableData(snapshot, self.below) if self._stored else snapshot
+
+    def write(self, rows: pa.RecordBatch, index: int) -> int:
+        """Insert or replace `rows`. Returns how many they are."""
+        self.memory_bytes += rows.nbytes
+        return self._memtable.upsert(rows, index)
+
+    def delete(self, keys: pa.RecordBatch, index: int, time_us: int) -> int:
+        """Delete by `keys`. Returns how many rows were there, at `time_us`, and are no longer."""
+        if not self.below and self.info.options.ttl_column is None:
+            self.memory_bytes += keys.nbytes if self._stored else 0
+            return self._memtable.delete(keys, index)
+        _, found = living(self.data(), self.info, time_us).get_many(keys)
+        gone = found.true_count
+        if gone > 1:
+            # A key that stands twice counts once.
+            distinct = Memtable(self.info.key_schema, self.info.key)
+            distinct.upsert(keys.filter(found), index)
+            gone = distinct.snapshot().row_count
+        self.memory_bytes += keys.nbytes
+        self._memtable.delete(keys, index)
+        return int(gone)
+
+    def bury(self, keys: pa.RecordBatch, index: int) -> None:
+        """Delete by `keys`, of which none is in the memtable, without looking whether there are such rows."""
+        self.memory_bytes += keys.nbytes
+        self._memtable.delete(keys, index)
+
+    def freeze(self) -> None:
+        """Begin another memtable, if there is anything in this one. Under the machine's lock."""
+        if self.memory_bytes:
+            self.below = replace(
+                self.below, frozen=(Frozen(self._memtable.snapshot(), self.memory_bytes), *self.below.frozen)
+            )
+            self._memtable, self.memory_bytes = self._new_memtable(), 0
