@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from marble.driver import Driver, Outcome
 from marble.errors import MarbleError, NotLeaderError, UnavailableError, UsageError
+from marble.machine import StoredMachine
 from marble.options import NodeOptions
 from marble.promises import Committed, Offer, Promises
 from marble.raft.messages import RoleChanged
@@ -73,6 +74,7 @@ class Desk:
         self._options = options
         self._release_bytes = release
         self._log_bytes = log_bytes
+        self._stored = driver.machine if isinstance(driver.machine, StoredMachine) else None
         self._offers: list[Offer] = []
         self._stalled_since: float | None = None
         self._handovers: list[_Handover] = []
@@ -111,6 +113,7 @@ class Desk:
         if not batch:
             return False
         try:
+            self._check_backlog()
             first = self.driver.propose([offer.proposal for offer in batch])
         except NotLeaderError as not_leader:
             self._refuse(batch, not_leader)
@@ -124,6 +127,14 @@ class Desk:
             self._release(batch)
             self.promises.add_writes(first.index, first.term, [offer.future for offer in batch], now)
         return bool(self._offers)
+
+    def _check_backlog(self) -> None:
+        """Raise UnavailableError while the machine's files lag too far behind: who writes waits, who applies never does."""
+        limit = self._options.backlog_bytes_max
+        if self._stored is not None and self._stored.backlog_bytes > limit:
+            raise UnavailableError(
+                f"tables are written faster than their files: {self._stored.backlog_bytes} bytes wait, more than {limit}"
+            )
 
     def change_membership(
         self,

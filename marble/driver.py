@@ -26,10 +26,11 @@ import pyarrow as pa
 from marble._core import entry_batch
 from marble._core.entry_batch import Proposal
 from marble._core.term_index import TermIndex
+from marble.compacting import Compactor
 from marble.errors import ProtocolError, UnavailableError, UsageError, check
-from marble.jobs import Applied, ApplyJob, Due, FileJob, Log, MachineJob, Pace, RestoreJob, WriteJob
+from marble.jobs import Applied, ApplyJob, Due, FileJob, Log, MachineJob, RestoreJob, WriteJob
 from marble.logstore.snapshots import SnapshotStore
-from marble.machine import StateMachine
+from marble.machine import Pace, StateMachine
 from marble.members import check_endpoints, encode_members
 from marble.raft.core import Raft
 from marble.raft.messages import MembershipProposed, Message, MessageKind, ReadState, RoleChanged, Span
@@ -101,7 +102,7 @@ class Driver:
     wall_us
         What time it is, for the entries that this node takes in as leader.
     pace
-        Slows down the writing of snapshots.
+        Slows down the writing of snapshots and of the machine's files.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class Driver:
         self.raft = raft
         self.machine = machine
         self.outcome = Outcome()
+        self.compactor = Compactor(group, machine, pace)
         self.snapshots = (
             None
             if store is None
@@ -228,6 +230,7 @@ class Driver:
         """One tick of the clock; `now_us` as in `Raft.tick`."""
         self._send_late()
         self.raft.tick(now_us)
+        self.compactor.tick()
         if self.snapshots is not None:
             for peer in self.snapshots.tick():
                 self.raft.report_snapshot(peer, False)

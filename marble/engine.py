@@ -8,7 +8,8 @@ Rule 3: what fails on any of these threads ends the engine, and with it the node
 gets an error, and `stopped` is set.
 
 Threads: ``marble-engine-N`` (this class), ``marble-log-N`` (syncs), ``marble-apply-N`` (the machines' writing side),
-``marble-snapshot-N`` (files of snapshots), each with the number of the node. `Engine.stop` ends them all.
+``marble-snapshot-N`` (files of snapshots), ``marble-compact-N`` (the machines' files), each with the number of the node.
+`Engine.stop` ends them all.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from marble.desk import Desk
 from marble.env import Clock
 from marble.errors import InvariantError, MarbleError, NotLeaderError, ProtocolError, UnavailableError, UsageError
 from marble.groups import Groups, Write
-from marble.jobs import FileJob, MachineJob
+from marble.jobs import CompactJob, FileJob, MachineJob
 from marble.logstore.log import Log
 from marble.metrics import Metrics
 from marble.options import NodeOptions
@@ -109,11 +110,13 @@ class Engine:
         self._syncer: Worker[SyncJob] = Worker(f"marble-log-{name}", self._inbox.put, self._synced, clock)
         self._applier: Worker[MachineJob] = Worker(f"marble-apply-{name}", self._inbox.put, groups.finish_apply, clock)
         self._filer: Worker[FileJob] = Worker(f"marble-snapshot-{name}", self._inbox.put, groups.finish_snapshot, clock)
+        self._compacter: Worker[CompactJob] = Worker(f"marble-compact-{name}", self._inbox.put, self._compacted, clock)
         self._threads = [
             threading.Thread(target=self._run, name=f"marble-engine-{name}", daemon=True),
             self._syncer.thread,
             self._applier.thread,
             self._filer.thread,
+            self._compacter.thread,
         ]
 
     # -- any thread --------------------------------------------------------------------------------------------------
@@ -254,6 +257,7 @@ class Engine:
             self._syncer.end()
             self._applier.end()
             self._filer.end()
+            self._compacter.end()
             with self._inbox_lock:
                 self.stopped.set()
             self._abandon()
@@ -301,6 +305,8 @@ class Engine:
                     self._applier.put(job)
             for file_job in self._groups.take_snapshots():
                 self._filer.put(file_job)
+            for compact_job in self._groups.take_compactions():
+                self._compacter.put(compact_job)
         members_changed = False
         for driver in self._groups.end_turn():
             outcome = self._desks[driver.group].publish()
@@ -323,6 +329,12 @@ class Engine:
 
     def _synced(self, job: SyncJob) -> None:
         self._groups.persisted(job.writes)
+
+    def _compacted(self, job: CompactJob) -> None:
+        self._groups.finish_compaction(job)
+        if job.error is not None and not self.closing.is_set():
+            self._metrics.counter("compactions_failed").add(1)
+            logger.warning("node %d could not compact files: %s", self._options.node_id, job.error)
 
     def _offer(self, group: int, offer: Offer) -> None:
         self._desks[group].offer(offer)

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from marble.driver import Driver, Send
 from marble.errors import UsageError
-from marble.jobs import FileJob, Log, MachineJob
+from marble.jobs import CompactJob, FileJob, Log, MachineJob
 from marble.raft.messages import Message, MessageKind
 from marble.transport.codec import Envelope
 from marble.types import NO_NODE
@@ -218,6 +218,14 @@ class Groups:
     def finish_snapshot(self, job: FileJob) -> None:
         """`job` has run."""
         self.use(job.group).finish_snapshot(job)
+
+    def take_compactions(self) -> list[CompactJob]:
+        """What the machines of touched groups have to compact, at most one job each."""
+        return self._take(lambda driver: driver.compactor.take_job())
+
+    def finish_compaction(self, job: CompactJob) -> None:
+        """`job` has run."""
+        self.use(job.group).compactor.finish_job(job)
 
     def _take(self, take: Callable[[Driver], J | None]) -> list[J]:
         return [job for group in sorted(self._touched) if (job := take(self._drivers[group])) is not None]

@@ -18,7 +18,7 @@ import pyarrow as pa
 from marble._core import entry_batch
 from marble.errors import CorruptionError, MarbleError, ProtocolError, UnavailableError, check
 from marble.logstore.snapshots import SnapshotInfo, SnapshotStore
-from marble.machine import MachineState, Result, StateMachine
+from marble.machine import Compaction, MachineState, Pace, Result, StateMachine
 from marble.members import decode_members
 from marble.types import HardState, Members, SnapshotMeta
 
@@ -27,9 +27,6 @@ APPLY_BYTES_MAX: Final = 16 * 1024 * 1024
 
 NEVER: Final = 2**63
 """More than any index or number of bytes."""
-
-Pace = Callable[[int], None]
-"""Called with the bytes that were written to a snapshot; may wait."""
 
 
 class Log(Protocol):
@@ -66,10 +63,11 @@ class MembershipApplied:
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """When the state is to be captured: after entry ``index``, or once ``nbytes`` more of the log were applied."""
+    """When the state is to be captured: after entry ``index``, once ``nbytes`` more of the log were applied, or when ``full``."""
 
     index: int = NEVER
     nbytes: int = NEVER
+    full: Callable[[], bool] | None = None
 
 
 class ApplyJob:
@@ -108,7 +106,9 @@ class ApplyJob:
             span = entry_batch.span(batch)
             self.applied_bytes = span.bytes
             self.applied = Applied(self.first, span.terms(), results)
-        if self._machine.applied_index >= self._due.index or self.applied_bytes >= self._due.nbytes:
+        due = self._due
+        reached = self._machine.applied_index >= due.index or self.applied_bytes >= due.nbytes
+        if reached or (due.full is not None and due.full()):
             self.state = self._machine.capture()
 
 
@@ -128,7 +128,7 @@ class RestoreJob:
 
 
 class WriteJob:
-    """A captured state becomes a snapshot's file."""
+    """A captured state becomes a snapshot's file. What it supersedes goes: `collect` is called when that is over."""
 
     def __init__(
         self,
@@ -138,6 +138,7 @@ class WriteJob:
         endpoints: Mapping[int, str],
         state: MachineState,
         pace: Pace | None,
+        collect: Callable[[], object] | None = None,
     ) -> None:
         self.group = group
         self.meta = meta
@@ -147,6 +148,7 @@ class WriteJob:
         self._endpoints = endpoints
         self._state: MachineState | None = state
         self._pace = pace
+        self._collect = collect
         self._given_up = False
 
     def give_up(self) -> None:
@@ -158,8 +160,10 @@ class WriteJob:
         state, self._state = self._state, None  # What it holds of memory goes when the file is written.
         assert state is not None
         try:
-            self._store.write(self.meta, self._endpoints, state.batches(), self._wait)
+            self._store.write(self.meta, self._endpoints, state.batches(self._wait), self._wait)
             self._store.prune(self.meta.index)
+            if self._collect is not None:
+                self._collect()
         except (OSError, UnavailableError) as error:
             self.error = error
 
@@ -216,6 +220,24 @@ class DiscardJob:
         try:
             self._store.discard_partial()
         except OSError as error:
+            self.error = error
+
+
+class CompactJob:
+    """Files of a machine become fewer."""
+
+    def __init__(self, group: int, compaction: Compaction, pace: Pace | None) -> None:
+        self.group = group
+        self.error: Exception | None = None
+        """Why that could not be. All is as before."""
+        self._compaction = compaction
+        self._pace = pace
+
+    def run(self) -> None:
+        """Raises nothing that a full or damaged disk could cause: compacting can wait."""
+        try:
+            self._compaction.run(self._pace)
+        except (OSError, UnavailableError, CorruptionError) as error:
             self.error = error
 
 

@@ -20,6 +20,7 @@ from marble.database import Database
 from marble.env import SystemFiles
 from marble.errors import OutcomeUnknownError, UnavailableError, UsageError
 from marble.lsm import payload
+from marble.lsm.files import TableFiles
 from marble.lsm.machine import TableMachine
 from marble.lsm.view import TableView
 from marble.node import Node
@@ -212,7 +213,8 @@ def open(  # noqa: A001
     CorruptionError
         If the log is damaged: names the file and the offset.
     """
-    machine = TableMachine()
+    files = SystemFiles(path)
+    machine = TableMachine(files=TableFiles(files))
     options = NodeOptions(
         cluster_id="embedded",
         node_id=1,
@@ -222,7 +224,7 @@ def open(  # noqa: A001
         snapshot_distance=snapshot_distance,
     )
     try:
-        node = Node(options, SystemFiles(path), machine)
+        node = Node(options, files, machine)
     except (FileNotFoundError, NotADirectoryError, FileExistsError, PermissionError) as error:
         raise UsageError(f"{os.fspath(path)!r} cannot be a data directory: {error.strerror}") from None
     node.start()

@@ -173,10 +173,11 @@ class StoredMachine(StateMachine, Protocol):
         """What is to be compacted next, if anything. One at a time: the one before must have run. One thread."""
         ...
 
-    def collect(self, kept: Collection[str]) -> int:
-        """Remove the files that are neither named in `kept` nor part of the state or of one that somebody holds.
+    def collect(self, kept: Callable[[], Collection[str]]) -> int:
+        """Remove the files that neither are named by `kept` nor part of the state or of one that somebody holds.
 
-        Not while a snapshot is written or received elsewhere: the files of one that is not yet in `kept` would go.
+        `kept` is called at most once. Not while a snapshot is written or received elsewhere: the files of one of which `kept`
+        does not know yet would go.
 
         Returns
         -------

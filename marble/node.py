@@ -397,6 +397,7 @@ class Node:
         policy = SnapshotPolicy(
             distance=options.snapshot_distance,
             log_bytes=options.log_bytes_kept,
+            memory_bytes=options.memory_bytes_max,
             tail=options.purge_tail,
             piece_bytes_max=min(options.snapshot_piece_bytes, options.append_bytes_max),
             patience_ticks=options.election_ticks,
@@ -451,7 +452,7 @@ class Node:
             logger.exception("node %d cannot talk to all of %s", self.options.node_id, peers)
 
     def _pace(self, nbytes: int) -> None:
-        """Wait, on the thread that writes a snapshot, until so much may have been written."""
+        """Wait, on the thread that writes a file, until so much may have been written."""
         if self._engine.closing.wait(nbytes / self.options.snapshot_bytes_per_s):
             raise UnavailableError("the node stops")
 
@@ -481,6 +482,8 @@ class Node:
             "quiesced": raft.quiesced,
             "sessions": getattr(driver.machine, "session_count", 0),
             "log_bytes": self._log.nbytes,
+            "memory_bytes": getattr(driver.machine, "memory_bytes", 0),
+            "backlog_bytes": getattr(driver.machine, "backlog_bytes", 0),
             "peers": {
                 str(peer): {
                     "match_index": progress.match_index,

@@ -53,10 +53,14 @@ class NodeOptions:
     """Or so many bytes of them; what stays of the log behind a snapshot is no more than this either."""
     purge_tail: int | None = None
     """How many entries before a snapshot stay for followers that lag. None: ``snapshot_distance``."""
+    memory_bytes_max: int = 64 * 1024 * 1024
+    """Or about so many bytes of tables that are in memory only: a snapshot brings them into files."""
+    backlog_bytes_max: int = 1024 * 1024 * 1024
+    """Writes wait, and are then refused with UnavailableError, while tables' files lag further behind than this."""
     snapshot_piece_bytes: int = 1024 * 1024
     """What one message carries of a snapshot; at most ``append_bytes_max`` counts."""
     snapshot_bytes_per_s: int = 64 * 1024 * 1024
-    """How fast a snapshot is written at most: unbridled, it would hold up the log's syncs on the same disk."""
+    """How fast a snapshot or a file of a table is written at most: unbridled, it would hold up the log's syncs on the same disk."""
     priority: int = 0
     """Of several nodes that could lead, the one with the highest does (`marble.raft.config.RaftConfig`)."""
     lease_reads: bool = False

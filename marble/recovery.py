@@ -15,7 +15,7 @@ from marble.driver import DurableState
 from marble.errors import CorruptionError
 from marble.logstore.replay import GroupState
 from marble.logstore.snapshots import SnapshotInfo, SnapshotStore
-from marble.machine import StateMachine
+from marble.machine import StateMachine, StoredMachine
 from marble.types import HardState, Members
 
 
@@ -45,7 +45,7 @@ def recover(
     genesis
         Who takes part before the first entry.
     machine
-        Still empty. Afterwards it has the state of the snapshot, if there is one.
+        Still empty. Afterwards it has the state of the snapshot, if there is one, and no file that nobody needs.
 
     Raises
     ------
@@ -63,6 +63,9 @@ def recover(
     if snapshot is not None:
         assert store is not None
         machine.restore(snapshot.index, store.read(snapshot))
+    if store is not None and isinstance(machine, StoredMachine):
+        # What an earlier process wrote and nothing refers to: of a flush or a compaction that came too late.
+        machine.collect(store.kept)
     state = DurableState(
         hard_state=found.hard_state if found is not None else HardState(),
         members=genesis if snapshot is None else snapshot.members,

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from marble.errors import check
-from marble.jobs import ApplyJob, Due, FileJob, Log, Pace, RestoreJob, WriteJob
+from marble.jobs import ApplyJob, Due, FileJob, Log, RestoreJob, WriteJob
 from marble.logstore.snapshots import SnapshotStore
-from marble.machine import StateMachine
+from marble.machine import Pace, StateMachine, StoredMachine
 from marble.raft.core import Raft
 from marble.raft.messages import Message, MessageKind
 from marble.transfer import Transfer
@@ -31,6 +31,8 @@ class SnapshotPolicy:
     """One is due when so many entries were applied since the last."""
     log_bytes: int = 256 * 1024 * 1024
     """Or when the payloads of those are so many bytes. What stays of the log behind it has no more, either."""
+    memory_bytes: int = 64 * 1024 * 1024
+    """Or when a machine with files has about so much in memory only."""
     tail: int | None = None
     """How many entries before a snapshot stay, for followers that lag. None: ``distance``."""
     piece_bytes_max: int = 1024 * 1024
@@ -74,6 +76,7 @@ class Snapshots:
         self._raft = raft
         self._log = log
         self._machine = machine
+        self._stored = machine if isinstance(machine, StoredMachine) else None
         self._store = store
         self._policy = policy
         self._post = post
@@ -114,7 +117,19 @@ class Snapshots:
             return Due()
         if self._wanted:
             return Due(0)
-        return Due(max(self.index + self._policy.distance, self._not_before), self._policy.log_bytes - self._bytes)
+        policy, stored = self._policy, self._stored
+        full = None
+        if stored is not None and self._raft.applied_index >= self._not_before:
+
+            def full() -> bool:
+                return stored.memory_bytes >= policy.memory_bytes
+
+        return Due(max(self.index + policy.distance, self._not_before), policy.log_bytes - self._bytes, full)
+
+    def collect(self) -> None:
+        """Remove files of the machine that it needs no more and no snapshot needs. On the thread for files of snapshots."""
+        if self._stored is not None:
+            self._stored.collect(self._store.kept)
 
     def applied(self, job: ApplyJob, endpoints: Mapping[int, str]) -> None:
         """`job` has run, and the core knows. If it captured the state, that is to be written."""
@@ -124,7 +139,7 @@ class Snapshots:
         check(job.state.applied_index == self._raft.applied_index, "a state was captured at another index")
         index = job.state.applied_index
         meta = SnapshotMeta(index, self._raft.log.term_at(index), self._raft.members)
-        self._write = WriteJob(self._group, self._store, meta, endpoints, job.state, self._pace)
+        self._write = WriteJob(self._group, self._store, meta, endpoints, job.state, self._pace, self.collect)
         self._wanted, self._bytes = False, 0
 
     # -- files -------------------------------------------------------------------------------------------------------

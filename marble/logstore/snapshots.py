@@ -27,10 +27,12 @@ from typing import Final
 import pyarrow as pa
 
 from marble._core.checksum import Xxh3
+from marble._core.entry_batch import decode_payload
 from marble.env import AppendFile, Files
 from marble.errors import CorruptionError, ProtocolError, UnavailableError, check
 from marble.logstore.snapshot_file import WINDOW_BYTES, Encoder, FileReader, SnapshotInfo
-from marble.types import SnapshotMeta
+from marble.machine import FILES, FILES_SCHEMA, FileRef
+from marble.types import PAYLOAD_ALIGNMENT_BYTES, SnapshotMeta
 
 __all__ = ["DIRECTORY", "SYNC_BYTES", "Receiver", "SnapshotInfo", "SnapshotStore"]
 
@@ -70,6 +72,9 @@ class SnapshotStore:
         self._lock = threading.Lock()
         self._infos: dict[int, SnapshotInfo] = {}
         self._pins: Counter[int] = Counter()
+        self._unsynced = False
+        """Whether a removal may not be durable yet: what it refers to must stay so long."""
+        self._files_of: dict[SnapshotInfo, tuple[FileRef, ...]] = {}
         self._receiver: Receiver | None = None
         files.make_directory(DIRECTORY)
         # A process may have been killed between a rename and its sync: from here on the names are relied upon.
@@ -120,10 +125,14 @@ class SnapshotStore:
         if existing is not None and existing.term == meta.term:
             return existing
         encoder = Encoder()
+        files: list[FileRef] = []
 
         def messages() -> Iterator[pa.Buffer]:
             yield from encoder.head(self._group, meta, endpoints)
-            yield from (encoder.rows(batch) for batch in batches if batch.num_rows)
+            for batch in batches:
+                files.extend(_refs(batch))
+                if batch.num_rows:
+                    yield encoder.rows(batch)
             yield from encoder.tail()
 
         path = _path(self._group, meta.index, meta.term)
@@ -134,6 +143,7 @@ class SnapshotStore:
         info = SnapshotInfo(
             self._group, meta.index, meta.term, meta.members, dict(endpoints), encoder.nbytes, encoder.checksum
         )
+        self._files_of[info] = tuple(files)
         self._take_in(info)
         return info
 
@@ -146,6 +156,20 @@ class SnapshotStore:
             While iterating: something is damaged, or the end is missing. What came before is then of no use.
         """
         return FileReader(self._files, self._existing(info)).rows()
+
+    def files(self, info: SnapshotInfo) -> tuple[FileRef, ...]:
+        """The files that the state consists of besides its rows, as these name them (`marble.machine.FILES_SCHEMA`).
+
+        Raises CorruptionError as `read` does.
+        """
+        known = self._files_of.get(info)
+        if known is None:
+            known = self._files_of[info] = tuple(ref for batch in self.read(info) for ref in _refs(batch))
+        return known
+
+    def kept(self) -> set[str]:
+        """Names of the files that the snapshots here consist of."""
+        return {ref.name for info in self.infos() for ref in self.files(info)}
 
     def piece(self, info: SnapshotInfo, offset: int, bytes_max: int) -> bytes:
         """Bytes of the file from `offset` on: `bytes_max` of them, or fewer where it ends.
@@ -207,7 +231,7 @@ class SnapshotStore:
         self._clear(_PART)
 
     def prune(self, keep_from_index: int) -> int:
-        """Remove snapshots below `keep_from_index`, but no pinned one and not the newest.
+        """Remove snapshots below `keep_from_index`, but no pinned one and not the newest. When this returns that is durable.
 
         Returns
         -------
@@ -216,11 +240,21 @@ class SnapshotStore:
         """
         with self._lock:
             old = sorted(index for index in self._infos if index < keep_from_index and not self._pins[index])
-            gone = [self._infos.pop(index) for index in old if index != max(self._infos)]
+            gone = [self._infos[index] for index in old if index != max(self._infos)]
         for info in gone:
-            self._files.remove(_path(info.group, info.index, info.term))
-        if gone:
+            with self._lock:
+                del self._infos[info.index]
+            self._unsynced = True
+            try:
+                self._files.remove(_path(info.group, info.index, info.term))
+            except OSError:
+                with self._lock:
+                    self._infos[info.index] = info
+                raise
+            self._files_of.pop(info, None)
+        if self._unsynced:
             self._files.sync_directory(DIRECTORY)
+            self._unsynced = False
         return sum(info.nbytes for info in gone)
 
     def pin(self, index: int) -> None:
@@ -409,6 +443,19 @@ class Receiver:
             self._open = False
             self._file.close()
             self._store._forget(self)
+
+
+def _refs(batch: pa.RecordBatch) -> Iterator[FileRef]:
+    """The files that rows of a machine's state name."""
+    for section, payload in zip(batch.column("section").to_pylist(), batch.column("payload"), strict=True):
+        if section == FILES:
+            data = payload.as_buffer()
+            if data.address % PAYLOAD_ALIGNMENT_BYTES:
+                copy = pa.allocate_buffer(data.size)
+                memoryview(copy)[:] = memoryview(data)
+                data = copy
+            named = decode_payload(data, FILES_SCHEMA)
+            yield from map(FileRef, named.column("name").to_pylist(), named.column("nbytes").to_pylist())
 
 
 def _path(group: int, index: int, term: int, suffix: str = ".arrows") -> str:

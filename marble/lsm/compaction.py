@@ -117,7 +117,7 @@ def backlog_bytes(levels: Levels, policy: CompactionPolicy) -> int:
 def merged(plan: Plan, info: TableInfo, expired_until: int | None) -> Iterator[Versions]:
     """The content of `plan`'s files as it is to be written, by key."""
     reader = Reader([], [[file.opened for file in run] for run in plan.runs])
-    for versions in reader.scan_versions(plan.drop_tombstones):
+    for versions in reader.scan_versions(drop_tombstones=plan.drop_tombstones):
         kept = versions if expired_until is None else _expire(versions, info, expired_until, plan.drop_tombstones)
         if kept[0].num_rows:
             yield kept

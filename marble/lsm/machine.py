@@ -92,7 +92,7 @@ class TableMachine:
         self._retention = retention
         self._lock = threading.Lock()
         """Held for any assignment to `_state`, `_trees` or what lies below a memtable."""
-        self._store = None if files is None else Store(files, policy or StorePolicy(), self._edit)
+        self._store: Store | None = None
         self._state = _State()
         self._past: deque[_State] = deque([self._state])
         self._unplanned = False
@@ -116,6 +116,13 @@ class TableMachine:
             EntryKind.DROP_TABLE: self._drop_table,
             EntryKind.COMMAND: self._command,
         }
+        if files is not None:
+            self.keep_in(files, policy)
+
+    def keep_in(self, files: TableFiles, policy: StorePolicy | None = None) -> None:
+        """Keep the tables in `files` from now on. Only before the first entry."""
+        check(self.applied_index == 0 and self._store is None, "a machine chooses its files before its first entry")
+        self._store = Store(files, policy or StorePolicy(), self._edit)
 
     @property
     def applied_index(self) -> int:
@@ -323,8 +330,8 @@ class TableMachine:
             self._unplanned = True
         return task
 
-    def collect(self, kept: Collection[str]) -> int:
-        """Remove the files that neither are named in `kept` nor part of the state or of one that somebody holds."""
+    def collect(self, kept: Callable[[], Collection[str]]) -> int:
+        """Remove the files that neither are named by `kept` nor part of the state or of one that somebody holds."""
         if self._store is None:
             return 0
 

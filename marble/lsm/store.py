@@ -129,15 +129,15 @@ class Store:
         """What should have been compacted long ago."""
         return backlog_bytes(levels, self.policy.compaction)
 
-    def collect(self, kept: Collection[str], trees: Callable[[], Iterable[Tree]]) -> int:
-        """Remove what neither is in `kept` nor belongs to `trees` or a state that somebody holds. Returns the bytes."""
+    def collect(self, kept: Callable[[], Collection[str]], trees: Callable[[], Iterable[Tree]]) -> int:
+        """Remove what neither `kept` names nor belongs to `trees` or a state that somebody holds. Returns the bytes."""
 
         def needed() -> set[str]:
-            names = set(kept)
+            # A state first: the snapshot that it becomes is in the store before it is let go.
             with self._lock:
                 states = list(self._states)
-            for state in states:
-                names |= state.names()
+            names = {name for state in states for name in state.names()}
+            names.update(kept())
             for tree in trees():
                 names.update(file.name for file in tree.below.levels)
             return names

@@ -109,15 +109,14 @@ class TableData:
     @property
     def row_count(self) -> int:
         if self._row_count is None:
-            key = self.active.schema.names[:1]
-            self._row_count = sum(batch.num_rows for batch in self.scan(columns=key))
+            self._row_count = self.reader.row_count
         return self._row_count
 
     def get_many(self, keys: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.BooleanArray]:
         return self.reader.get_many(keys)
 
-    def scan(self, batch_rows_max: int = 65536, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        return self.reader.scan(columns, batch_rows_max=batch_rows_max)
+    def scan(self, batch_rows_max: int = 65536, columns: Sequence[str] | None = None) -> Iterable[pa.RecordBatch]:
+        return self.reader.scan(batch_rows_max, columns)
 
 
 class Living:
@@ -178,7 +177,7 @@ def merged_reader(memtables: Sequence[Snapshot], levels: Levels) -> Reader:
 
 def memtable_versions(memtables: Sequence[Snapshot], drop_tombstones: bool) -> Iterator[Versions]:
     """What these memtables, newest first, hold together, by key."""
-    return Reader(list(memtables), []).scan_versions(drop_tombstones)
+    return Reader(list(memtables), []).scan_versions(drop_tombstones=drop_tombstones)
 
 
 class Tree:
@@ -228,8 +227,7 @@ class Tree:
 
     def delete(self, keys: pa.RecordBatch, index: int, time_us: int) -> int:
         """Delete by `keys`. Returns how many rows were there, at `time_us`, and are no longer."""
-        if not self.below and self.info.options.ttl_column is None:
-            self.memory_bytes += keys.nbytes if self._stored else 0
+        if not self._stored and self.info.options.ttl_column is None:
             return self._memtable.delete(keys, index)
         _, found = living(self.data(), self.info, time_us).get_many(keys)
         gone = found.true_count

@@ -186,6 +186,7 @@ def test_no_thread_is_left_behind(tmp_path: Path) -> None:
             "marble-log-1",
             "marble-apply-1",
             "marble-snapshot-1",
+            "marble-compact-1",
         }
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("marble-")]
 
