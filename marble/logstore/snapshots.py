@@ -238,24 +238,20 @@ class SnapshotStore:
         int
             Bytes given back.
         """
-        with self._lock:
-            old = sorted(index for index in self._infos if index < keep_from_index and not self._pins[index])
-            gone = [self._infos[index] for index in old if index != max(self._infos)]
-        for info in gone:
-            with self._lock:
-                del self._infos[info.index]
+        gone = 0
+        while (info := self._take_out(keep_from_index)) is not None:
             self._unsynced = True
             try:
                 self._files.remove(_path(info.group, info.index, info.term))
             except OSError:
-                with self._lock:
-                    self._infos[info.index] = info
+                self._take_in(info)
                 raise
             self._files_of.pop(info, None)
+            gone += info.nbytes
         if self._unsynced:
             self._files.sync_directory(DIRECTORY)
             self._unsynced = False
-        return sum(info.nbytes for info in gone)
+        return gone
 
     def pin(self, index: int) -> None:
         """Keep the snapshot at `index` until it is unpinned as often as it was pinned.
@@ -295,6 +291,14 @@ class SnapshotStore:
         with self._lock:
             known = self._infos.setdefault(info.index, info)
         check(known == info, f"two snapshots of group {self._group} at {info.index} differ: {known} and {info}")
+
+    def _take_out(self, keep_from_index: int) -> SnapshotInfo | None:
+        """Forget the oldest snapshot that may go, and return it; None if there is none."""
+        with self._lock:
+            old = sorted(index for index in self._infos if index < keep_from_index and not self._pins[index])
+            if not old or old[0] == max(self._infos):
+                return None
+            return self._infos.pop(old[0])
 
     def _verified(self, name: str, index: int, term: int) -> SnapshotInfo:
         reader = FileReader(self._files, f"{DIRECTORY}/{name}")
