@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from marble._core.lsm import Reader
 from marble.lsm.files import Compression, TableFile, Versions
 from marble.lsm.levels import Levels
+from marble.lsm.view import expired_rows
 from marble.schema import TableInfo
 
 _MIB: Final = 1024 * 1024
@@ -123,17 +123,9 @@ def merged(plan: Plan, info: TableInfo, expired_until: int | None) -> Iterator[V
             yield kept
 
 
-def expired_rows(batch: pa.RecordBatch, column: str, expired_until: int) -> pa.BooleanArray:
-    """Which rows' time to live is over. A row without a time stays."""
-    times = batch.column(column)
-    plain = times.view(pa.int32() if times.type.bit_width == 32 else pa.int64())
-    return pc.fill_null(pc.less_equal(plain, pa.scalar(expired_until, pa.int64())), False)
-
-
 def _expire(versions: Versions, info: TableInfo, expired_until: int, drop: bool) -> Versions:
     batch, indexes, deleted = versions
-    assert info.options.ttl_column is not None
-    gone = pc.or_(deleted, expired_rows(batch, info.options.ttl_column, expired_until))
+    gone = pc.or_(deleted, expired_rows(batch, info, expired_until))
     if not drop:
         return batch, indexes, gone
     kept = pc.invert(gone)

@@ -30,11 +30,12 @@ from marble.lsm.catalog import Catalog
 from marble.lsm.files import TableFiles
 from marble.lsm.snapshot import TableState, restored
 from marble.lsm.store import CompactionTask, Store, StorePolicy
-from marble.lsm.tree import Below, TableData, Tree, living
+from marble.lsm.tree import Below, TableData, Tree
 from marble.lsm.view import TableView
 from marble.machine import Result
 from marble.schema import TableInfo
 from marble.sessions import Sessions
+from marble.table_options import expired_until
 from marble.types import EntryKind
 
 
@@ -164,7 +165,9 @@ class TableMachine:
         """
         state = self._state if at_index is None else self._state_at(at_index)
         info = state.catalog.get(table)
-        return TableView(state.applied_index, info, living(state.tables[info.id], info, state.time_us))
+        data = state.tables[info.id]
+        reader = data.reader if isinstance(data, TableData) else data
+        return TableView(state.applied_index, info, reader, expired_until(info.schema, info.options, state.time_us))
 
     def _state_at(self, index: int) -> _State:
         with self._lock:

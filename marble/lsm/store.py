@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from marble.errors import CorruptionError
@@ -108,8 +109,7 @@ class Store:
             if any(written.values()):
                 self.files.sync_directory()
             for id_, files in written.items():
-                frozen = tables[id_].below.frozen
-                self._edit(trees[id_], lambda below, frozen=frozen, files=files: below.flushed(frozen, files))
+                self._edit(trees[id_], partial(Below.flushed, frozen=tables[id_].below.frozen, files=files))
             return {id_: tables[id_].below.levels.flushed(files) for id_, files in written.items()}
         finally:
             self.files.release(file.name for files in written.values() for file in files)

@@ -11,38 +11,20 @@ A table without files (`TableFiles` is None) is its memtable, and nothing lies b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from marble._core.lsm import Memtable as SlowMemtable
 from marble._core.lsm import Reader
 from marble._core.memtable import Memtable, Snapshot
-from marble.lsm.compaction import Plan, expired_rows
+from marble.lsm.compaction import Plan
 from marble.lsm.files import TableFile, Versions
 from marble.lsm.levels import Levels
+from marble.lsm.view import expired_rows
 from marble.schema import TableInfo
 from marble.table_options import expired_until
-
-
-class Readable(Protocol):
-    """Rows of one table that do not change. Any number of threads."""
-
-    @property
-    def row_count(self) -> int:
-        """Rows, exactly: counted when first asked."""
-        ...
-
-    def get_many(self, keys: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.BooleanArray]:
-        """For each of `keys` the row (its key and nulls if there is none), and whether there is one."""
-        ...
-
-    def scan(self, batch_rows_max: int = ..., columns: Sequence[str] | None = None) -> Iterable[pa.RecordBatch]:
-        """All rows in key order."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +61,7 @@ class Below:
 
 
 class TableData:
-    """What a table with files held at one moment: a `Readable`.
+    """What a table with files held at one moment.
 
     Attributes
     ----------
@@ -89,13 +71,12 @@ class TableData:
         What lay below it.
     """
 
-    __slots__ = ("_reader", "_row_count", "active", "below")
+    __slots__ = ("_reader", "active", "below")
 
     def __init__(self, active: Snapshot, below: Below) -> None:
         self.active = active
         self.below = below
         self._reader: Reader | None = None
-        self._row_count: int | None = None
 
     @property
     def reader(self) -> Reader:
@@ -105,67 +86,6 @@ class TableData:
                 [self.active, *(each.snapshot for each in self.below.frozen)], self.below.levels
             )
         return self._reader
-
-    @property
-    def row_count(self) -> int:
-        if self._row_count is None:
-            self._row_count = self.reader.row_count
-        return self._row_count
-
-    def get_many(self, keys: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.BooleanArray]:
-        return self.reader.get_many(keys)
-
-    def scan(self, batch_rows_max: int = 65536, columns: Sequence[str] | None = None) -> Iterable[pa.RecordBatch]:
-        return self.reader.scan(batch_rows_max, columns)
-
-
-class Living:
-    """A `Readable` without the rows whose time to live is over.
-
-    Parameters
-    ----------
-    data
-        All rows.
-    info
-        The table, which has a TTL column.
-    until
-        The highest time, in that column's unit, that is over.
-    """
-
-    def __init__(self, data: Readable, info: TableInfo, until: int) -> None:
-        assert info.options.ttl_column is not None
-        self._data = data
-        self._info = info
-        self._column = info.options.ttl_column
-        self._until = until
-
-    @property
-    def row_count(self) -> int:
-        return sum(batch.num_rows for batch in self.scan(columns=[self._column]))
-
-    def get_many(self, keys: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.BooleanArray]:
-        rows, found = self._data.get_many(keys)
-        living = pc.and_not(found, expired_rows(rows, self._column, self._until))
-        if living.true_count == found.true_count:
-            return rows, found
-        places = pc.if_else(living, pa.array(range(len(living)), pa.int64()), pa.scalar(None, pa.int64()))
-        taken = {field.name: column for field, column in zip(rows.schema, rows.take(places).columns, strict=True)}
-        columns = [rows.column(name) if name in self._info.key else taken[name] for name in rows.schema.names]
-        return pa.RecordBatch.from_arrays(columns, schema=rows.schema), living
-
-    def scan(self, batch_rows_max: int = 65536, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        wanted = self._info.schema.names if columns is None else list(columns)
-        read = [*wanted, *([] if self._column in wanted else [self._column])]
-        for batch in self._data.scan(batch_rows_max, read):
-            kept = batch.filter(pc.invert(expired_rows(batch, self._column, self._until)))
-            if kept.num_rows:
-                yield kept.select(wanted)
-
-
-def living(data: Readable, info: TableInfo, time_us: int) -> Readable:
-    """`data` as it is at `time_us`."""
-    until = expired_until(info.schema, info.options, time_us)
-    return data if until is None else Living(data, info, until)
 
 
 def merged_reader(memtables: Sequence[Snapshot], levels: Levels) -> Reader:
@@ -210,9 +130,7 @@ class Tree:
     def _new_memtable(self) -> Memtable:
         info = self.info
         return (
-            SlowMemtable(info.schema, info.key, keep_tombstones=True)
-            if self._stored
-            else Memtable(info.schema, info.key)
+            Memtable(info.schema, info.key, keep_tombstones=True) if self._stored else Memtable(info.schema, info.key)
         )
 
     def data(self) -> Snapshot | TableData:
@@ -229,7 +147,7 @@ class Tree:
         """Delete by `keys`. Returns how many rows were there, at `time_us`, and are no longer."""
         if not self._stored and self.info.options.ttl_column is None:
             return self._memtable.delete(keys, index)
-        _, found = living(self.data(), self.info, time_us).get_many(keys)
+        found = self._found(keys, expired_until(self.info.schema, self.info.options, time_us))
         gone = found.true_count
         if gone > 1:
             # A key that stands twice counts once.
@@ -239,6 +157,15 @@ class Tree:
         self.memory_bytes += keys.nbytes
         self._memtable.delete(keys, index)
         return int(gone)
+
+    def _found(self, keys: pa.RecordBatch, until: int | None) -> pa.BooleanArray:
+        """Which of `keys` have a row whose time to live is not over."""
+        data = self.data()
+        reader = data.reader if isinstance(data, TableData) else Reader([data], [])
+        if until is None:
+            return reader.get_many(keys, ())[1]
+        rows, found = reader.get_many(keys, [self.info.options.ttl_column or ""])
+        return pc.and_not(found, expired_rows(rows, self.info, until))
 
     def bury(self, keys: pa.RecordBatch, index: int) -> None:
         """Delete by `keys`, of which none is in the memtable, without looking whether there are such rows."""

@@ -30,11 +30,15 @@ class TableView:
     index: int
     info: TableInfo
     snapshot: Snapshot | Reader
+    expired_until: int | None = None
+    """The highest value of the TTL column that is gone by now (`marble.table_options.expired_until`)."""
 
     @property
     def row_count(self) -> int:
-        """Rows of the table. With files behind it, all keys are read to tell."""
-        return self.snapshot.row_count
+        """Rows of the table. With files behind it, or a time to live, all keys or times are read to tell."""
+        if self.expired_until is None:
+            return self.snapshot.row_count
+        return sum(batch.num_rows for batch in self.scan(self.info.key[:1]))
 
     def get_many(self, keys: pa.RecordBatch) -> pa.RecordBatch:
         """Look rows up by key.
@@ -58,6 +62,11 @@ class TableView:
             A file is damaged; it is named.
         """
         rows, found = self.snapshot.get_many(keys)
+        if self.expired_until is not None:
+            living = pc.and_not(found, expired_rows(rows, self.info, self.expired_until))
+            # Nothing of a row that is gone may be seen: its place is taken by a null of every column.
+            places = pc.if_else(living, pa.array(range(len(living)), pa.int64()), pa.scalar(None, pa.int64()))
+            rows, found = rows.take(places), living
         columns = rows.columns
         if found.true_count < len(found):
             for name in self.info.key:
@@ -108,6 +117,9 @@ class TableView:
         if filter is not None:
             pushed, may_match = push_down(self.info, filter)
             bounds &= pushed
+        if self.expired_until is not None:
+            living = living_filter(self.info, self.expired_until)
+            filter = living if filter is None else filter & living  # noqa: A001
         read = wanted if filter is None else columns_read(schema, wanted, filter)
         given = pa.schema([schema.field(name) for name in read])
         # What a filter leaves is counted behind it.
@@ -123,6 +135,20 @@ class TableView:
             return source
         kept = filter_batches(source, columns, filter)
         return kept if limit is None else pa.RecordBatchReader.from_batches(kept.schema, _first_rows(kept, limit))
+
+
+def expired_rows(batch: pa.RecordBatch, info: TableInfo, until: int) -> pa.BooleanArray:
+    """Which rows' time to live is over. A row without a time stays."""
+    times = batch.column(info.options.ttl_column)
+    plain = times.view(pa.int32() if times.type.bit_width == 32 else pa.int64())
+    return pc.fill_null(pc.less_equal(plain, pa.scalar(until, pa.int64())), False)
+
+
+def living_filter(info: TableInfo, until: int) -> pc.Expression:
+    """Is true for rows whose time to live is not over."""
+    column = info.options.ttl_column
+    time = pc.field(column)
+    return (time > pa.scalar(until, info.schema.field(column).type)) | time.is_null()
 
 
 def _typed(batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
