@@ -77,7 +77,7 @@ class LevelStream : public BlockStream {
  public:
   LevelStream(std::shared_ptr<const Levels> levels, size_t level, const ScanOptions& options)
       : levels_(std::move(levels)), level_(level), lower_(options.lower), upper_(options.upper),
-        has_upper_(options.has_upper), reverse_(options.reverse) {
+        has_upper_(options.has_upper), reverse_(options.reverse), anew_(options.versions) {
     const std::vector<FilePtr>& files = this->files();
     if (!reverse_) {
       file_ = lower_.empty() ? 0 : (*levels_)[level_].FindFile(lower_);
@@ -113,7 +113,7 @@ class LevelStream : public BlockStream {
         Step();
         continue;
       }
-      ARROW_ASSIGN_OR_RAISE(std::shared_ptr<const Block> loaded, file.Load(block));
+      ARROW_ASSIGN_OR_RAISE(std::shared_ptr<const Block> loaded, anew_ ? file.LoadAnew(block) : file.Load(block));
       Step();
       out->deleted = loaded->deleted;
       out->indexes = loaded->indexes->raw_values();
@@ -163,6 +163,7 @@ class LevelStream : public BlockStream {
   const std::string upper_;
   const bool has_upper_;
   const bool reverse_;
+  const bool anew_;  // Versions go into new files: blocks are checked again, and others stay in the cache.
   size_t file_ = 0;
   size_t block_ = 0;
 };

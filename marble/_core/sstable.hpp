@@ -145,6 +145,9 @@ class TableFile {
 
   // Block `i`, checked and decompressed, from the cache if it is there. May throw std::bad_alloc.
   arrow::Result<std::shared_ptr<const Block>> Load(size_t i) const;
+  // Block `i` past the cache and checked again, whatever was found before: for merges, since a new file would give
+  // damage a checksum that is right.
+  arrow::Result<std::shared_ptr<const Block>> LoadAnew(size_t i) const { return Decode(i, true); }
 
   // Smallest and largest values and number of nulls of columns: see sstable_zones.hpp. A row for each block.
   arrow::Status ReadZones(std::shared_ptr<arrow::RecordBatch>* out) const noexcept;

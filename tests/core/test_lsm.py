@@ -14,7 +14,7 @@ from reference.memtable import INT_SCHEMA, int_keys, ints, rows_of
 
 from marble._core.lsm import Reader, Scan, VersionScan, conjuncts
 from marble._core.memtable import Memtable
-from marble._core.sstable import BlockCache
+from marble._core.sstable import BlockCache, SSTable, SSTableWriter
 from marble.errors import CorruptionError, UsageError
 
 
@@ -239,17 +239,34 @@ def test_a_damaged_block_is_named_and_the_rest_can_be_read() -> None:
     assert [row["k"] for row in rows_of(reader, lower=key_codec.encode(int_keys([600]))[0])] == list(range(600, 1000))
 
 
-def sound_bytes(batch: pa.RecordBatch) -> bytes:
-    from marble._core.sstable import SSTableWriter
+def test_a_merge_gives_no_damage_a_new_checksum() -> None:
+    """A block that was sound when it was first read may have rotted since: only a merge makes that last."""
+    data = bytearray(sound_bytes(ints(range(1000))))
+    file = open_ints(data)
+    reader = Reader([], [[file]])
+    assert len(rows_of(reader)) == 1000
+    data[data.find((555).to_bytes(8, "little"))] ^= 1
+    scan = reader.scan_versions()
+    with pytest.raises(CorruptionError, match="some file"):
+        next(scan)
+    with pytest.raises(CorruptionError, match="some file"):
+        next(scan)
 
+
+def test_a_merge_leaves_the_cache_as_it_was() -> None:
+    cache = BlockCache(1 << 20)
+    reader = Reader([], [[int_file(ints(range(1000)), 1, cache)]])
+    assert sum(len(indexes) for _, indexes, _ in reader.scan_versions()) == 1000
+    assert (cache.block_count, cache.misses) == (0, 0)
+
+
+def sound_bytes(batch: pa.RecordBatch) -> bytes:
     writer = SSTableWriter(INT_SCHEMA, ["k"], block_rows_max=100)
     parts = writer.add(batch, pa.array([1] * batch.num_rows, pa.uint64()))
     return b"".join([*map(bytes, parts), bytes(writer.finish()[0])])
 
 
-def open_ints(data: bytes) -> object:
-    from marble._core.sstable import SSTable
-
+def open_ints(data: bytes | bytearray) -> object:
     return SSTable.open(pa.py_buffer(data), INT_SCHEMA, ["k"], BlockCache(1 << 20), "some file")
 
 
