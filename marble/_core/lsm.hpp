@@ -218,15 +218,29 @@ class LsmReader {
                             std::shared_ptr<const LsmReader>* out) noexcept {
     return Guarded([&]() -> arrow::Status {
       auto reader = std::make_shared<LsmReader>();
+      auto own = std::make_shared<Levels>();
       for (auto& files : levels) {
-        if (!files.empty()) reader->levels_.push_back({std::move(files), {}});
+        if (!files.empty()) own->push_back({std::move(files), {}});
       }
-      if (states.empty() && reader->levels_.empty()) {
+      if (states.empty() && own->empty()) {
         return arrow::Status::Invalid("a table is read from at least one memtable or file");
       }
-      reader->layout_ = states.empty() ? reader->levels_[0].files[0]->layout() : states[0]->layout;
+      reader->layout_ = states.empty() ? (*own)[0].files[0]->layout() : states[0]->layout;
       reader->states_ = std::move(states);
-      ARROW_RETURN_NOT_OK(reader->Check());
+      reader->levels_ = std::move(own);
+      ARROW_RETURN_NOT_OK(reader->CheckStates());
+      ARROW_RETURN_NOT_OK(reader->CheckLevels());
+      *out = std::move(reader);
+      return arrow::Status::OK();
+    });
+  }
+
+  // The same files behind other memtables: as quick with many files as with few.
+  arrow::Status WithStates(States states, std::shared_ptr<const LsmReader>* out) const noexcept {
+    return Guarded([&]() -> arrow::Status {
+      auto reader = std::make_shared<LsmReader>(*this);
+      reader->states_ = std::move(states);
+      ARROW_RETURN_NOT_OK(reader->CheckStates());
       *out = std::move(reader);
       return arrow::Status::OK();
     });
@@ -240,7 +254,7 @@ class LsmReader {
     return Guarded([&]() -> arrow::Status {
       std::shared_ptr<const KeyColumn> encoded;
       ARROW_RETURN_NOT_OK(layout_->codec->Encode(keys, &encoded));
-      if (levels_.empty() || keys.num_rows() <= kGetKeys) return GetPart(keys, *encoded, columns, out, found);
+      if (levels_->empty() || keys.num_rows() <= kGetKeys) return GetPart(keys, *encoded, columns, out, found);
       arrow::RecordBatchVector parts;
       arrow::ArrayVector founds;
       for (int64_t first = 0; first < keys.num_rows(); first += kGetKeys) {
@@ -259,8 +273,12 @@ class LsmReader {
   arrow::Status Scan(ScanOptions options, std::vector<std::vector<std::shared_ptr<arrow::Buffer>>> wanted,
                      std::shared_ptr<MergeCursor>* out) const noexcept {
     return Guarded([&]() -> arrow::Status {
-      auto levels = std::make_shared<Levels>(levels_);
-      for (size_t i = 0; i < wanted.size(); ++i) (*levels)[i].wanted = std::move(wanted[i]);
+      std::shared_ptr<const Levels> levels = levels_;
+      if (!wanted.empty()) {
+        auto own = std::make_shared<Levels>(*levels_);
+        for (size_t i = 0; i < wanted.size(); ++i) (*own)[i].wanted = std::move(wanted[i]);
+        levels = std::move(own);
+      }
       MergeCursor::Streams streams;
       for (size_t i = 0; i < levels->size(); ++i) streams.push_back(std::make_unique<LevelStream>(levels, i, options));
       return MergeCursor::Make(layout_, states_, std::move(streams), std::move(options), out);
@@ -280,17 +298,22 @@ class LsmReader {
   }
 
  private:
-  arrow::Status Check() const {
-    const auto check_layout = [this](const Layout& other) -> arrow::Status {
-      if (&other == layout_.get() || (other.schema->Equals(*layout_->schema) && other.key == layout_->key)) {
-        return arrow::Status::OK();
-      }
-      return arrow::Status::Invalid("memtables and files are of different tables");
-    };
-    for (const auto& state : states_) ARROW_RETURN_NOT_OK(check_layout(*state->layout));
-    for (const Level& level : levels_) {
+  arrow::Status CheckLayout(const Layout& other) const {
+    if (&other == layout_.get() || (other.schema->Equals(*layout_->schema) && other.key == layout_->key)) {
+      return arrow::Status::OK();
+    }
+    return arrow::Status::Invalid("memtables and files are of different tables");
+  }
+
+  arrow::Status CheckStates() const {
+    for (const auto& state : states_) ARROW_RETURN_NOT_OK(CheckLayout(*state->layout));
+    return arrow::Status::OK();
+  }
+
+  arrow::Status CheckLevels() const {
+    for (const Level& level : *levels_) {
       for (size_t i = 0; i < level.files.size(); ++i) {
-        ARROW_RETURN_NOT_OK(check_layout(*level.files[i]->layout()));
+        ARROW_RETURN_NOT_OK(CheckLayout(*level.files[i]->layout()));
         if (i > 0 && level.files[i - 1]->last_key() >= level.files[i]->first_key()) {
           return arrow::Status::Invalid("files ", level.files[i - 1]->name(), " and ", level.files[i]->name(),
                                         " of one level overlap or are out of order");
@@ -311,7 +334,7 @@ class LsmReader {
       if (!state->runs.empty()) FindInState(*state, encoded, &open, &lookup);
     }
     std::vector<std::shared_ptr<const Block>> held;
-    if (!open.empty() && !levels_.empty()) ARROW_RETURN_NOT_OK(FindInFiles(encoded, &open, &lookup, &held));
+    if (!open.empty() && !levels_->empty()) ARROW_RETURN_NOT_OK(FindInFiles(encoded, &open, &lookup, &held));
     return lookup.Gather(*layout_->get_schema, layout_->key, keys, columns, out, found);
   }
 
@@ -341,7 +364,7 @@ class LsmReader {
     std::vector<uint64_t> hashes(static_cast<size_t>(keys.rows));
     for (const uint32_t row : *open) hashes[row] = HashKey(ViewOf(keys, row));
     std::vector<bool> done(static_cast<size_t>(keys.rows));
-    for (const Level& level : levels_) {
+    for (const Level& level : *levels_) {
       ARROW_RETURN_NOT_OK(FindInLevel(level, keys, hashes, *open, lookup, held, &done));
       std::erase_if(*open, [&done](uint32_t row) { return done[row]; });
       if (open->empty()) break;
@@ -397,7 +420,7 @@ class LsmReader {
 
   std::shared_ptr<const Layout> layout_;
   States states_;
-  Levels levels_;
+  std::shared_ptr<const Levels> levels_;
 };
 
 }  // namespace marble

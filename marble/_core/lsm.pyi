@@ -39,6 +39,14 @@ class Reader:
     """
 
     def __new__(cls, memtables: Iterable[Snapshot], files: Iterable[Sequence[SSTable]] = ()) -> Self: ...
+    def with_memtables(self, memtables: Iterable[Snapshot]) -> Reader:
+        """Return a reader of the same files behind other memtables. Quick, however many files there are.
+
+        Raises
+        ------
+        UsageError
+            A memtable of another table.
+        """
     @property
     def memtables(self) -> tuple[Snapshot, ...]:
         """As given."""

@@ -47,6 +47,7 @@ cdef extern from "lsm.hpp" namespace "marble" nogil:
             shared_ptr[CArray]* found) noexcept
         CStatus Scan(CScanOptions options, vector[Bitmaps] wanted, shared_ptr[CMergeCursor]* out) noexcept
         CStatus CountRows(CScanOptions options, uint64_t* out) noexcept
+        CStatus WithStates(vector[shared_ptr[CState]] states, shared_ptr[CLsmReader]* out) noexcept
 
     CStatus make_reader "marble::LsmReader::Make"(
         vector[shared_ptr[CState]] states, vector[Files] levels, shared_ptr[CLsmReader]* out) noexcept
@@ -78,22 +79,30 @@ def conjuncts(filter):
     return result
 
 
+cdef int states_of(tuple snapshots, vector[shared_ptr[CState]]* out) except -1:
+    for snapshot in snapshots:
+        if not isinstance(snapshot, Snapshot):
+            raise UsageError(f"expected a Snapshot, got {type(snapshot).__name__}")
+        out.push_back((<Snapshot>snapshot).state)
+    return 0
+
+
 @cython.final
 cdef class Reader:
     cdef shared_ptr[CLsmReader] reader
     cdef readonly tuple memtables
     cdef readonly tuple files
 
-    def __cinit__(self, memtables, files):
+    def __cinit__(self, memtables, files=(), *, maker=None):
         cdef vector[shared_ptr[CState]] states
         cdef vector[Files] levels
         self.memtables = tuple(memtables)
+        if maker is _MAKER:
+            self.files = files
+            return
         # A level without files is no level.
         self.files = tuple(filter(None, map(tuple, files)))
-        for snapshot in self.memtables:
-            if not isinstance(snapshot, Snapshot):
-                raise UsageError(f"expected a Snapshot, got {type(snapshot).__name__}")
-            states.push_back((<Snapshot>snapshot).state)
+        states_of(self.memtables, &states)
         for level in self.files:
             levels.push_back(Files())
             for file in level:
@@ -101,6 +110,13 @@ cdef class Reader:
                     raise UsageError(f"expected an SSTable, got {type(file).__name__}")
                 levels.back().push_back((<SSTable>file).file)
         raise_status(make_reader(move(states), move(levels), &self.reader))
+
+    def with_memtables(self, memtables):
+        cdef vector[shared_ptr[CState]] states
+        cdef Reader other = Reader.__new__(Reader, memtables, self.files, maker=_MAKER)
+        states_of(other.memtables, &states)
+        raise_status(self.reader.get().WithStates(move(states), &other.reader))
+        return other
 
     @property
     def schema(self):

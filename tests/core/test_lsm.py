@@ -302,6 +302,22 @@ def test_a_reader_says_what_it_is() -> None:
     assert len(reader.memtables) == 1
 
 
+def test_files_stay_behind_other_memtables() -> None:
+    cache = BlockCache(1 << 20)
+    table = Memtable(INT_SCHEMA, ["k"], keep_tombstones=True)
+    first = Reader([table.snapshot()], [[], [int_file(ints(range(5)), 1, cache)]])
+    table.delete(int_keys([1, 3]), 2)
+    second = first.with_memtables([table.snapshot()])
+    assert [row["k"] for row in rows_of(second)] == [0, 2, 4]
+    assert second.row_count == second.with_memtables(second.memtables).row_count == 3
+    assert (first.row_count, second.files) == (5, first.files)
+    assert second.with_memtables([]).row_count == 5
+    with pytest.raises(UsageError, match="of different tables"):
+        first.with_memtables([Memtable(pa.schema([("k", pa.int64())]), ["k"]).snapshot()])
+    with pytest.raises(UsageError, match="expected a Snapshot"):
+        first.with_memtables([first])
+
+
 def test_conjuncts_are_found_in_any_order_and_depth() -> None:
     k, v, s = pc.field("k"), pc.field("v"), pc.field("s")
     filter_ = (k > 3) & ((pc.scalar(7) >= v) & ((s == "x") & (k < v))) & ((k == 1) | (v == 2)) & ~(v == 5)
