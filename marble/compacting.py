@@ -40,11 +40,9 @@ class Compactor:
 
     def take_job(self) -> CompactJob | None:
         """What is to be done next; None if there is nothing, or a job is out."""
-        if self._machine is None or self._out is not None or self._rest:
+        if self._machine is None or self._out is not None or self._rest or not self._machine.compaction_due:
             return None
-        compaction = self._machine.plan_compaction()
-        if compaction is not None:
-            self._out = CompactJob(self._group, compaction, self._pace)
+        self._out = CompactJob(self._group, self._machine, self._pace)
         return self._out
 
     def finish_job(self, job: CompactJob) -> None:

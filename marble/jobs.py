@@ -18,7 +18,7 @@ import pyarrow as pa
 from marble._core import entry_batch
 from marble.errors import CorruptionError, MarbleError, ProtocolError, UnavailableError, check
 from marble.logstore.snapshots import SnapshotInfo, SnapshotStore
-from marble.machine import Compaction, MachineState, Pace, Result, StateMachine
+from marble.machine import MachineState, Pace, Result, StateMachine, StoredMachine
 from marble.members import decode_members
 from marble.types import HardState, Members, SnapshotMeta
 
@@ -224,19 +224,19 @@ class DiscardJob:
 
 
 class CompactJob:
-    """Files of a machine become fewer."""
+    """Files of a machine become fewer, by one step."""
 
-    def __init__(self, group: int, compaction: Compaction, pace: Pace | None) -> None:
+    def __init__(self, group: int, machine: StoredMachine, pace: Pace | None) -> None:
         self.group = group
         self.error: Exception | None = None
         """Why that could not be. All is as before."""
-        self._compaction = compaction
+        self._machine = machine
         self._pace = pace
 
     def run(self) -> None:
         """Raises nothing that a full or damaged disk could cause: compacting can wait."""
         try:
-            self._compaction.run(self._pace)
+            self._machine.compact(self._pace)
         except (OSError, UnavailableError, CorruptionError) as error:
             self.error = error
 

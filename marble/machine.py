@@ -139,22 +139,6 @@ class StateMachine(Protocol):
         ...
 
 
-class Compaction(Protocol):
-    """Files of a machine that are to become fewer, or go. Its content stays as it is."""
-
-    def run(self, pace: Pace | None = None) -> None:
-        """Do it, on any one thread, while entries are applied.
-
-        Raises
-        ------
-        OSError
-            The disk failed or is full. All is as before.
-        CorruptionError
-            A file is damaged. All is as before, and this file is left alone from now on.
-        """
-        ...
-
-
 @runtime_checkable
 class StoredMachine(StateMachine, Protocol):
     """A state machine that keeps its state in files."""
@@ -169,8 +153,26 @@ class StoredMachine(StateMachine, Protocol):
         """How far files lag behind: what waits to be written, and what waits to be compacted. Any thread."""
         ...
 
-    def plan_compaction(self) -> Compaction | None:
-        """What is to be compacted next, if anything. One at a time: the one before must have run. One thread."""
+    @property
+    def compaction_due(self) -> bool:
+        """Whether `compact` may find something to do. Any thread."""
+        ...
+
+    def compact(self, pace: Pace | None = None) -> bool:
+        """Make the files fewer, or let some go, by one step; the content stays as it is. On any one thread at a time.
+
+        Returns
+        -------
+        bool
+            Whether there was anything to do.
+
+        Raises
+        ------
+        OSError
+            The disk failed or is full. All is as before.
+        CorruptionError
+            A file is damaged. All is as before, and this file is left alone from now on.
+        """
         ...
 
     def collect(self, kept: Callable[[], Collection[str]]) -> int:

@@ -46,14 +46,12 @@ ENTRY_SCHEMA: Final = pa.schema(
 ``group``, ``index``, ``term`` and ``time_us`` are given by the leader; the rest by the proposer. ``checksum`` is the
 proposer's: it covers kind, session, sequence, table and payload, and travels with the entry to every disk and memtable.
 ``time_us`` is when the leader took the entry in: microseconds since 1970 UTC on its clock, up to INDEX_MAX. It may go
-back from one entry to the next; who applies entries takes the latest so far. 0 in a HARD_STATE or SNAPSHOT.
-"""
+back from one entry to the next; who applies entries takes the latest so far. 0 in a HARD_STATE or SNAPSHOT."""
 
 TABLE_NAME_BYTES_MAX: Final = 128
 COLUMN_NAME_BYTES_MAX: Final = 256
 COLUMNS_MAX: Final = 1024
-FIELDS_MAX: Final = 4096
-"""Columns together with the fields nested in them."""
+FIELDS_MAX: Final = 4096  # With the fields nested in columns.
 NESTING_LEVELS_MAX: Final = 16
 """Deep enough for any real table, shallow enough that no recursion over a type can exhaust the stack."""
 
@@ -105,12 +103,12 @@ class TableInfo:
     """What a table is: its place in the log, its name, its columns and its primary key.
 
     - ``id`` is given by the catalog when the creation is applied; it is at least 1 and never used again.
-    - ``(name, schema, key)`` have passed `check_table`, and ``options`` `check_options`.
+    - All else has passed `check_table` and `marble.table_options.check_options`.
 
     Attributes
     ----------
     schema
-        The columns, without metadata. A row is one record; two rows with equal key columns are the same record.
+        The columns, without metadata. Two rows with equal key columns are the same record.
     key
         Names of the key columns, in the order in which rows are sorted.
     key_schema

@@ -9,6 +9,7 @@ Invariants:
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -72,7 +73,11 @@ class Levels:
 
     def overlapping(self, level: int, first_key: bytes, last_key: bytes) -> tuple[TableFile, ...]:
         """Files of `level` with keys in this range, both ends included."""
-        return tuple(file for file in self[level] if file.meets(first_key, last_key))
+        files = self[level]
+        if level == 0:
+            return tuple(file for file in files if file.meets(first_key, last_key))
+        start = bisect_left(files, first_key, key=lambda file: file.last_key)
+        return files[start : bisect_right(files, last_key, start, key=lambda file: file.first_key)]
 
     def reaches_below(self, level: int, first_key: bytes, last_key: bytes) -> bool:
         """Whether a level deeper than `level` has keys in this range: then a tombstone above it still hides something."""

@@ -32,7 +32,7 @@ from marble.lsm.snapshot import TableState, restored
 from marble.lsm.store import CompactionTask, Store, StorePolicy
 from marble.lsm.tree import Below, TableData, Tree
 from marble.lsm.view import TableView
-from marble.machine import Result
+from marble.machine import Pace, Result
 from marble.schema import TableInfo
 from marble.sessions import Sessions
 from marble.table_options import expired_until
@@ -53,8 +53,8 @@ class _State:
 class TableMachine:
     """All tables of one Raft group: a `marble.machine.StoredMachine`.
 
-    Thread safety: `apply`, `capture` and `restore` on one thread; `plan_compaction` on one, `collect` and what `capture`
-    returned on one; everything else on any.
+    Thread safety: `apply`, `capture` and `restore` on one thread; `compact` on one; `collect`, and what `capture` returned, on
+    one; everything else on any.
 
     Parameters
     ----------
@@ -323,7 +323,7 @@ class TableMachine:
         return self._store
 
     def plan_compaction(self) -> CompactionTask | None:
-        """What is to be compacted next, if anything. One at a time: the one before must have run."""
+        """What is to be compacted next, if anything."""
         if self._store is None or not self._unplanned:
             return None
         with self._lock:
@@ -332,6 +332,18 @@ class TableMachine:
         if task is not None:
             self._unplanned = True
         return task
+
+    @property
+    def compaction_due(self) -> bool:
+        """Whether `compact` may find something to do."""
+        return self._unplanned
+
+    def compact(self, pace: Pace | None = None) -> bool:
+        """Make the files fewer by one step; see `marble.machine.StoredMachine.compact`."""
+        task = self.plan_compaction()
+        if task is not None:
+            task.run(pace)
+        return task is not None
 
     def collect(self, kept: Callable[[], Collection[str]]) -> int:
         """Remove the files that neither are named by `kept` nor part of the state or of one that somebody holds."""

@@ -48,7 +48,7 @@ class Store:
     """The files of a machine's tables, and what is done with them.
 
     Thread safety: `freeze` on the applying thread; `flush` and `collect` on the thread for files of snapshots;
-    `plan` on one thread, what it returns on another.
+    `plan` and what it returns on one.
 
     Parameters
     ----------
@@ -115,8 +115,8 @@ class Store:
             self.files.release(file.name for files in written.values() for file in files)
 
     def plan(self, trees: Iterable[Tree], time_us: int) -> CompactionTask | None:
-        """What to compact next in `trees`, if anything."""
-        for tree in trees:
+        """What to compact next in `trees`, if anything: in that first which has most files in level 0."""
+        for tree in sorted(trees, key=lambda tree: (-len(tree.below.levels[0]), tree.info.id)):
             info = tree.info
             until = expired_until(info.schema, info.options, time_us)
             compressed = info.options.compression is not None
@@ -145,7 +145,7 @@ class Store:
         return self.files.collect(needed)
 
     def compact(self, tree: Tree, plan: Plan, until: int | None, pace: Pace | None) -> None:
-        """Carry `plan` out. Raises OSError and CorruptionError as `marble.machine.Compaction.run`."""
+        """Carry `plan` out."""
         if not plan.rewrite:
             moved = [] if plan.level is None else list(plan.files)
             self._edit(tree, lambda below: below.compacted(plan, moved))
@@ -182,7 +182,7 @@ class Store:
 
 
 class CompactionTask:
-    """A plan for one table, ready to be carried out: a `marble.machine.Compaction`."""
+    """A plan for one table, ready to be carried out."""
 
     def __init__(self, store: Store, tree: Tree, plan: Plan, until: int | None) -> None:
         self.tree = tree
@@ -191,5 +191,5 @@ class CompactionTask:
         self._until = until
 
     def run(self, pace: Pace | None = None) -> None:
-        """See `marble.machine.Compaction.run`."""
+        """Raises OSError and CorruptionError, as `marble.machine.StoredMachine.compact`."""
         self._store.compact(self.tree, self.plan, self._until, pace)

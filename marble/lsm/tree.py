@@ -140,7 +140,8 @@ class Tree:
 
     def write(self, rows: pa.RecordBatch, index: int) -> int:
         """Insert or replace `rows`. Returns how many they are."""
-        self.memory_bytes += rows.nbytes
+        if self._stored:
+            self.memory_bytes += rows.nbytes
         return self._memtable.upsert(rows, index)
 
     def delete(self, keys: pa.RecordBatch, index: int, time_us: int) -> int:

@@ -30,7 +30,7 @@ def shelf() -> Shelf:
 def test_is_the_seam(shelf: Shelf) -> None:
     seam: StoredMachine = shelf.machine
     assert isinstance(seam, StoredMachine)
-    assert (seam.memory_bytes, seam.backlog_bytes, seam.plan_compaction()) == (0, 0, None)
+    assert (seam.memory_bytes, seam.backlog_bytes, seam.compact()) == (0, 0, False)
 
 
 def test_rows_go_into_files_and_come_back_by_name(shelf: Shelf) -> None:
