@@ -1,13 +1,15 @@
 // Blocks that were read before, up to a number of bytes.
 //
-// Layout: shards by hash, each a map and a ring in which a hand goes round: a block that was asked for since the hand
-// last came by is passed over once, another one goes.
-// Ownership: the cache shares blocks; who has one keeps it, whatever the cache lets go. A file takes its blocks out when
-// it is closed, so that a mapping does not outlive its readers.
-// Thread safety: every function may be called from any thread at any time.
+// Layout: each file has a slot for each of its blocks, so that a block that is there is found without a search. The
+// slots that are taken lie in a ring in which a hand goes round: a block that was asked for since the hand last came by
+// is passed over once, another one goes.
+// Ownership: slots share blocks; who has one keeps it, whatever the cache lets go. A file empties its slots when it is
+// closed, so that a mapping does not outlive its readers.
+// Thread safety: every function may be called from any thread at any time; `Drop` when nobody uses those slots any more.
 // Invariants:
 //   1. No block is let go under a lock: the memory behind it may belong to Python, and freeing it may wait for the GIL.
-//   2. The charge of a shard's blocks never passes its share of `bytes_max`; a block that alone would is not kept.
+//   2. The charge of all blocks never passes `bytes_max`; a block that alone would is not kept.
+//   3. A slot is filled and emptied under `mutex_`, which is taken before the slot's own lock, never after it.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +17,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <unordered_map>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -23,132 +25,117 @@ namespace marble {
 
 struct Block;
 
+// A place for one block of a file.
+class BlockSlot {
+ public:
+  // The block, or null. It counts as asked for.
+  std::shared_ptr<const Block> Get() noexcept {
+    Lock();
+    std::shared_ptr<const Block> block = block_;
+    Unlock();
+    // Written only where it changes something: readers in other threads have this line too.
+    if (block != nullptr && !asked_.load(std::memory_order_relaxed)) asked_.store(true, std::memory_order_relaxed);
+    return block;
+  }
+
+ private:
+  friend class BlockCache;
+  // Held for the copy of one pointer.
+  void Lock() noexcept {
+    while (locked_.test_and_set(std::memory_order_acquire)) std::this_thread::yield();
+  }
+  void Unlock() noexcept { locked_.clear(std::memory_order_release); }
+  std::shared_ptr<const Block> Exchange(std::shared_ptr<const Block> block) noexcept {
+    Lock();
+    std::swap(block_, block);
+    Unlock();
+    return block;
+  }
+
+  std::atomic_flag locked_;
+  std::atomic<bool> asked_{false};  // Since the hand last came by.
+  std::shared_ptr<const Block> block_;
+  // Of the cache:
+  uint64_t bytes_ = 0;
+  size_t place_ = 0;  // In the ring, while there is a block.
+};
+
 class BlockCache {
  public:
   struct Stats {
     uint64_t bytes = 0, blocks = 0, hits = 0, misses = 0;
   };
 
-  explicit BlockCache(uint64_t bytes_max) : bytes_max_(bytes_max) {
-    // Small caches are not divided: a shard should hold some blocks at least.
-    size_t shards = 1;
-    while (shards < kShardsMax && bytes_max / (shards * 2) >= kShardBytesMin) shards *= 2;
-    shards_ = std::vector<Shard>(shards);
-  }
+  explicit BlockCache(uint64_t bytes_max) : bytes_max_(bytes_max) {}
 
   uint64_t bytes_max() const noexcept { return bytes_max_; }
-  // A number for a file that no other file of this cache has or had.
-  uint64_t NewFile() noexcept { return next_file_.fetch_add(1, std::memory_order_relaxed); }
 
-  std::shared_ptr<const Block> Get(uint64_t file, uint64_t block) noexcept {
-    Shard& shard = ShardOf(file, block);
-    const std::lock_guard<std::mutex> guard(shard.mutex);
-    const auto found = shard.places.find({file, block});
-    if (found == shard.places.end()) {
-      ++shard.misses;
-      return nullptr;
-    }
-    ++shard.hits;
-    Held& held = shard.ring[found->second];
-    held.asked = true;
-    return held.block;
-  }
-
-  // Keeps `block`, and gives the one that is to be used: that of another thread, if it was faster.
-  std::shared_ptr<const Block> Put(uint64_t file, uint64_t number, std::shared_ptr<const Block> block, uint64_t bytes) {
-    Shard& shard = ShardOf(file, number);
-    const uint64_t most = bytes_max_ / shards_.size();
-    if (bytes > most) return block;
-    std::vector<std::shared_ptr<const Block>> gone;
-    const std::lock_guard<std::mutex> guard(shard.mutex);
-    // `gone` was made first, and so is destroyed after the lock is given back.
-    const auto found = shard.places.find({file, number});
-    if (found != shard.places.end()) return shard.ring[found->second].block;
-    while (shard.bytes + bytes > most) shard.Evict(&gone);
-    // Room first: no allocation may fail between the two.
-    if (shard.ring.size() == shard.ring.capacity()) shard.ring.reserve(shard.ring.size() * 2 + 16);
-    shard.places.emplace(std::pair{file, number}, shard.ring.size());
-    shard.ring.push_back({file, number, block, bytes, false});
-    shard.bytes += bytes;
+  // The block in `slot`, or null.
+  std::shared_ptr<const Block> Get(BlockSlot* slot) noexcept {
+    auto block = slot->Get();
+    (block != nullptr ? hits_ : misses_).fetch_add(1, std::memory_order_relaxed);
     return block;
   }
 
-  // Lets go of the blocks [0, blocks) of a file.
-  void Drop(uint64_t file, uint64_t blocks) noexcept {
-    for (uint64_t number = 0; number < blocks; ++number) {
-      Shard& shard = ShardOf(file, number);
+  // Keeps `block` in `slot`, and gives the one that is to be used: that of another thread, if it was faster.
+  std::shared_ptr<const Block> Put(BlockSlot* slot, std::shared_ptr<const Block> block, uint64_t bytes) {
+    if (bytes > bytes_max_) return block;
+    std::vector<std::shared_ptr<const Block>> gone;
+    const std::lock_guard<std::mutex> guard(mutex_);
+    // `gone` was made first, and so is destroyed after the lock is given back.
+    if (auto other = slot->Get()) return other;
+    // Room first: no allocation may fail half-way.
+    if (ring_.size() == ring_.capacity()) ring_.reserve(ring_.size() * 2 + 16);
+    while (bytes_ + bytes > bytes_max_) Evict(&gone);
+    slot->bytes_ = bytes;
+    slot->place_ = ring_.size();
+    slot->asked_.store(false, std::memory_order_relaxed);
+    slot->Exchange(block);
+    ring_.push_back(slot);
+    bytes_ += bytes;
+    return block;
+  }
+
+  // Empties the slots of a file.
+  void Drop(BlockSlot* slots, size_t count) noexcept {
+    for (size_t i = 0; i < count; ++i) {
       std::shared_ptr<const Block> gone;
-      const std::lock_guard<std::mutex> guard(shard.mutex);
-      const auto found = shard.places.find({file, number});
-      if (found != shard.places.end()) gone = shard.Remove(found->second);
+      const std::lock_guard<std::mutex> guard(mutex_);
+      gone = Remove(&slots[i]);
     }
   }
 
   Stats Count() noexcept {
-    Stats stats;
-    for (Shard& shard : shards_) {
-      const std::lock_guard<std::mutex> guard(shard.mutex);
-      stats.bytes += shard.bytes;
-      stats.blocks += shard.ring.size();
-      stats.hits += shard.hits;
-      stats.misses += shard.misses;
-    }
-    return stats;
+    const std::lock_guard<std::mutex> guard(mutex_);
+    return {bytes_, ring_.size(), hits_.load(std::memory_order_relaxed), misses_.load(std::memory_order_relaxed)};
   }
 
  private:
-  static constexpr size_t kShardsMax = 16;
-  static constexpr uint64_t kShardBytesMin = 4 << 20;
-  using Name = std::pair<uint64_t, uint64_t>;
-
-  static uint64_t Mix(uint64_t file, uint64_t block) noexcept {
-    return (file * 0x9e3779b97f4a7c15ULL + block) * 0xff51afd7ed558ccdULL;
+  std::shared_ptr<const Block> Remove(BlockSlot* slot) noexcept {
+    std::shared_ptr<const Block> block = slot->Exchange(nullptr);
+    if (block == nullptr) return block;
+    bytes_ -= slot->bytes_;
+    ring_[slot->place_] = ring_.back();
+    ring_[slot->place_]->place_ = slot->place_;
+    ring_.pop_back();
+    return block;
   }
-  struct HashName {
-    size_t operator()(const Name& name) const noexcept { return Mix(name.first, name.second) >> 16; }
-  };
-  struct Held {
-    uint64_t file = 0, number = 0;
-    std::shared_ptr<const Block> block;
-    uint64_t bytes = 0;
-    bool asked = false;  // Since the hand last came by.
-  };
-  struct Shard {
-    std::mutex mutex;
-    std::unordered_map<Name, size_t, HashName> places;  // In `ring`.
-    std::vector<Held> ring;
-    size_t hand = 0;
-    uint64_t bytes = 0, hits = 0, misses = 0;
-
-    std::shared_ptr<const Block> Remove(size_t place) noexcept {
-      Held& held = ring[place];
-      std::shared_ptr<const Block> block = std::move(held.block);
-      bytes -= held.bytes;
-      places.erase({held.file, held.number});
-      if (place + 1 < ring.size()) {
-        held = std::move(ring.back());
-        places.find({held.file, held.number})->second = place;
-      }
-      ring.pop_back();
-      return block;
+  void Evict(std::vector<std::shared_ptr<const Block>>* gone) {
+    gone->reserve(gone->size() + 1);
+    for (;; ++hand_) {
+      if (hand_ >= ring_.size()) hand_ = 0;
+      if (!ring_[hand_]->asked_.exchange(false, std::memory_order_relaxed)) break;
     }
-    void Evict(std::vector<std::shared_ptr<const Block>>* gone) {
-      gone->reserve(gone->size() + 1);
-      for (;; ++hand) {
-        if (hand >= ring.size()) hand = 0;
-        if (!std::exchange(ring[hand].asked, false)) break;
-      }
-      gone->push_back(Remove(hand));
-    }
-  };
-
-  Shard& ShardOf(uint64_t file, uint64_t block) noexcept {
-    return shards_[(Mix(file, block) >> 56) & (shards_.size() - 1)];
+    gone->push_back(Remove(ring_[hand_]));
   }
 
   const uint64_t bytes_max_;
-  std::atomic<uint64_t> next_file_{1};
-  std::vector<Shard> shards_;
+  std::atomic<uint64_t> hits_{0};
+  std::atomic<uint64_t> misses_{0};
+  std::mutex mutex_;
+  std::vector<BlockSlot*> ring_;
+  size_t hand_ = 0;
+  uint64_t bytes_ = 0;
 };
 
 }  // namespace marble

@@ -222,29 +222,6 @@ inline arrow::Result<std::shared_ptr<arrow::Buffer>> GatherFixed(const RowPlan& 
   return buffer;
 }
 
-// memcpy for sizes that are mostly small: two loads that overlap cost less than a call.
-inline void CopyBytes(uint8_t* to, const uint8_t* from, size_t size) noexcept {
-  if (size > 16) {
-    std::memcpy(to, from, size);
-  } else if (size >= 8) {
-    uint64_t head;
-    uint64_t tail;
-    std::memcpy(&head, from, 8);
-    std::memcpy(&tail, from + size - 8, 8);
-    std::memcpy(to, &head, 8);
-    std::memcpy(to + size - 8, &tail, 8);
-  } else if (size >= 4) {
-    uint32_t head;
-    uint32_t tail;
-    std::memcpy(&head, from, 4);
-    std::memcpy(&tail, from + size - 4, 4);
-    std::memcpy(to, &head, 4);
-    std::memcpy(to + size - 4, &tail, 4);
-  } else {
-    for (size_t i = 0; i < size; ++i) to[i] = from[i];
-  }
-}
-
 template <typename Offset>
 arrow::Status GatherBytes(const RowPlan& plan, const ColumnViews& views, arrow::ArrayData* out) {
   const size_t rows = plan.rows.size();

@@ -56,6 +56,29 @@ inline uint64_t LoadBigEndian64(const uint8_t* bytes) noexcept {
   return __builtin_bswap64(word);
 }
 
+// memcpy for sizes that are mostly small: two loads that overlap cost less than a call.
+inline void CopyBytes(uint8_t* to, const uint8_t* from, size_t size) noexcept {
+  if (size > 16) {
+    std::memcpy(to, from, size);
+  } else if (size >= 8) {
+    uint64_t head;
+    uint64_t tail;
+    std::memcpy(&head, from, 8);
+    std::memcpy(&tail, from + size - 8, 8);
+    std::memcpy(to, &head, 8);
+    std::memcpy(to + size - 8, &tail, 8);
+  } else if (size >= 4) {
+    uint32_t head;
+    uint32_t tail;
+    std::memcpy(&head, from, 4);
+    std::memcpy(&tail, from + size - 4, 4);
+    std::memcpy(to, &head, 4);
+    std::memcpy(to + size - 4, &tail, 4);
+  } else {
+    for (size_t i = 0; i < size; ++i) to[i] = from[i];
+  }
+}
+
 // The encoded keys of a batch.
 // - `width > 0`: key i is bytes [i * width, (i + 1) * width). `width == 0`: bytes [offsets[i], offsets[i + 1]).
 // - Eight zero bytes follow the last key, so that `Word` may always load eight bytes.
@@ -266,20 +289,34 @@ class KeyCodec {
     return arrow::Status::OK();
   }
 
+  // Whether there are zeros to be written as two bytes: mostly not, and one look at all rows together is cheap.
+  template <typename Offset>
+  static bool HasZeros(const arrow::ArrayData& column, int64_t rows, const Offset* offsets) noexcept {
+    if (column.buffers[2] == nullptr || offsets[0] == offsets[rows]) return false;
+    return std::memchr(column.buffers[2]->data() + offsets[0], 0, static_cast<size_t>(offsets[rows] - offsets[0]));
+  }
+
   template <typename Offset>
   arrow::Status AddLengths(const arrow::ArrayData& column, int i, int64_t rows, uint64_t* lengths) const {
     const Offset* offsets = column.GetValues<Offset>(1);
     const uint8_t* data = column.buffers[2] == nullptr ? nullptr : column.buffers[2]->data();
     const int64_t size = column.buffers[2] == nullptr ? 0 : column.buffers[2]->size();
+    if (rows > 0 && offsets[0] < 0) {
+      return arrow::Status::Invalid("key column '", schema_->field(i)->name(), "' has broken offsets in row 0");
+    }
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t first = offsets[row];
       const int64_t end = offsets[row + 1];
-      if (first < 0 || end < first || end > size) {
+      if (end < first || end > size) {
         return arrow::Status::Invalid("key column '", schema_->field(i)->name(), "' has broken offsets in row ", row);
       }
+      lengths[row] += static_cast<uint64_t>(end - first) + 2;
+    }
+    if (!HasZeros(column, rows, offsets)) return arrow::Status::OK();
+    for (int64_t row = 0; row < rows; ++row) {
       uint64_t zeros = 0;
-      for (int64_t at = first; at < end; ++at) zeros += data[at] == 0;
-      lengths[row] += static_cast<uint64_t>(end - first) + zeros + 2;
+      for (int64_t at = offsets[row]; at < offsets[row + 1]; ++at) zeros += data[at] == 0;
+      lengths[row] += zeros;
     }
     return arrow::Status::OK();
   }
@@ -308,6 +345,16 @@ class KeyCodec {
     if (rows == 0) return;
     const Offset* offsets = column.GetValues<Offset>(1);
     const uint8_t* data = column.buffers[2] == nullptr ? nullptr : column.buffers[2]->data();
+    if (!HasZeros(column, rows, offsets)) {
+      for (int64_t row = 0; row < rows; ++row) {
+        const auto size = static_cast<size_t>(offsets[row + 1] - offsets[row]);
+        CopyBytes(bytes + cursors[row], data + offsets[row], size);
+        cursors[row] += size;
+        bytes[cursors[row]++] = 0;
+        bytes[cursors[row]++] = 0;
+      }
+      return;
+    }
     for (int64_t row = 0; row < rows; ++row) {
       uint8_t* to = bytes + cursors[row];
       for (Offset at = offsets[row]; at < offsets[row + 1]; ++at) {

@@ -12,9 +12,11 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <string_view>
 
 namespace marble {
 
@@ -34,6 +36,21 @@ inline int CompareKeys(const uint8_t* a, uint64_t a_size, const uint8_t* b, uint
   const int order = common == 0 ? 0 : std::memcmp(a + depth, b + depth, common);
   if (order != 0) return order;
   return a_left == b_left ? 0 : (a_left < b_left ? -1 : 1);
+}
+
+// How many bytes two keys have in common at their beginnings.
+inline size_t CommonBytes(std::string_view a, std::string_view b) noexcept {
+  const size_t most = std::min(a.size(), b.size());
+  size_t same = 0;
+  for (; same + 8 <= most; same += 8) {
+    uint64_t left;
+    uint64_t right;
+    std::memcpy(&left, a.data() + same, 8);
+    std::memcpy(&right, b.data() + same, 8);
+    if (left != right) return same + static_cast<size_t>(std::countr_zero(left ^ right)) / 8;
+  }
+  while (same < most && a[same] == b[same]) ++same;
+  return same;
 }
 
 // Sorts by word, stably; `scratch` has room for `size` items.

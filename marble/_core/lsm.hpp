@@ -172,9 +172,8 @@ class LevelStream : public BlockStream {
 struct BlockProbe {
   const Block* block = nullptr;
   std::string_view key;
-  uint64_t depth = 0;  // So many bytes all keys of the block begin with, and `key` too;
-  uint64_t word = 0;   // these are the eight behind them.
-  uint32_t row = 0;    // Of `key` among the keys that are looked up.
+  uint64_t word = 0;  // Eight bytes of `key`, behind those that all keys of the block begin with.
+  uint32_t row = 0;   // Of `key` among the keys that are looked up.
   int64_t at = 0;
   int64_t size = 0;
   int64_t found = -1;  // The key's row in the block, or -1.
@@ -189,7 +188,7 @@ inline void FindInBlocks(BlockProbe* probes, size_t count) noexcept {
       BlockProbe& probe = probes[i];
       if (probe.size <= 1) continue;
       const int64_t half = probe.size / 2;
-      const bool below = probe.block->keys->Word(probe.at + half - 1, probe.depth) < probe.word;
+      const bool below = probe.block->words[static_cast<size_t>(probe.at + half - 1)] < probe.word;
       // The step is masked, not chosen: which way it goes cannot be predicted.
       probe.at += half & (int64_t{0} - (below ? 1 : 0));
       probe.size -= half;
@@ -199,7 +198,7 @@ inline void FindInBlocks(BlockProbe* probes, size_t count) noexcept {
   for (size_t i = 0; i < count; ++i) {
     BlockProbe& probe = probes[i];
     const Block& block = *probe.block;
-    if (block.keys->Word(probe.at, probe.depth) < probe.word) ++probe.at;
+    if (block.words[static_cast<size_t>(probe.at)] < probe.word) ++probe.at;
     if (probe.at == block.size()) continue;
     const std::string_view there = block.key(probe.at);
     if (there == probe.key) {
@@ -409,8 +408,8 @@ class LsmReader {
           loaded = number;
         }
         // All keys of the block, and this one between them, begin with the same bytes.
-        const size_t depth = CommonBytes(table.first_key(number), table.last_key(number));
-        probes[count++] = {held->back().get(), key, depth, keys.Word(row, depth), row};
+        const Block* block = held->back().get();
+        probes[count++] = {block, key, keys.Word(row, block->skip), row};
         if (count == kSearchLanes) search();
       }
     }

@@ -67,21 +67,6 @@ inline int CompareBytes(std::string_view a, std::string_view b) noexcept {
                      b.size(), 0);
 }
 
-// How many bytes two keys have in common at their beginnings.
-inline size_t CommonBytes(std::string_view a, std::string_view b) noexcept {
-  const size_t most = std::min(a.size(), b.size());
-  size_t same = 0;
-  for (; same + 8 <= most; same += 8) {
-    uint64_t left;
-    uint64_t right;
-    std::memcpy(&left, a.data() + same, 8);
-    std::memcpy(&right, b.data() + same, 8);
-    if (left != right) return same + static_cast<size_t>(std::countr_zero(left ^ right)) / 8;
-  }
-  while (same < most && a[same] == b[same]) ++same;
-  return same;
-}
-
 // First row of `keys` that is not below `bytes`, which may be any bytes.
 inline size_t LowerBoundBytes(const KeyColumn& keys, std::string_view bytes) noexcept {
   size_t first = 0;

@@ -81,6 +81,8 @@ struct Block {
   std::shared_ptr<arrow::RecordBatch> rows;      // Of TableFile's layout().get_schema. Tombstones are null but for the key.
   Source source;                                 // The same columns, for RowPlans. `source.keys` is `keys`.
   std::shared_ptr<const KeyColumn> keys;         // Never null, also where keys are whole.
+  uint64_t skip = 0;                             // So many bytes all keys of the block begin with,
+  Words words;                                   // and these are the eight behind them (KeyColumn::Word).
   const uint8_t* deleted = nullptr;              // A bit for each row; null where no row is a tombstone.
   std::shared_ptr<arrow::UInt64Array> indexes;   // Raft index of each row's write.
   std::shared_ptr<arrow::ArrayData> deletions;   // The column that `deleted` points into.
@@ -93,16 +95,23 @@ struct Block {
 
   // First row in [first, size()) whose key is not below `key`.
   int64_t LowerBound(std::string_view key, int64_t first = 0) const noexcept {
+    const int order = key.substr(0, skip).compare(this->key(0).substr(0, skip));
+    if (order != 0) return order < 0 ? first : size();
+    const uint64_t word = WordOf(key, skip);
+    auto at = static_cast<int64_t>(
+        LowerBoundWord(words.get(), static_cast<size_t>(first), static_cast<size_t>(size()), word));
+    if (at == size() || words[static_cast<size_t>(at)] != word || this->key(at) >= key) return at;
+    // Others may have the same word.
     int64_t end = size();
-    while (first < end) {
-      const int64_t middle = first + (end - first) / 2;
+    for (++at; at < end;) {
+      const int64_t middle = at + (end - at) / 2;
       if (this->key(middle) < key) {
-        first = middle + 1;
+        at = middle + 1;
       } else {
         end = middle;
       }
     }
-    return first;
+    return at;
   }
   // The row that has `key`, or -1.
   int64_t Find(std::string_view key) const noexcept {
@@ -117,7 +126,9 @@ class TableFile {
   static arrow::Status Open(std::shared_ptr<arrow::Buffer> bytes, std::string name,
                             std::shared_ptr<const Layout> layout, std::shared_ptr<BlockCache> cache,
                             std::shared_ptr<const TableFile>* out) noexcept;
-  ~TableFile() { cache_->Drop(number_, blocks()); }
+  ~TableFile() {
+    if (slots_ != nullptr) cache_->Drop(slots_.get(), blocks());
+  }
 
   const std::string& name() const noexcept { return name_; }
   const std::shared_ptr<const Layout>& layout() const noexcept { return layout_; }
@@ -161,7 +172,8 @@ class TableFile {
   arrow::Status CheckSchema() const;
   arrow::Status CheckIndex();
   arrow::Status CheckEntries() const;
-  arrow::Status CheckBlock(const Block& block, size_t i) const;
+  arrow::Status CheckKeys(const KeyColumn& keys, size_t i) const;
+  arrow::Status CheckWrites(const Block& block, size_t i) const;
   arrow::Result<std::shared_ptr<const Block>> Decode(size_t i, bool check) const;
   template <typename... Words>
   arrow::Status Wrong(uint64_t offset, Words&&... words) const {
@@ -190,7 +202,6 @@ class TableFile {
   std::shared_ptr<const Layout> layout_;
   std::shared_ptr<arrow::Schema> file_schema_;
   std::shared_ptr<BlockCache> cache_;
-  uint64_t number_ = 0;  // In the cache.
   FileSeal seal_;
   uint64_t head_offset_ = 0;  // Of IndexHead in the file.
   // Into the mapping:
@@ -200,7 +211,8 @@ class TableFile {
   BloomFilter bloom_;
   uint64_t skip_ = 0;            // Bytes that all keys of the file begin with.
   std::vector<uint64_t> words_;  // For each block the eight bytes of its last key after these.
-  std::unique_ptr<std::atomic<uint8_t>[]> checked_;  // For each block whether it has been found sound.
+  std::unique_ptr<std::atomic<bool>[]> checked_;  // For each block whether it has been found sound,
+  std::unique_ptr<BlockSlot[]> slots_;            // and its place in the cache.
 };
 
 inline arrow::Status TableFile::Open(std::shared_ptr<arrow::Buffer> bytes, std::string name,
@@ -209,7 +221,6 @@ inline arrow::Status TableFile::Open(std::shared_ptr<arrow::Buffer> bytes, std::
   return Guarded([&]() -> arrow::Status {
     auto file = std::make_shared<TableFile>();
     file->name_ = std::move(name);
-    file->number_ = cache->NewFile();
     file->cache_ = std::move(cache);
     ARROW_ASSIGN_OR_RAISE(file->file_schema_, FileSchema(*layout));
     file->layout_ = std::move(layout);
@@ -227,12 +238,11 @@ inline arrow::Status TableFile::OpenBytes(std::shared_ptr<arrow::Buffer> bytes) 
   ARROW_RETURN_NOT_OK(CheckIndex());
   ARROW_RETURN_NOT_OK(CheckEntries());
   const auto count = static_cast<size_t>(head_->blocks);
-  const std::string_view first = first_key(0);
-  const std::string_view last = last_key(count - 1);
-  while (skip_ < std::min(first.size(), last.size()) && first[skip_] == last[skip_]) ++skip_;
+  skip_ = CommonBytes(first_key(0), last_key(count - 1));
   words_.reserve(count);
   for (size_t i = 0; i < count; ++i) words_.push_back(WordOf(last_key(i), skip_));
-  checked_ = std::make_unique<std::atomic<uint8_t>[]>(count);
+  checked_ = std::make_unique<std::atomic<bool>[]>(count);
+  slots_ = std::make_unique<BlockSlot[]>(count);
   return arrow::Status::OK();
 }
 
@@ -344,11 +354,11 @@ inline size_t TableFile::FindBlock(std::string_view key) const noexcept {
 }
 
 inline arrow::Result<std::shared_ptr<const Block>> TableFile::Load(size_t i) const {
-  if (auto block = cache_->Get(number_, i)) return block;
-  ARROW_ASSIGN_OR_RAISE(auto block, Decode(i, checked_[i].load(std::memory_order_acquire) == 0));
-  checked_[i].store(1, std::memory_order_release);
+  if (auto block = cache_->Get(&slots_[i])) return block;
+  ARROW_ASSIGN_OR_RAISE(auto block, Decode(i, !checked_[i].load(std::memory_order_relaxed)));
+  checked_[i].store(true, std::memory_order_relaxed);
   const auto bytes = static_cast<uint64_t>(block->nbytes);
-  return cache_->Put(number_, i, std::move(block), bytes);
+  return cache_->Put(&slots_[i], std::move(block), bytes);
 }
 
 inline arrow::Result<std::shared_ptr<const Block>> TableFile::Decode(size_t i, bool check) const {
@@ -396,26 +406,39 @@ inline arrow::Result<std::shared_ptr<const Block>> TableFile::Decode(size_t i, b
   auto keys = layout_->codec->EncodeColumns(key_columns, entry.rows);
   if (!keys.ok()) return Wrong(entry.offset, "block ", i, " has no sound keys: ", keys.status().message());
   block->keys = *std::move(keys);
+  if (check) ARROW_RETURN_NOT_OK(CheckKeys(*block->keys, i));
+  block->skip = CommonBytes(first_key(i), last_key(i));
+  block->words = Words(entry.rows);
+  for (int64_t row = 0; row < entry.rows; ++row) {
+    block->words[static_cast<size_t>(row)] = block->keys->Word(row, block->skip);
+  }
   block->source.rows = entry.rows;
   block->source.keys = block->keys;
   for (const auto& column : columns) AddColumn(&block->source, column);
   block->rows = arrow::RecordBatch::Make(layout_->get_schema, entry.rows, std::move(columns));
   // Objects cost about as much for each column, however few rows there are.
-  block->nbytes = static_cast<int64_t>(block->keys->nbytes()) + 512 + 320 * file_schema_->num_fields();
+  block->nbytes = static_cast<int64_t>(block->keys->nbytes()) + 8 * block->size() + 512 + 320 * file_schema_->num_fields();
   for (const auto& column : block->source.columns) block->nbytes += BytesOutside(*column);
-  if (check) ARROW_RETURN_NOT_OK(CheckBlock(*block, i));
+  if (check) ARROW_RETURN_NOT_OK(CheckWrites(*block, i));
   return block;
 }
 
-// Whether the block is as its entry in the index says.
-inline arrow::Status TableFile::CheckBlock(const Block& block, size_t i) const {
+// Whether keys ascend between those that the index names.
+inline arrow::Status TableFile::CheckKeys(const KeyColumn& keys, size_t i) const {
+  if (KeyBytes(keys, 0) != first_key(i) || KeyBytes(keys, keys.rows - 1) != last_key(i)) {
+    return Wrong(entries_[i].offset, "block ", i, " has other keys than the index says");
+  }
+  for (int64_t row = 1; row < keys.rows; ++row) {
+    if (KeyBytes(keys, row - 1) >= KeyBytes(keys, row)) {
+      return Wrong(entries_[i].offset, "the keys of block ", i, " do not ascend");
+    }
+  }
+  return arrow::Status::OK();
+}
+
+// Whether the block's writes are as its entry in the index says.
+inline arrow::Status TableFile::CheckWrites(const Block& block, size_t i) const {
   const BlockEntry& entry = entries_[i];
-  if (block.key(0) != first_key(i) || block.key(block.size() - 1) != last_key(i)) {
-    return Wrong(entry.offset, "block ", i, " has other keys than the index says");
-  }
-  for (int64_t row = 1; row < block.size(); ++row) {
-    if (block.key(row - 1) >= block.key(row)) return Wrong(entry.offset, "the keys of block ", i, " do not ascend");
-  }
   const uint64_t* indexes = block.indexes->raw_values();
   const auto [smallest, largest] = std::minmax_element(indexes, indexes + block.size());
   const int64_t tombstones =

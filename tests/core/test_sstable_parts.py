@@ -138,7 +138,7 @@ def test_cut_texts_stay_around_their_values(values: list[tuple[str, bytes]]) -> 
 
 def test_the_cache_keeps_within_its_bytes() -> None:
     data, _ = write([ints(range(10_000))], block_rows_max=100, compression="lz4")
-    for bytes_max, all_fit in [(0, False), (5000, False), (20_000, False), (1 << 24, True)]:
+    for bytes_max, all_fit in [(0, False), (8000, False), (20_000, False), (1 << 24, True)]:
         cache = BlockCache(bytes_max)
         table = SSTable.open(pa.py_buffer(data), INT_SCHEMA, ["k"], cache)
         for _ in range(2):
