@@ -18,7 +18,7 @@ import pyarrow as pa
 from marble._core import entry_batch
 from marble.errors import CorruptionError, MarbleError, ProtocolError, UnavailableError, check
 from marble.logstore.snapshots import SnapshotInfo, SnapshotStore
-from marble.machine import MachineState, Pace, Result, StateMachine, StoredMachine
+from marble.machine import FileRef, MachineState, Pace, Result, StateMachine, StoredMachine
 from marble.members import decode_members
 from marble.types import HardState, Members, SnapshotMeta
 
@@ -128,7 +128,7 @@ class RestoreJob:
 
 
 class WriteJob:
-    """A captured state becomes a snapshot's file. What it supersedes goes: `collect` is called when that is over."""
+    """A captured state becomes a snapshot's file."""
 
     def __init__(
         self,
@@ -138,7 +138,6 @@ class WriteJob:
         endpoints: Mapping[int, str],
         state: MachineState,
         pace: Pace | None,
-        collect: Callable[[], object] | None = None,
     ) -> None:
         self.group = group
         self.meta = meta
@@ -148,7 +147,6 @@ class WriteJob:
         self._endpoints = endpoints
         self._state: MachineState | None = state
         self._pace = pace
-        self._collect = collect
         self._given_up = False
 
     def give_up(self) -> None:
@@ -162,8 +160,6 @@ class WriteJob:
         try:
             self._store.write(self.meta, self._endpoints, state.batches(self._wait), self._wait)
             self._store.prune(self.meta.index)
-            if self._collect is not None:
-                self._collect()
         except (OSError, UnavailableError) as error:
             self.error = error
 
@@ -175,36 +171,85 @@ class WriteJob:
 
 
 class ReceiveJob:
-    """One step of receiving a snapshot: begin or go on, take in a piece, and if that was the last, verify all of it.
+    """One step of receiving: begin or go on with a file, take in a piece, and if that was the last, verify all of it.
 
-    After `run` either ``offset`` says where the next piece starts, or ``complete`` holds, or ``error`` says why it ended.
+    After `run` one of these holds: ``offset`` says where the next piece starts; ``missing`` says which files are needed
+    yet; ``arrived``: the file asked for is here; ``complete``: the snapshot is, with all its files; or ``error`` says why
+    it ended.
+
+    Parameters
+    ----------
+    store
+        Where it goes.
+    info
+        The snapshot that is wanted; None if only `ref` is.
+    ref
+        A file that the snapshot refers to; None for the snapshot's own.
+    piece
+        Offset and bytes.
+    healed
+        Told the name of the file, which stood damaged here, once it has arrived.
     """
 
-    def __init__(self, store: SnapshotStore, info: SnapshotInfo, piece: tuple[int, pa.Buffer] | None) -> None:
-        self.group = info.group
+    def __init__(
+        self,
+        store: SnapshotStore,
+        info: SnapshotInfo | None,
+        ref: FileRef | None = None,
+        piece: tuple[int, pa.Buffer] | None = None,
+        healed: Callable[[str], None] | None = None,
+    ) -> None:
         self.info = info
+        self.ref = ref
         self.offset = 0
+        self.missing: list[FileRef] = []
+        self.arrived = False
         self.complete = False
         self.error: Exception | None = None
+        self.group = store.group
         self._store = store
         self._piece = piece
+        self._healed = healed
 
     def run(self) -> None:
         """Raises nothing that a full disk or a wrong piece could cause."""
         piece, self._piece = self._piece, None
         try:
-            receiver = self._store.receive(self.info)
-            if piece is not None:
-                offset, data = piece
-                receiver.write(offset, memoryview(data))
-            self.offset = receiver.offset
-            if receiver.complete:
-                receiver.finish()
-                self.complete = True
+            if self.ref is not None:
+                self._receive_file(self.ref, piece)
+            else:
+                self._receive_snapshot(piece)
         except (OSError, MarbleError) as error:
             if not isinstance(error, OSError | ProtocolError | CorruptionError | UnavailableError):
                 raise
             self.error = error
+
+    def _receive_snapshot(self, piece: tuple[int, pa.Buffer] | None) -> None:
+        check(self.info is not None, "a job receives neither a snapshot nor a file")
+        assert self.info is not None
+        receiver = self._store.receive(self.info)
+        if piece is not None:
+            receiver.write(piece[0], memoryview(piece[1]))
+        self.offset = receiver.offset
+        if not receiver.complete:
+            return
+        refs = receiver.check()
+        self.missing = self._store.contents.missing(refs) if refs else []
+        if not self.missing:
+            self._store.contents.discard()
+            receiver.finish()
+            self.complete = True
+
+    def _receive_file(self, ref: FileRef, piece: tuple[int, pa.Buffer] | None) -> None:
+        receiver = self._store.contents.receive(ref)
+        if piece is not None:
+            receiver.write(piece[0], memoryview(piece[1]))
+        self.offset = receiver.offset
+        if receiver.complete:
+            receiver.finish()
+            if self._healed is not None:
+                self._healed(ref.name)
+            self.arrived = True
 
 
 class DiscardJob:
@@ -220,6 +265,25 @@ class DiscardJob:
         try:
             self._store.discard_partial()
         except OSError as error:
+            self.error = error
+
+
+class CollectJob:
+    """Files that neither the machine nor a snapshot needs go, and what has arrived of a snapshot that nobody offers any more."""
+
+    def __init__(self, group: int, store: SnapshotStore, machine: StoredMachine) -> None:
+        self.group = group
+        self.error: Exception | None = None
+        self._store = store
+        self._machine = machine
+
+    def run(self) -> None:
+        """Raises nothing that a failing disk or a damaged snapshot could cause: then all of them stay."""
+        try:
+            self._store.discard_partial()
+            self._store.contents.discard()
+            self._machine.collect(self._store.kept)
+        except (OSError, CorruptionError, UnavailableError) as error:
             self.error = error
 
 
@@ -242,4 +306,4 @@ class CompactJob:
 
 
 MachineJob = ApplyJob | RestoreJob
-FileJob = WriteJob | ReceiveJob | DiscardJob
+FileJob = WriteJob | ReceiveJob | DiscardJob | CollectJob

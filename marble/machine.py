@@ -14,6 +14,7 @@ from typing import Final, Protocol, runtime_checkable
 import pyarrow as pa
 
 from marble.errors import ERROR_CODES, InvariantError, MarbleError
+from marble.types import INDEX_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,16 @@ class FileRef:
     def checksum(self) -> int:
         """The name as a number: what the XXH3-128 of the bytes must be."""
         return int(self.name, 16)
+
+    @property
+    def key(self) -> int:
+        """The lower 63 bits of that, which say in a message which file is meant; never 0."""
+        return file_key(self.name)
+
+
+def file_key(name: str) -> int:
+    """See `FileRef.key`."""
+    return int(name, 16) & INDEX_MAX or 1
 
 
 Pace = Callable[[int], None]
@@ -186,4 +197,21 @@ class StoredMachine(StateMachine, Protocol):
         int
             Bytes given back.
         """
+        ...
+
+
+@runtime_checkable
+class HealingMachine(Protocol):
+    """A machine that can go on when some of its files are damaged or missing.
+
+    A read that needs such a file raises CorruptionError with the file's path; it never gives a wrong answer. All else goes
+    on. What `apply` needs of such a file it cannot do without: it raises the same error.
+    """
+
+    def damaged(self) -> Sequence[FileRef]:
+        """The files of the present state that were found damaged or missing and are not healed yet. Any thread, often."""
+        ...
+
+    def healed(self, name: str) -> None:
+        """The file with this name is there again and sound: use it. Any thread. CorruptionError if it is not so."""
         ...

@@ -7,7 +7,7 @@ Rule 2: a log that was purged and no snapshot to go before it is damage. Nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from marble._core.term_index import TermIndex
@@ -54,7 +54,7 @@ def recover(
     """
     purged_index = found.purged_index if found is not None else 0
     term_index = found.term_index if found is not None else TermIndex()
-    snapshot = None if store is None else _newest(store, term_index)
+    snapshot = None if store is None else newest(store.infos(), term_index)
     if snapshot is None and purged_index:
         raise CorruptionError(
             f"the log of group {group} begins after entry {purged_index}, and no snapshot goes up to there: remove this node "
@@ -63,8 +63,9 @@ def recover(
     if snapshot is not None:
         assert store is not None
         machine.restore(snapshot.index, store.read(snapshot))
-    if store is not None and isinstance(machine, StoredMachine):
-        # What an earlier process wrote and nothing refers to: of a flush or a compaction that came too late.
+    if store is not None and isinstance(machine, StoredMachine) and not store.has_partial:
+        # What an earlier process wrote and nothing refers to: of a flush or a compaction that came too late. What belongs
+        # to a snapshot of which a part is here may be wanted soon, until this node has made one of its own.
         machine.collect(store.kept)
     state = DurableState(
         hard_state=found.hard_state if found is not None else HardState(),
@@ -77,9 +78,9 @@ def recover(
     return Recovered(state, {} if snapshot is None else dict(snapshot.endpoints))
 
 
-def _newest(store: SnapshotStore, log: TermIndex) -> SnapshotInfo | None:
-    """The newest snapshot that `log` goes on from."""
-    for info in reversed(store.infos()):
+def newest(infos: Sequence[SnapshotInfo], log: TermIndex) -> SnapshotInfo | None:
+    """The newest of `infos`, which ascend, that `log` goes on from."""
+    for info in reversed(infos):
         if log.first_index - 1 <= info.index <= log.last_index and log.term_at(info.index) == info.term:
             return info
     return None

@@ -5,6 +5,9 @@ Rule 1: the log is purged only up to what a durable snapshot covers, less a tail
 past what a peer needs that is fetching a snapshot.
 Rule 2: a snapshot of the leader reaches the core only when its file is whole, and only while no job works on the machine:
 what the core then throws out of the log nobody is reading.
+Rule 3: a file that the state consists of goes only when neither the machine nor a snapshot needs it, and not between the
+offer of a snapshot and the next one that is whole: what has arrived of it nobody refers to yet.
+Rule 4: a file that the machine finds damaged is fetched from a peer, by its name, while everything else goes on.
 """
 
 from __future__ import annotations
@@ -13,14 +16,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from marble.errors import check
-from marble.jobs import ApplyJob, Due, FileJob, Log, RestoreJob, WriteJob
+from marble.jobs import ApplyJob, CollectJob, Due, FileJob, Log, RestoreJob, WriteJob
 from marble.logstore.snapshots import SnapshotStore
-from marble.machine import Pace, StateMachine, StoredMachine
+from marble.machine import HealingMachine, Pace, StateMachine, StoredMachine
 from marble.raft.core import Raft
 from marble.raft.messages import Message, MessageKind
 from marble.transfer import Transfer
 from marble.transport.codec import Envelope
-from marble.types import SnapshotMeta
+from marble.types import Position, SnapshotMeta
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +72,19 @@ class Snapshots:
         post: Callable[[Envelope], None],
         pace: Pace | None,
     ) -> None:
-        self.transfer = Transfer(group, raft.id, store, post, policy.piece_bytes_max, policy.patience_ticks)
+        self._healing = machine if isinstance(machine, HealingMachine) else None
+        self.transfer = Transfer(
+            group,
+            raft.id,
+            store,
+            post,
+            policy.piece_bytes_max,
+            policy.patience_ticks,
+            None if self._healing is None else self._healing.healed,
+        )
         self.purged = False
         """Whether the log was told of a purge since somebody set this to False."""
+        self.store = store
         self._group = group
         self._raft = raft
         self._log = log
@@ -85,6 +98,8 @@ class Snapshots:
         self._not_before = 0
         self._bytes = 0
         self._write: WriteJob | None = None
+        self._collect = False
+        """Whether files may have become superfluous."""
         self._out: FileJob | None = None
         self._install: Message | None = None
         self._restore: tuple[int, RestoreJob] | None = None
@@ -126,11 +141,6 @@ class Snapshots:
 
         return Due(max(self.index + policy.distance, self._not_before), policy.log_bytes - self._bytes, full)
 
-    def collect(self) -> None:
-        """Remove files of the machine that it needs no more and no snapshot needs. On the thread for files of snapshots."""
-        if self._stored is not None:
-            self._stored.collect(self._store.kept)
-
     def applied(self, job: ApplyJob, endpoints: Mapping[int, str]) -> None:
         """`job` has run, and the core knows. If it captured the state, that is to be written."""
         self._bytes += job.applied_bytes
@@ -139,7 +149,7 @@ class Snapshots:
         check(job.state.applied_index == self._raft.applied_index, "a state was captured at another index")
         index = job.state.applied_index
         meta = SnapshotMeta(index, self._raft.log.term_at(index), self._raft.members)
-        self._write = WriteJob(self._group, self._store, meta, endpoints, job.state, self._pace, self.collect)
+        self._write = WriteJob(self._group, self._store, meta, endpoints, job.state, self._pace)
         self._wanted, self._bytes = False, 0
 
     # -- files -------------------------------------------------------------------------------------------------------
@@ -149,16 +159,25 @@ class Snapshots:
         if self._out is not None:
             return None
         # Receiving goes first: without what is being received this node is of no use.
-        self._out = self.transfer.take_job() or self._write
+        self._out = self.transfer.take_job() or self._write or self._take_collect()
         return self._out
+
+    def _take_collect(self) -> CollectJob | None:
+        if not self._collect or self._stored is None or self.transfer.receiving is not None or self.installing:
+            return None
+        self._collect = False
+        return CollectJob(self._group, self._store, self._stored)
 
     def finish_job(self, job: FileJob) -> None:
         """`job` has run."""
         check(job is self._out, "a job on snapshots finished that is not out")
         self._out = None
+        if isinstance(job, CollectJob):
+            return
         if isinstance(job, WriteJob):
             self._write = None
             if job.error is None:
+                self._collect = True
                 self._raft.snapshot_taken(job.meta)
                 self.purge()
             else:
@@ -218,6 +237,7 @@ class Snapshots:
         if message.term < raft.term or useless:
             return message
         self._install = self.transfer.offered(envelope) or self._install
+        self._collect = False
         if isinstance(self._out, WriteJob):
             self._out.give_up()
         return None
@@ -260,9 +280,23 @@ class Snapshots:
         self._restore = None
         self._store.unpin(job.info.index)
         self._bytes = 0
+        self._collect = True
 
     # -- time --------------------------------------------------------------------------------------------------------
 
     def tick(self) -> list[int]:
         """A tick has passed. Returns peers that fetch no longer what they were offered."""
+        if self._healing is not None:
+            self._heal(self._healing)
         return self.transfer.tick(self._raft.progress)
+
+    def _heal(self, machine: HealingMachine) -> None:
+        """Have a file fetched that the machine finds damaged, from the leader or any other peer."""
+        damaged, raft = machine.damaged(), self._raft
+        if not damaged and not self._store.contents.damaged:
+            return
+        self._store.contents.blame([ref.name for ref in damaged])
+        if damaged and not self.installing:
+            peers = [node for node in raft.members.all if node != raft.id]
+            peers.sort(key=lambda node: (node != raft.leader, node))
+            self.transfer.fetching.heal(damaged, peers, Position(max(1, raft.applied_index), max(1, raft.term)))

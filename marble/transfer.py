@@ -1,13 +1,14 @@
-"""Snapshots on their way between the nodes of one group: offered by a leader, fetched piece by piece by a follower.
+"""Snapshots, and files that they refer to, on their way between the nodes of one group: the side that hands them out.
 
 The leader's core decides that a peer needs a snapshot (INSTALL_SNAPSHOT); what travels with that message describes it. The
-peer's driver asks for one piece after the other (SNAPSHOT_FETCH, answered by SNAPSHOT_PIECE), writes them to a file, and
-only when that is whole and verified does its core see the INSTALL_SNAPSHOT.
+peer's driver asks for one piece after the other (SNAPSHOT_FETCH, answered by SNAPSHOT_PIECE; `marble.fetching`), writes them
+to files, and only when all are whole and verified does its core see the INSTALL_SNAPSHOT.
 
-Rule 1: the receiver drives. One piece is under way at a time; it is asked for again when no answer came. So a lost message
-costs a wait, a slow receiver slows nobody else, and what has arrived before a restart need not come again.
-Rule 2: a snapshot that is being fetched is pinned at its sender, as is the log behind it, or the peer would need another
-one as soon as it has this one. A peer that asks for nothing any more loses that, and its core is told.
+Rule 1: the receiver drives. A sender keeps nothing of what it has sent.
+Rule 2: a snapshot that is being fetched is pinned at its sender, with all files that it refers to, as is the log behind it, or
+the peer would need another one as soon as it has this one. A peer that asks for nothing any more loses that, and its core is
+told.
+Rule 3: any node hands out any file that it has by its name. What is known to be damaged is handed to nobody.
 
 Messages of drivers carry the sender's term but prove nothing by it: a snapshot is a committed prefix, whoever sends it.
 """
@@ -17,13 +18,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from marble.errors import ProtocolError, UnavailableError
+from marble.errors import CorruptionError, ProtocolError, UnavailableError
+from marble.fetching import Fetching
 from marble.jobs import DiscardJob, ReceiveJob
 from marble.logstore.snapshots import SnapshotInfo, SnapshotStore
 from marble.raft.messages import Message, MessageKind
 from marble.raft.progress import Progress, ProgressState
 from marble.transport.codec import Envelope
-from marble.transport.snapshot_rows import offer_of, offer_row, piece_of, piece_row
+from marble.transport.snapshot_rows import offer_of, offer_row, piece_row
 from marble.types import Position
 
 
@@ -33,21 +35,6 @@ class _Sending:
 
     info: SnapshotInfo
     ticks: int = 0
-
-
-@dataclass(slots=True)
-class _Fetching:
-    """The snapshot that is being fetched for `offer`, the leader's message.
-
-    - ``asked`` is the offset of the piece that is on its way, -1 while none is.
-    - ``ticks`` since it was asked for; ``silent`` times it was asked for again.
-    """
-
-    offer: Message
-    info: SnapshotInfo
-    asked: int = -1
-    ticks: int = 0
-    silent: int = 0
 
 
 class Transfer:
@@ -66,6 +53,8 @@ class Transfer:
     patience_ticks
         After so many ticks without an answer a piece is asked for again, three times as a rule; a sender waits ten times
         as long for its peer.
+    healed
+        Told the name of a damaged file that was fetched anew (`marble.machine.HealingMachine`); by a job.
     """
 
     def __init__(
@@ -76,6 +65,7 @@ class Transfer:
         post: Callable[[Envelope], None],
         piece_bytes_max: int,
         patience_ticks: int,
+        healed: Callable[[str], None] | None = None,
     ) -> None:
         self._group = group
         self._node_id = node_id
@@ -84,8 +74,7 @@ class Transfer:
         self._piece_bytes_max = piece_bytes_max
         self._patience_ticks = patience_ticks
         self._sending: dict[int, _Sending] = {}
-        self._fetching: _Fetching | None = None
-        self._job: ReceiveJob | DiscardJob | None = None
+        self.fetching = Fetching(node_id, store, lambda message: post(Envelope(group, message)), patience_ticks, healed)
 
     # -- sending -----------------------------------------------------------------------------------------------------
 
@@ -114,29 +103,39 @@ class Transfer:
         sending = self._sending.get(fetch.sender)
         if sending is not None:
             sending.ticks = 0
-        info, row = self._find(fetch.log_index, fetch.log_term), None
-        if info is not None:
-            try:
-                data = self._store.piece(info, fetch.context, self._piece_bytes_max)
-                row = piece_row(self._group, Position(info.index, info.term), fetch.context, data)
-            except UnavailableError:
-                pass  # It went between the two calls: the answer without a row says so.
-        self._post(
-            Envelope(
-                self._group,
-                Message(
-                    MessageKind.SNAPSHOT_PIECE,
-                    self._node_id,
-                    fetch.sender,
-                    term,
-                    log_index=fetch.log_index,
-                    log_term=fetch.log_term,
-                    reject=row is None,
-                    context=fetch.context,
-                ),
-                row,
-            )
+        row = None
+        try:
+            data = self._piece(fetch)
+        except (UnavailableError, CorruptionError):
+            pass  # The answer without a row says so: the peer asks for it elsewhere.
+        else:
+            row = piece_row(self._group, Position(fetch.log_index, fetch.log_term), fetch.context, data)
+        answer = Message(
+            MessageKind.SNAPSHOT_PIECE,
+            self._node_id,
+            fetch.sender,
+            term,
+            log_index=fetch.log_index,
+            log_term=fetch.log_term,
+            reject=row is None,
+            reject_hint=fetch.reject_hint,
+            context=fetch.context,
         )
+        self._post(Envelope(self._group, answer, row))
+
+    def _piece(self, fetch: Message) -> bytes:
+        """What is asked for. Raises UnavailableError or CorruptionError if it is not to be had here."""
+        if not fetch.log_index or not fetch.log_term:
+            raise ProtocolError(f"node {fetch.sender} asks for a piece of nothing")
+        if fetch.reject_hint:
+            return self._store.contents.piece(fetch.reject_hint, fetch.context, self._piece_bytes_max)
+        info = self._find(fetch.log_index, fetch.log_term)
+        if info is None:
+            raise UnavailableError("there is no such snapshot here")
+        try:
+            return self._store.piece(info, fetch.context, self._piece_bytes_max)
+        except OSError as error:
+            raise UnavailableError(f"a snapshot could not be read: {error}") from error
 
     def release(self, peer: int) -> None:
         """`peer` needs its snapshot no longer."""
@@ -152,7 +151,7 @@ class Transfer:
     @property
     def receiving(self) -> SnapshotInfo | None:
         """What is being fetched."""
-        return None if self._fetching is None else self._fetching.info
+        return self.fetching.info
 
     def offered(self, envelope: Envelope) -> Message | None:
         """A leader's INSTALL_SNAPSHOT: fetch what it offers.
@@ -174,85 +173,20 @@ class Transfer:
             offer.nbytes,
             offer.checksum,
         )
-        fetching = self._fetching
-        if fetching is not None and fetching.info == info:
-            # The same again, perhaps of another leader: go on where it stands.
-            fetching.offer, fetching.silent = message, 0
-            return None
-        if fetching is not None and fetching.info.index > info.index and fetching.offer.term >= message.term:
-            return None  # An old message.
-        self._fetching = _Fetching(message, info)
-        if self._job is None:
-            self._job = ReceiveJob(self._store, info, None)
+        self.fetching.want(message, info)
         return None
 
     def arrived(self, envelope: Envelope) -> Message | None:
         """A SNAPSHOT_PIECE. Returns an answer for the leader if there is nothing to be fetched any more."""
-        fetching, piece = self._fetching, envelope.message
-        if fetching is None or self._job is not None or piece.sender != fetching.offer.sender:
-            return None
-        if (piece.log_index, piece.log_term, piece.context) != (
-            fetching.info.index,
-            fetching.info.term,
-            fetching.asked,
-        ):
-            return None
-        if envelope.batch is None:
-            return self._give_up(fetching)
-        part = piece_of(envelope.batch)
-        fetching.asked = -1
-        self._job = ReceiveJob(self._store, fetching.info, (part.offset, part.data))
-        return None
+        return self.fetching.arrived(envelope)
 
     def take_job(self) -> ReceiveJob | DiscardJob | None:
         """What is to be done with files next; `finish_job` follows."""
-        return self._job
+        return self.fetching.take_job()
 
     def finish_job(self, job: ReceiveJob | DiscardJob) -> Message | None:
         """`job` has run. Returns a message for the core: that of the leader if all is here, or a refusal to be sent."""
-        self._job = None
-        fetching = self._fetching
-        if fetching is None:
-            return None
-        if isinstance(job, DiscardJob) or job.info != fetching.info:
-            # Another offer came meanwhile.
-            self._job = ReceiveJob(self._store, fetching.info, None)
-            return None
-        if job.error is not None:
-            return self._give_up(fetching)
-        if job.complete:
-            self._fetching = None
-            return fetching.offer
-        self._ask(fetching, job.offset)
-        return None
-
-    def _ask(self, fetching: _Fetching, offset: int) -> None:
-        fetching.asked, fetching.ticks = offset, 0
-        offer, info = fetching.offer, fetching.info
-        message = Message(
-            MessageKind.SNAPSHOT_FETCH,
-            self._node_id,
-            offer.sender,
-            offer.term,
-            log_index=info.index,
-            log_term=info.term,
-            context=offset,
-        )
-        self._post(Envelope(self._group, message))
-
-    def _give_up(self, fetching: _Fetching) -> Message:
-        """The snapshot is not to be had: tell who offered it, who may have a newer one."""
-        self._fetching = None
-        self._job = DiscardJob(self._group, self._store)
-        offer = fetching.offer
-        return Message(
-            MessageKind.INSTALL_SNAPSHOT_RESPONSE,
-            self._node_id,
-            offer.sender,
-            offer.term,
-            log_index=offer.log_index,
-            reject=True,
-        )
+        return self.fetching.finish_job(job)
 
     # -- time --------------------------------------------------------------------------------------------------------
 
@@ -267,14 +201,5 @@ class Transfer:
             elif sending.ticks > 10 * self._patience_ticks:
                 self.release(peer)
                 silent.append(peer)
-        fetching = self._fetching
-        if fetching is not None and fetching.asked >= 0:
-            fetching.ticks += 1
-            if fetching.ticks > self._patience_ticks:
-                fetching.silent += 1
-                if fetching.silent > 3:
-                    # Its sender is gone. What has arrived stays on the disk: the next leader may offer the same.
-                    self._fetching = None
-                else:
-                    self._ask(fetching, fetching.asked)
+        self.fetching.tick()
         return silent

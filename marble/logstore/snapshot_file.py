@@ -14,6 +14,7 @@ Rule 3: nothing that a length in the file says makes a reader take more memory t
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from marble._core.checksum import Xxh3, xxh3_64
 from marble._core.entry_batch import decode_payload
 from marble.env import Files
 from marble.errors import CorruptionError, ProtocolError
-from marble.machine import SNAPSHOT_SCHEMA
+from marble.machine import FILES, FILES_SCHEMA, SNAPSHOT_SCHEMA, FileRef
 from marble.types import INDEX_MAX, NODE_ID_MAX, PAYLOAD_ALIGNMENT_BYTES, Members, SnapshotMeta
 
 FORMAT: Final = "1"
@@ -38,6 +39,7 @@ WINDOW_BYTES: Final = 4 * 1024 * 1024
 
 _END_OF_STREAM: Final = struct.pack("<II", 0xFFFFFFFF, 0)
 _ROW: Final = struct.Struct("<QI")
+_FILE_NAME: Final = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +313,32 @@ class FileReader:
             if number > 0:
                 yield piece.batch
         raise self.damage(self.size, "it lacks its end")
+
+    def refs(self) -> tuple[FileRef, ...]:
+        """The files that the state refers to, each once, in their order. Raises CorruptionError as `rows` does."""
+        found: dict[str, FileRef] = {}
+        for batch in self.rows():
+            for section, payload in zip(batch.column("section"), batch.column("payload"), strict=True):
+                if section.as_py() == FILES:
+                    for ref in self._listed(payload.as_buffer()):
+                        if found.setdefault(ref.name, ref) != ref:
+                            raise self.damage(0, f"the file {ref.name} has two lengths")
+        return tuple(found.values())
+
+    def _listed(self, payload: pa.Buffer) -> Iterator[FileRef]:
+        """The files that the payload of one row names."""
+        aligned = pa.allocate_buffer(payload.size)
+        memoryview(aligned)[:] = memoryview(payload)
+        try:
+            listed = decode_payload(aligned, FILES_SCHEMA).select(["name", "nbytes"])
+            listed.validate(full=True)
+        except (ProtocolError, pa.ArrowException) as error:
+            raise self.damage(0, f"its list of files cannot be read: {error}") from None
+        for name, nbytes in zip(*(column.to_pylist() for column in listed.columns), strict=True):
+            # It may come from a peer, and becomes the name of a file.
+            if name is None or not _FILE_NAME.fullmatch(name) or nbytes is None or not 0 < nbytes <= INDEX_MAX:
+                raise self.damage(0, f"it refers to a file {name!a} of {nbytes} bytes")
+            yield FileRef(name, nbytes)
 
     def pieces(self) -> Iterator[Piece]:
         """All messages with rows, meta and end included, as far as the file goes."""

@@ -27,20 +27,17 @@ from typing import Final
 import pyarrow as pa
 
 from marble._core.checksum import Xxh3
-from marble._core.entry_batch import decode_payload
 from marble.env import AppendFile, Files
 from marble.errors import CorruptionError, ProtocolError, UnavailableError, check
+from marble.logstore.contents import ContentFiles
 from marble.logstore.snapshot_file import WINDOW_BYTES, Encoder, FileReader, SnapshotInfo
-from marble.machine import FILES, FILES_SCHEMA, FileRef
-from marble.types import PAYLOAD_ALIGNMENT_BYTES, SnapshotMeta
+from marble.logstore.writing import SYNC_BYTES, write_paced
+from marble.machine import FileRef
+from marble.types import SnapshotMeta
 
 __all__ = ["DIRECTORY", "SYNC_BYTES", "Receiver", "SnapshotInfo", "SnapshotStore"]
 
 DIRECTORY: Final = "snapshots"
-
-SYNC_BYTES: Final = 1024 * 1024
-"""A snapshot is synced each time that so many bytes were written. Unsynced, they would gather and then hold up the sync of
-the log on the same disk."""
 
 _NAME: Final = re.compile(r"([0-9a-f]{8})-([0-9a-f]{16})-([0-9a-f]{16})\.arrows")
 _PART: Final = ".part"
@@ -67,6 +64,8 @@ class SnapshotStore:
     """
 
     def __init__(self, files: Files, group: int) -> None:
+        self.contents = ContentFiles(files, group)
+        """The files that snapshots refer to."""
         self._files = files
         self._group = group
         self._lock = threading.Lock()
@@ -85,6 +84,11 @@ class SnapshotStore:
             match = _NAME.fullmatch(name)
             if match is not None and int(match[1], 16) == group:
                 self._take_in(self._verified(name, int(match[2], 16), int(match[3], 16)))
+
+    @property
+    def group(self) -> int:
+        """Whose snapshots they are."""
+        return self._group
 
     def infos(self) -> list[SnapshotInfo]:
         """All snapshots, by ascending index."""
@@ -125,25 +129,20 @@ class SnapshotStore:
         if existing is not None and existing.term == meta.term:
             return existing
         encoder = Encoder()
-        files: list[FileRef] = []
 
         def messages() -> Iterator[pa.Buffer]:
             yield from encoder.head(self._group, meta, endpoints)
-            for batch in batches:
-                files.extend(_refs(batch))
-                if batch.num_rows:
-                    yield encoder.rows(batch)
+            yield from (encoder.rows(batch) for batch in batches if batch.num_rows)
             yield from encoder.tail()
 
         path = _path(self._group, meta.index, meta.term)
         with self._giving_up(path + _TEMPORARY):
             with contextlib.closing(self._create(path + _TEMPORARY)) as file:
-                _write_paced(file, messages(), pace)
+                write_paced(file, messages(), pace)
             self._publish(path + _TEMPORARY, path)
         info = SnapshotInfo(
             self._group, meta.index, meta.term, meta.members, dict(endpoints), encoder.nbytes, encoder.checksum
         )
-        self._files_of[info] = tuple(files)
         self._take_in(info)
         return info
 
@@ -158,13 +157,10 @@ class SnapshotStore:
         return FileReader(self._files, self._existing(info)).rows()
 
     def files(self, info: SnapshotInfo) -> tuple[FileRef, ...]:
-        """The files that the state consists of besides its rows, as these name them (`marble.machine.FILES_SCHEMA`).
-
-        Raises CorruptionError as `read` does.
-        """
+        """The files that the state consists of besides its rows, each once. Raises as `read`, and UnavailableError."""
         known = self._files_of.get(info)
         if known is None:
-            known = self._files_of[info] = tuple(ref for batch in self.read(info) for ref in _refs(batch))
+            known = self._files_of[info] = FileReader(self._files, self._existing(info)).refs()
         return known
 
     def kept(self) -> set[str]:
@@ -224,6 +220,11 @@ class SnapshotStore:
         self._receiver = Receiver(self, info, path, file, total)
         return self._receiver
 
+    @property
+    def has_partial(self) -> bool:
+        """Whether something of a snapshot has arrived, and not all of it."""
+        return any(self._is_own(name, _PART) for name in self._files.list(DIRECTORY))
+
     def discard_partial(self) -> None:
         """Give up what is being received, and what an earlier process has left of such."""
         if self._receiver is not None:
@@ -263,6 +264,18 @@ class SnapshotStore:
                 raise UnavailableError(f"there is no snapshot at {index} here any more")
             self._pins[index] += 1
 
+    @contextlib.contextmanager
+    def pinned(self) -> Iterator[list[SnapshotInfo]]:
+        """All snapshots, by ascending index, which stay, with all files that they refer to, while this is entered."""
+        with self._lock:
+            infos = [self._infos[index] for index in sorted(self._infos)]
+            self._pins.update(info.index for info in infos)
+        try:
+            yield infos
+        finally:
+            for info in infos:
+                self.unpin(info.index)
+
     def unpin(self, index: int) -> None:
         """Undo one `pin`."""
         with self._lock:
@@ -271,13 +284,19 @@ class SnapshotStore:
 
     # -- what a receiver needs ---------------------------------------------------------------------------------------
 
-    def _received(self, receiver: Receiver) -> SnapshotInfo:
-        """Give a file that is complete its name."""
-        info = receiver.info
-        found = FileReader(self._files, receiver.path).verify(self._group)
+    def _check_received(self, receiver: Receiver) -> tuple[FileRef, ...]:
+        """Verify a file of which all bytes are there, and say to which files it refers."""
+        info, reader = receiver.info, FileReader(self._files, receiver.path)
+        found = reader.verify(self._group)
         if found != info:
             raise CorruptionError(f"received {found} instead of {info}", self._files.describe(receiver.path), 0)
+        return reader.refs()
+
+    def _received(self, receiver: Receiver) -> SnapshotInfo:
+        """Give a file that was verified its name."""
+        info = receiver.info
         self._publish(receiver.path, _path(info.group, info.index, info.term))
+        self._files_of[info] = receiver.check()
         self._take_in(info)
         return info
 
@@ -335,8 +354,11 @@ class SnapshotStore:
         """Remove files of this group that end in `suffix`, all but `keep`."""
         for name in self._files.list(DIRECTORY):
             path = f"{DIRECTORY}/{name}"
-            if name.startswith(f"{self._group:08x}-") and name.endswith(suffix) and path != keep:
+            if self._is_own(name, suffix) and path != keep:
                 self._files.remove(path)
+
+    def _is_own(self, name: str, suffix: str) -> bool:
+        return name.startswith(f"{self._group:08x}-") and name.endswith(suffix)
 
     def _sound_bytes(self, path: str, nbytes: int) -> int:
         """How much of the file at `path` is a run of sound messages."""
@@ -358,7 +380,7 @@ class SnapshotStore:
                 total.update(data)
                 yield data
 
-        _write_paced(file, windows(), None)
+        write_paced(file, windows(), None)
         return total
 
 
@@ -376,6 +398,7 @@ class Receiver:
         self._file = file
         self._total = total
         self._offset = file.size
+        self._refs: tuple[FileRef, ...] | None = None
         self._open = True
 
     @property
@@ -408,15 +431,15 @@ class Receiver:
         if not len(fresh):
             return
         try:
-            _write_paced(self._file, [fresh], None)
+            write_paced(self._file, [fresh], None)
         except BaseException:
             self.close()
             raise
         self._total.update(fresh)
         self._offset += len(fresh)
 
-    def finish(self) -> SnapshotInfo:
-        """Verify the whole file and make it a snapshot of this node. When this returns it is durable.
+    def check(self) -> tuple[FileRef, ...]:
+        """Verify the whole file, and return the files that it refers to: the snapshot is whole only with them.
 
         Raises
         ------
@@ -427,19 +450,30 @@ class Receiver:
         OSError
             The disk failed.
         """
-        check(self._open, "a receiver was used after it was closed")
         if not self.complete:
             raise ProtocolError(f"{self.info.nbytes - self._offset} bytes of a snapshot are missing")
+        if self._refs is None:
+            check(self._open, "a receiver was used after it was closed")
+            try:
+                if self._total.digest() != self.info.checksum:
+                    raise CorruptionError(
+                        f"the snapshot of entry {self.info.index} was damaged on its way: it is fetched anew"
+                    )
+                self._refs = self._store._check_received(self)
+            except CorruptionError:
+                self._store.discard_partial()
+                raise
+        return self._refs
+
+    def finish(self) -> SnapshotInfo:
+        """Make it a snapshot of this node, after `check`. When this returns it is durable.
+
+        The files that it refers to must be there by then. Raises as `check` does.
+        """
+        check(self._open, "a receiver was used after it was closed")
+        self.check()
         self.close()
-        try:
-            if self._total.digest() != self.info.checksum:
-                raise CorruptionError(
-                    f"the snapshot of entry {self.info.index} was damaged on its way: it is fetched anew"
-                )
-            return self._store._received(self)
-        except CorruptionError:
-            self._store.discard_partial()
-            raise
+        return self._store._received(self)
 
     def close(self) -> None:
         """Stop receiving; what is there stays, to be gone on with. Idempotent."""
@@ -449,44 +483,18 @@ class Receiver:
             self._store._forget(self)
 
 
-def _refs(batch: pa.RecordBatch) -> Iterator[FileRef]:
-    """The files that rows of a machine's state name."""
-    for section, payload in zip(batch.column("section").to_pylist(), batch.column("payload"), strict=True):
-        if section == FILES:
-            data = payload.as_buffer()
-            if data.address % PAYLOAD_ALIGNMENT_BYTES:
-                copy = pa.allocate_buffer(data.size)
-                memoryview(copy)[:] = memoryview(data)
-                data = copy
-            named = decode_payload(data, FILES_SCHEMA)
-            yield from map(FileRef, named.column("name").to_pylist(), named.column("nbytes").to_pylist())
+def snapshot_paths(files: Files) -> list[tuple[str, int]]:
+    """Path and group of every file that is named as a snapshot."""
+    if not files.exists(DIRECTORY):
+        return []
+    matches = (_NAME.fullmatch(name) for name in files.list(DIRECTORY))
+    return [(f"{DIRECTORY}/{match[0]}", int(match[1], 16)) for match in matches if match is not None]
+
+
+def snapshot_path(info: SnapshotInfo) -> str:
+    """Where the snapshot is, in the directory that has it."""
+    return _path(info.group, info.index, info.term)
 
 
 def _path(group: int, index: int, term: int, suffix: str = ".arrows") -> str:
     return f"{DIRECTORY}/{group:08x}-{index:016x}-{term:016x}{suffix}"
-
-
-def _write_paced(
-    file: AppendFile, messages: Iterable[bytes | memoryview | pa.Buffer], pace: Callable[[int], None] | None
-) -> None:
-    """Write and sync all `messages`, with a sync at least every `SYNC_BYTES` and `pace` called after each."""
-    unsynced = 0
-
-    def sync() -> None:
-        nonlocal unsynced
-        file.sync()
-        if pace is not None:
-            pace(unsynced)
-        unsynced = 0
-
-    for message in messages:
-        view = memoryview(message)
-        while len(view):
-            part = view[: SYNC_BYTES - unsynced]
-            file.write(part)
-            unsynced += len(part)
-            view = view[len(part) :]
-            if unsynced == SYNC_BYTES:
-                sync()
-    if unsynced:
-        sync()

@@ -48,9 +48,10 @@ class MessageKind(enum.IntEnum):
     QUIESCE = 14
     """A heartbeat that says: the group is idle; stop ticking until anybody has something to say."""
     SNAPSHOT_FETCH = 15
-    """Send the piece of the snapshot at ``log_index`` of ``log_term`` that starts at byte ``context``."""
+    """Send the piece that starts at byte ``context`` of the snapshot at ``log_index`` of ``log_term``; or, if ``reject_hint``
+    is not 0, of the file whose name has that key (`marble.machine.FileRef.key`), which any node may have."""
     SNAPSHOT_PIECE = 16
-    """That piece. ``reject``: there is no such snapshot any more."""
+    """That piece; all numbers as in the question. ``reject``: there is no such snapshot any more, or no such file."""
     NODE_BEAT = 17
     """One for all quiesced groups that the sender leads; ``context`` names this life of the sender."""
 

@@ -42,6 +42,7 @@ class Peer:
         voters: Sequence[int],
         groups: Sequence[int],
         policy: SnapshotPolicy,
+        machine: Callable[[SimulatedFiles, int], TableMachine],
         **config: object,
     ) -> None:
         self.ring = ring
@@ -55,6 +56,7 @@ class Peer:
         self._voters = tuple(voters)
         self._numbers = tuple(groups)
         self._policy = policy
+        self._machine = machine
         self._config = config
         self.start()
 
@@ -66,7 +68,7 @@ class Peer:
         self.machines: dict[int, TableMachine] = {}
         self.stores: dict[int, SnapshotStore] = {}
         for group in self._numbers:
-            machine = self.machines[group] = TableMachine()
+            machine = self.machines[group] = self._machine(self.files, group)
             store = self.stores[group] = SnapshotStore(self.files, group)
             found = self.log.groups.get(group)
             recovered = recover(group, found, store, Members(self._voters), machine)
@@ -131,13 +133,19 @@ class Ring:
     """All nodes, and what is under way between them."""
 
     def __init__(
-        self, size: int = 3, *, groups: Sequence[int] = (0,), policy: SnapshotPolicy = POLICY, **config: object
+        self,
+        size: int = 3,
+        *,
+        groups: Sequence[int] = (0,),
+        policy: SnapshotPolicy = POLICY,
+        machine: Callable[[SimulatedFiles, int], TableMachine] = lambda files, group: TableMachine(),
+        **config: object,
     ) -> None:
         self.wire: deque = deque()
         self.down: set[int] = set()
         self.drop: Callable[[int, int, Envelope], bool] = lambda sender, to, envelope: False
         self.peers: dict[int, Peer] = {}
-        self._make = lambda number, voters: Peer(self, number, voters, groups, policy, **config)
+        self._make = lambda number, voters: Peer(self, number, voters, groups, policy, machine, **config)
         for number in range(1, size + 1):
             self.peers[number] = self._make(number, range(1, size + 1))
         self.elect(1)
