@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import random
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -116,6 +117,10 @@ class Files(Protocol):
         ...
 
     def remove(self, path: str) -> None: ...
+
+    def remove_tree(self, path: str) -> None:
+        """Remove the directory `path` and all that is in it, if it exists. For what nobody relies upon."""
+        ...
 
     def sync_directory(self, path: str) -> None:
         """Make creations, renames and removals in `path` durable."""
@@ -254,8 +259,34 @@ class SystemFiles:
     def remove(self, path: str) -> None:
         os.unlink(self._path(path))
 
+    def remove_tree(self, path: str) -> None:
+        if self._path(path).exists():
+            shutil.rmtree(self._path(path))
+
     def sync_directory(self, path: str) -> None:
         self._sync_directory(self._path(path))
+
+    def move_out(self, path: str, target: str | os.PathLike[str]) -> None:
+        """Move the directory `path` to `target`, which must not exist, on the same file system. Durable when this returns.
+
+        Raises
+        ------
+        UsageError
+            It cannot be there.
+        """
+        place = Path(target).absolute()
+        if place.exists():
+            raise UsageError(f"{place} exists already: choose another place")
+        try:
+            os.rename(self._path(path), place)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ENOTEMPTY):
+                raise
+            raise UsageError(
+                f"{place} cannot be made ({error.strerror}): name a new directory in one that exists, on the same file "
+                f"system as {self._root}"
+            ) from None
+        self._sync_directory(place.parent)
 
     @staticmethod
     def _sync_directory(path: Path) -> None:

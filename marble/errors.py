@@ -88,6 +88,7 @@ class CorruptionError(MarbleError):
     def __init__(self, message: str, path: str | None = None, offset: int | None = None) -> None:
         where = "" if path is None else f" ({path}" + ("" if offset is None else f", offset {offset}") + ")"
         super().__init__(message + where)
+        self.problem = message
         self.path = path
         self.offset = offset
 

@@ -10,6 +10,8 @@ random number that no other has, and each node keeps the one under which it firs
 other. Who lost a directory is removed from the cluster and added again, under a new id (`NodeOptions.join`).
 
 A copy that is put back is the same incarnation: that an older state of a directory came back goes unnoticed here.
+
+Each file is one object of JSON, of which the last member is the XXH3-64 of the others.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from marble._core.checksum import xxh3_64
@@ -36,6 +38,24 @@ ACQUAINTANCES_MAX: Final = 4096
 """More ids than a cluster uses up; bounds what a stranger who invents some can make a node keep."""
 
 _log = logging.getLogger("marble.identity")
+
+
+def seal(value: Mapping[str, Any]) -> bytes:
+    """`value` as JSON, its last member the ``checksum`` of the others."""
+    plain = {name: each for name, each in value.items() if name != "checksum"}
+    return json.dumps({**plain, "checksum": f"{xxh3_64(json.dumps(plain).encode()):016x}"}).encode()
+
+
+def unseal(data: bytes, what: str, where: str) -> dict[str, Any]:
+    """What `seal` made `data` of. Raises CorruptionError if it is not that, to the byte."""
+    try:
+        found = json.loads(data)
+    except ValueError:
+        raise CorruptionError(f"the {what} cannot be read", where, 0) from None
+    if not isinstance(found, dict) or seal(found) != data:
+        raise CorruptionError(f"the {what} is damaged", where, 0)
+    del found["checksum"]
+    return found
 
 
 class Identity(NamedTuple):
@@ -79,13 +99,18 @@ def bind(
     mine = {"format": FORMAT_VERSION, "cluster_id": cluster_id, "node_id": node_id}
     where = files.describe(IDENTITY_FILE)
     if files.exists(IDENTITY_FILE):
+        data = files.read(IDENTITY_FILE)
         try:
-            found = json.loads(files.read(IDENTITY_FILE))
+            found = json.loads(data)
         except ValueError:
             raise CorruptionError("the identity file cannot be read", where, 0) from None
-        bound, number = (
-            (found.pop("voters", None), found.pop("incarnation", None)) if isinstance(found, dict) else (None, None)
-        )
+        # One without a checksum was written by an early version, or is told by what it lacks.
+        if isinstance(found, dict) and "checksum" in found and seal(found) != data:
+            raise CorruptionError("the identity file is damaged", where, 0)
+        bound = number = None
+        if isinstance(found, dict):
+            found.pop("checksum", None)
+            bound, number = found.pop("voters", None), found.pop("incarnation", None)
         if found != mine:
             raise UsageError(f"{where} belongs to {found}, not to {mine}: choose another directory")
         if not isinstance(bound, list) or not all(isinstance(voter, int) for voter in bound):
@@ -126,7 +151,7 @@ class Acquaintances:
         self._broken = False
         self._told: dict[int, int] = {}
         self._refused = metrics.counter("transport_incarnations_refused")
-        self._met = _load(files) if files.exists(ACQUAINTANCES_FILE) else {}
+        self._met = read_acquaintances(files) if files.exists(ACQUAINTANCES_FILE) else {}
 
     def meet(self, node: int, incarnation: int) -> None:
         """Let `node` pass if it is new or comes with the directory that it had; who is new is kept before this returns.
@@ -167,7 +192,7 @@ class Acquaintances:
         kept = {str(each): _format(number) for each, number in sorted(met.items())}
         if not failure:
             try:
-                _replace(self._files, ACQUAINTANCES_FILE, {"met": kept, "checksum": _checksum(kept)})
+                _replace(self._files, ACQUAINTANCES_FILE, {"met": kept})
                 self._met = met
             except OSError as error:
                 self._broken, failure = True, str(error)
@@ -176,18 +201,17 @@ class Acquaintances:
             raise InvariantError(f"{where} cannot be written: {failure}")
 
 
-def _load(files: Files) -> dict[int, int]:
-    """What `Acquaintances` has kept."""
+def read_acquaintances(files: Files) -> dict[int, int]:
+    """What `Acquaintances` has kept: node -> incarnation. Raises CorruptionError if it is not that, to the byte."""
     where = files.describe(ACQUAINTANCES_FILE)
+    what = "record of the other nodes' data directories"
+    found = unseal(files.read(ACQUAINTANCES_FILE), what, where)
     try:
-        found = json.loads(files.read(ACQUAINTANCES_FILE))
-        kept = found["met"]
-        met = {int(node): _parse(number) for node, number in kept.items()}
-        whole = found["checksum"] == _checksum(kept)
+        met = {int(node): _parse(number) for node, number in found["met"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole or not all(1 <= node <= NODE_ID_MAX and number for node, number in met.items()):
-        raise CorruptionError("what is known of the other nodes' data directories cannot be read", where, 0)
+        raise CorruptionError(f"the {what} cannot be read", where, 0) from None
+    if not all(1 <= node <= NODE_ID_MAX and number for node, number in met.items()):
+        raise CorruptionError(f"the {what} cannot be read", where, 0)
     return {node: number for node, number in met.items() if number is not None}
 
 
@@ -198,7 +222,7 @@ def _replace(files: Files, path: str, content: dict[str, Any]) -> None:
         files.remove(temporary)
     file = files.create(temporary)
     try:
-        file.write(json.dumps(content).encode())
+        file.write(seal(content))
         file.sync()
     finally:
         file.close()
@@ -215,7 +239,3 @@ def _parse(text: object) -> int | None:
     if not isinstance(text, str) or len(text) != 16 or not set(text) <= set("0123456789abcdef"):
         return None
     return int(text, 16) or None
-
-
-def _checksum(kept: dict[str, str]) -> str:
-    return f"{xxh3_64(json.dumps(kept, sort_keys=True).encode()):016x}"

@@ -1,7 +1,6 @@
 """The durable log of a node: appended to, synced, read back, recovered.
 
-Rule 1: an entry or a hard state is durable when the `Log.sync` that follows its `Log.append` has returned, and not
-        before.
+Rule 1: an entry or a hard state is durable when the `Log.sync` that follows its `Log.append` has returned.
 Rule 2: what one sync writes is one frame as long as it fits, hard states before entries, so that a crash keeps all or
         nothing of it; of several frames a crash keeps a prefix.
 Rule 3: after a write or a sync failed, nothing works any more: what it covered may be gone although the next one
@@ -19,6 +18,7 @@ and guards its beginning. Order: one of the latter two, then `_lock`.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ from marble.logstore.reader import Reader
 from marble.logstore.repair import create_segment, prepare_directory, repair
 from marble.logstore.replay import GroupState, Replay, check_hard_state
 from marble.logstore.scan import RecoveryReport, Scan, Tail
-from marble.logstore.segment import DIRECTORY, FRAME_BYTES_LIMIT, WINDOW_BYTES, MarkFile, segment_path
+from marble.logstore.segment import DIRECTORY, FRAME_BYTES_LIMIT, WINDOW_BYTES, MarkFile, Still, segment_path
 from marble.types import INDEX_MAX, HardState
 
 _MIB = 1024 * 1024
@@ -101,8 +101,7 @@ class Log:
 
     @classmethod
     def open(cls, files: Files, options: LogOptions | None = None, writable: bool = True) -> Log:
-        """Read the log below ``log/`` of `files` from its beginning and get ready to continue it; without one, start
-        one.
+        """Read the log below ``log/`` of `files` from its beginning and get ready to continue it, or start one.
 
         Whoever opens a log writable holds the lock of the data directory. ``writable=False`` changes nothing on disk.
 
@@ -378,6 +377,14 @@ class Log:
             # Neither slot may speak of the lost bytes any more.
             self._mark = MarkFile(self._files, None)
         self._mark.write(self._tail.segment, self._tail.end, self._tail.chain)
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[Still]:
+        """Keep the log's files as they are while this is entered: nothing is synced, nothing purged. Raises as `purge`."""
+        with self._purge_lock, self._sync_lock:
+            self._check_writable()
+            check(self._file is not None, "the log has lost what had been durable, and waits for its first sync")
+            yield Still.of(sorted(self._sealed), self._tail.segment, self._tail.end, self._tail.chain)
 
     def holders(self) -> tuple[int, ...]:
         """The groups of which something that is needed lies in the first segment, ascending: nothing can be purged before

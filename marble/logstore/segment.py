@@ -12,6 +12,7 @@ Files of a log, all in one directory:
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -84,6 +85,39 @@ class Mark:
             return None
         magic, count, segment, offset, chain = _MARK.unpack(body)
         return Mark(count, segment, offset, chain) if magic == _MARK_MAGIC else None
+
+
+@dataclass(frozen=True, slots=True)
+class Still:
+    """The files of a log at one moment, all of it durable.
+
+    - ``sealed``: paths of the segments that do not change any more, ascending.
+    - ``tail``: path of the last segment, of which ``tail_bytes`` count; it grows later.
+    - ``mark``: what the file SYNCED says beside a log that ends there.
+    """
+
+    sealed: Sequence[str]
+    tail: str
+    tail_bytes: int
+    mark: bytes
+
+    @staticmethod
+    def of(sealed: Sequence[int], segment: int, end: int, chain: int) -> Still:
+        """Of these segments, the last of which is `segment`, whose sound part up to `end` was sealed with `chain`."""
+        paths = [segment_path(number) for number in sealed]
+        return Still(paths, segment_path(segment), end, 2 * Mark(1, segment, end, chain).pack())
+
+
+def check_mark(data: bytes) -> str | None:
+    """What is wrong with the bytes of the file SYNCED; None if nothing is. For those who look for damage: it does no harm."""
+    slots = [data[at : at + _SLOT_BYTES] for at in range(0, len(data), _SLOT_BYTES)]
+    if len(data) != 2 * _SLOT_BYTES:
+        return f"it has {len(data)} bytes, not {2 * _SLOT_BYTES}"
+    marks = [Mark.unpack(slot) for slot in slots]
+    for number, (slot, mark) in enumerate(zip(slots, marks, strict=True)):
+        if mark is None and any(slot):
+            return f"slot {number} is not as it was written"
+    return None if any(marks) else "it is empty"
 
 
 def read_mark(files: Files) -> Mark | None:

@@ -328,6 +328,11 @@ class SimulatedFiles:
             if not failing:
                 self._change(_NameChange(_directory(path), path, None))
 
+    def remove_tree(self, path: str) -> None:
+        for name in [name for name in self._names if name.startswith(f"{path}/")]:
+            self.remove(name)
+        self._directories = {each for each in self._directories if each != path and not each.startswith(f"{path}/")}
+
     def sync_directory(self, path: str) -> None:
         self._before_sync("sync_directory", path, None)
         for change in self._changes:

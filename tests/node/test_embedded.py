@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import threading
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 import marble
 from marble.errors import CorruptionError, InvariantError, UnavailableError, UsageError
+from marble.identity import seal
 
 SCHEMA = pa.schema([pa.field("id", pa.int64()), pa.field("name", pa.string())])
 DEADLINE_S = 20.0
@@ -86,7 +88,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 def test_a_directory_of_another_node_is_refused(tmp_path: Path) -> None:
     marble.open(tmp_path).close()
     identity = tmp_path / "identity.json"
-    identity.write_text(identity.read_text().replace("embedded", "elsewhere"))
+    identity.write_bytes(seal({**json.loads(identity.read_bytes()), "cluster_id": "elsewhere"}))
     with pytest.raises(UsageError, match="elsewhere"):
         marble.open(tmp_path)
 
