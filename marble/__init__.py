@@ -5,17 +5,17 @@ A write is a ``RecordBatch``; Raft orders it, a majority makes it durable, every
 
 The floors; imports only run downwards, and modules of one floor never import each other (``tests/test_layering.py``):
 
-==  ======================================================================================  ==============================================
-8   cli  demo  simulate                                                                     commands
-7   server  service  actions                                                                a node behind a Flight port
-6   local  client  orders  admin                                                            the tables, from this process and from afar
-5   node  engine  desk  workers                                                             the threads of a node and its inbox
-4   driver compacting groups identity jobs options promises recovery snapshotting transfer  one turn; snapshots; whose data
-3   transport                                                                               messages and calls as Arrow Flight
-2   raft | logstore | lsm | database | members                                              decisions; the log; tables; the public classes
-1   _core                                                                                   kernels in Cython and C++
-0   types errors table_options schema filters env metrics machine config sessions           words and seams
-==  ======================================================================================  ==============================================
+==  ==========================================================================================================  ==========================
+8   cli demo simulate backup_commands                                                                           commands
+7   server service actions                                                                                      a node's Flight port
+6   local client orders admin backup                                                                            tables, here and from afar
+5   node engine desk workers verify                                                                             the threads of a node
+4   checkpoint driver compacting fetching groups identity jobs options promises recovery snapshotting transfer  turns; snapshots
+3   transport                                                                                                   messages over Flight
+2   raft | logstore | lsm | database | members                                                                  decisions; log; tables
+1   _core                                                                                                       kernels in Cython and C++
+0   types errors table_options schema filters env metrics machine config sessions                               words and seams
+==  ==========================================================================================================  ==========================
 
 ``testing`` stands beside them: it imports floors 0 to 4, and nothing but ``simulate`` imports it.
 """

@@ -36,24 +36,30 @@ CHANGES_MAX: Final = 64
 SNAPSHOT_TIMEOUT_S: Final = 600.0
 """Writing a large state at a measured pace takes its time. The snapshot goes on when the wait for it has ended."""
 
+BACKUP_PIECE_BYTES_MAX: Final = 4 * 1024 * 1024
+"""What one answer carries of a backup."""
+
 ACTIONS: Final = {
+    "begin_backup": 'Make a copy of this node\'s files, by links; answers {"token", "files": {path: bytes}}. Fetch it soon.',
     "campaign": "Let this node stand for election now. No body.",
     "change_membership": 'Body {"changes": [{"kind": "add-voter", "add-learner" or "remove", "node", "endpoint"}], '
     '"transition": "auto", "joint" or "explicit"}, no changes to leave a joint group; answers {"index", "term"}.',
     "close_session": 'Body {"session"}: its answers are forgotten, and what it still sends is refused.',
     "create_table": 'Body {"name", "key": [..], "schema": base64 of Schema.serialize()}; answers the table.',
     "drop_table": 'Body {"name"}; answers {"index"}.',
+    "end_backup": 'Body {"token"}: the copy is not needed any more.',
     "forget_leader": "Let this follower stop to wait for its leader, so that it grants votes at once. No body.",
     "members": 'Who takes part. Body empty or {"consistency": "linearizable" or "local"}.',
     "open_session": 'Begin a session, for the stamps of what is to take effect once. No body; answers {"session"}.',
     "ping": "Answers {}.",
     "propose": 'Body: any bytes, replicated as one operation; answers {"index", "term"}.',
+    "read_backup": 'Body {"token", "path", "offset", "bytes"}; answers these bytes of the copy, at most 4 MiB, and no JSON.',
     "snapshot": 'Write a snapshot of this node\'s state now, and forget the log behind it; answers {"index"}.',
     "status": "This node's picture of itself and its cluster.",
     "tables": 'All tables. Body empty or {"consistency": "linearizable" or "local"}.',
     "transfer_leadership": 'Body {"to"}: let that voter lead; answers {} when it does.',
 }
-"""Name and description of each action. All answers are JSON."""
+"""Name and description of each action. All answers are JSON, if nothing else is said."""
 
 
 class Waiter(Protocol):
@@ -86,16 +92,19 @@ class Actions:
         self._confirm = confirm
         self._timeout_s = backend.node.options.propose_timeout_s
         self._actions: dict[str, Callable[[Any, bytes | pa.Buffer], bytes]] = {
+            "begin_backup": self._begin_backup,
             "campaign": self._campaign,
             "change_membership": self._change_membership,
             "close_session": self._close_session,
             "create_table": self._create_table,
             "drop_table": self._drop_table,
+            "end_backup": self._end_backup,
             "forget_leader": self._forget_leader,
             "members": self._members,
             "open_session": self._open_session,
             "ping": lambda context, body: b"{}",
             "propose": self._propose,
+            "read_backup": self._read_backup,
             "snapshot": self._snapshot,
             "status": lambda context, body: wire.encode_json(self._node.status()),
             "tables": self._tables,
@@ -210,6 +219,28 @@ class Actions:
     def _snapshot(self, context: Any, body: bytes | pa.Buffer) -> bytes:
         index = self._wait(self._node.snapshot(), SNAPSHOT_TIMEOUT_S, UnavailableError)
         return wire.encode_json({"index": index})
+
+    # -- backups -----------------------------------------------------------------------------------------------------------
+
+    def _begin_backup(self, context: Any, body: bytes | pa.Buffer) -> bytes:
+        # What was acknowledged anywhere is to be in it.
+        self._confirm()
+        token, files = self._node.checkpoints.make()
+        return wire.encode_json({"token": token, "files": files})
+
+    def _read_backup(self, context: Any, body: bytes | pa.Buffer) -> bytes:
+        names = ("token", "path", "offset", "bytes")
+        asked = wire.decode_object(body, "read_backup", wire.TICKET_BYTES_MAX, names)
+        token, path, offset, wanted = (asked[name] for name in names)
+        if not isinstance(token, str) or not isinstance(path, str) or type(offset) is not int:
+            raise UsageError("read_backup takes a token, a path, an offset and a number of bytes")
+        nbytes = min(wire.check_number(wanted, "bytes"), BACKUP_PIECE_BYTES_MAX)
+        return self._node.checkpoints.read(token, path, offset, nbytes)
+
+    def _end_backup(self, context: Any, body: bytes | pa.Buffer) -> bytes:
+        token = wire.decode_object(body, "end_backup", wire.STAMP_BYTES_MAX, ("token",))["token"]
+        self._node.checkpoints.drop(str(token))
+        return b"{}"
 
     # -- where and how -----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The command ``marble``: demo, serve, log, status, members, transfer, snapshot, simulate, version.
+"""The command ``marble``: demo, serve, log, status, members, transfer, snapshot, backup, restore, verify, simulate, version.
 
 Rule 1: a command ends with 0 when it did what was asked, 1 when it failed, 2 when it was asked wrongly, and 128 plus
 its number when a signal ended it. A failure says on stderr what is wrong; only what nobody foresaw shows a traceback.
@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
+from marble.backup_commands import add_backup_commands
 from marble.errors import InvariantError, MarbleError, UsageError
 
 EXIT_OK: Final = 0
@@ -181,6 +182,7 @@ def _add_operator_commands(commands: Any) -> None:
     snapshot = commands.add_parser("snapshot", help="let each node of the URL write a snapshot and shorten its log")
     snapshot.add_argument("url", metavar="URL", help=url)
     snapshot.set_defaults(command=_snapshot)
+    add_backup_commands(commands, _place)
 
 
 def _place(text: str) -> tuple[int, str]:

@@ -193,6 +193,11 @@ class RemoteBackend:
     def tables(self) -> Sequence[TableInfo]:
         return decode_tables(self._call(lambda endpoint, left: self._action(endpoint, "tables", b"", left)))
 
+    def checkpoint(self, path: str | os.PathLike[str]) -> int:
+        raise UsageError(
+            "a checkpoint is made by the process that has the data: use marble.backup.backup for a cluster"
+        )
+
     def status(self) -> dict[str, Any]:
         return as_object(self._call(lambda endpoint, left: self._action(endpoint, "status", b"", left), self._given))
 
@@ -203,6 +208,10 @@ class RemoteBackend:
     def ask_one(self, endpoint: str, name: str, body: bytes) -> dict[str, Any]:
         """The answer of the node at `endpoint`, however long it takes within this client's deadline."""
         return as_object(self._action(endpoint, name, body, self._options.timeout_s))
+
+    def ask_bytes(self, endpoint: str, name: str, body: bytes) -> bytes:
+        """As `ask_one`, of an answer that is no JSON."""
+        return self._action(endpoint, name, body, self._options.timeout_s)
 
     def order(self, name: str, body: bytes) -> dict[str, Any]:
         """The leader's answer to an action that changes something; see `Orders.once`."""

@@ -155,6 +155,10 @@ class LocalBackend:
     def status(self) -> dict[str, Any]:
         return self.node.status()
 
+    def checkpoint(self, path: str | os.PathLike[str]) -> int:
+        self._check_open()
+        return self.node.checkpoints.place(path)
+
     def close(self) -> None:
         self._closed = True
         self.node.stop()

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from typing import Any, Final, Protocol, TypeVar
 
 from marble._core.entry_batch import Proposal
+from marble.checkpoint import Checkpoints
 from marble.config import parse_endpoint
 from marble.desk import Desk
 from marble.driver import Driver
@@ -138,6 +139,8 @@ class Node:
             self._check_log(
                 any(len(driver.raft.members.all) != 1 or driver.raft.log.changes for driver in self._groups)
             )
+            stores = [driver.snapshots.store for driver in self._groups if driver.snapshots is not None]
+            self.checkpoints = Checkpoints(files, self._log, stores)
             self._resources = stack.pop_all()
 
     # -- what callers see ------------------------------------------------------------------------------------------

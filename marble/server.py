@@ -433,6 +433,14 @@ class RaftServer:
         """
         return self._wait(self._running("take_snapshot").snapshot(), timeout_s, "the snapshot")
 
+    def checkpoint(self, path: str | os.PathLike[str]) -> int:
+        """Copy what this node has on its disk, by links, in milliseconds, while it goes on; returns the bytes in the copy.
+
+        `path` is a new directory on the file system of the data directory. ``marble restore`` makes a node of a new cluster
+        of it. Raises UsageError if it exists or cannot be made.
+        """
+        return self._running("checkpoint").checkpoints.place(path)
+
     def propose_operation(
         self, operation: bytes | bytearray | memoryview | pa.Buffer | Proposal, timeout_s: float = 10.0
     ) -> int:

@@ -18,8 +18,10 @@ FLOORS = [
     ("raft", "logstore", "lsm", "database", "members"),
     ("transport",),
     (
+        "checkpoint",
         "driver",
         "compacting",
+        "fetching",
         "groups",
         "identity",
         "jobs",
@@ -29,10 +31,10 @@ FLOORS = [
         "snapshotting",
         "transfer",
     ),
-    ("node", "engine", "desk", "workers"),
-    ("local", "client", "orders", "admin"),
+    ("node", "engine", "desk", "workers", "verify"),
+    ("local", "client", "orders", "admin", "backup"),
     ("server", "service", "actions"),
-    ("cli", "demo", "simulate"),
+    ("cli", "demo", "simulate", "backup_commands"),
 ]
 
 STEPS = {
@@ -42,7 +44,9 @@ STEPS = {
     },
     "schema": {"types", "errors", "table_options"},
     "sessions": {"types", "errors", "machine"},
-    "transfer": {"jobs"},
+    "checkpoint": {"identity"},
+    "fetching": {"jobs"},
+    "transfer": {"fetching", "jobs"},
     "snapshotting": {"jobs", "transfer"},
     "compacting": {"jobs"},
     "driver": {"compacting", "jobs", "snapshotting"},
@@ -52,8 +56,9 @@ STEPS = {
     "node": {"desk", "engine"},
     "client": {"orders"},
     "admin": {"client"},
+    "backup": {"client"},
     "server": {"service", "actions"},
-    "cli": {"demo", "simulate"},
+    "cli": {"backup_commands", "demo", "simulate"},
     "service": {"actions"},
 }
 """The few steps inside a floor: whose module may import which others of its own floor."""

@@ -5,6 +5,7 @@ Rule 1: whatever differs between one process and a cluster stands behind `Backen
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Literal, Protocol, get_args
@@ -69,6 +70,10 @@ class Backend(Protocol):
         ...
 
     def status(self) -> dict[str, object]: ...
+
+    def checkpoint(self, path: str | os.PathLike[str]) -> int:
+        """See `Database.checkpoint`."""
+        ...
 
     def close(self) -> None:
         """Idempotent. Later calls raise UsageError."""
