@@ -43,9 +43,11 @@ def push_down(info: TableInfo, filter: pc.Expression) -> tuple[KeyRange, MayMatc
     tuple
         The range of their keys, and what to ask of blocks, None if nothing is to be gained by it.
     """
-    if "FieldPath(" in str(filter):
-        return KeyRange(), None  # Arrow cannot take apart what refers to columns by their position.
-    demands = [demand for found in conjuncts(filter) if (demand := _demand(info.schema, *found)) is not None]
+    try:
+        said = conjuncts(filter)
+    except pa.ArrowNotImplementedError:  # It names columns by number, which Arrow cannot write down.
+        return KeyRange(), None
+    demands = [demand for found in said if (demand := _demand(info.schema, *found)) is not None]
     keys = _key_range(info, demands)
     # What the range of keys says already is not asked of blocks again.
     others = [demand for demand in demands if demand.column != info.key[0]]

@@ -41,6 +41,18 @@ class Below:
 
     frozen: tuple[Frozen, ...] = ()
     levels: Levels = field(default_factory=Levels)
+    _files: list[Reader] = field(default_factory=list, compare=False, repr=False)
+    """What reads ``levels`` alone, once somebody has asked: it is not made anew for every write."""
+
+    def behind(self, active: Snapshot) -> Reader:
+        """All of this behind a memtable, merged."""
+        memtables = [active, *(frozen.snapshot for frozen in self.frozen)]
+        if not self.levels:
+            return Reader(memtables, [])
+        if not self._files:
+            # Two threads may make two, which are alike.
+            self._files.append(files_reader(self.levels))
+        return self._files[0].with_memtables(memtables)
 
     def __bool__(self) -> bool:
         """Whether there is anything."""
@@ -57,7 +69,7 @@ class Below:
         """With `files` in the place of those of `plan`; None if these are not all here."""
         if not plan.names <= {file.name for file in self.levels}:
             return None
-        return replace(self, levels=self.levels.replaced(plan.names, plan.level or 0, files))
+        return Below(self.frozen, self.levels.replaced(plan.names, plan.level or 0, files))
 
 
 class TableData:
@@ -82,17 +94,15 @@ class TableData:
     def reader(self) -> Reader:
         """All of it merged. Made when first asked for; two threads may make two, which are alike."""
         if self._reader is None:
-            self._reader = merged_reader(
-                [self.active, *(each.snapshot for each in self.below.frozen)], self.below.levels
-            )
+            self._reader = self.below.behind(self.active)
         return self._reader
 
 
-def merged_reader(memtables: Sequence[Snapshot], levels: Levels) -> Reader:
-    """All of these merged, the newest first; each file of level 0 is a run of its own."""
+def files_reader(levels: Levels) -> Reader:
+    """All files merged, of which there is at least one; each of level 0 is a run of its own."""
     runs = [[file.opened] for file in levels[0]]
     runs += [[file.opened for file in files] for files in levels.levels[1:] if files]
-    return Reader(list(memtables), runs)
+    return Reader([], runs)
 
 
 def memtable_versions(memtables: Sequence[Snapshot], drop_tombstones: bool) -> Iterator[Versions]:

@@ -154,7 +154,7 @@ OPERATIONS = 400
 """More than the script has."""
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_power_lost_at_every_operation(seed: int) -> None:
     for operation in range(1, OPERATIONS):
         files = SimulatedFiles(SystemRandom(1000 * seed + operation))
@@ -170,8 +170,7 @@ def test_power_lost_at_every_operation(seed: int) -> None:
             life = Life(files, LOG)
         life.opened()
         life.check()
-        # What it has shown it keeps, and it can go on from there.
-        snapshot(life) if life.end else None
+        # What it has shown it keeps.
         files.crash()
         life.opened()
         life.check()
@@ -196,8 +195,6 @@ def test_the_disk_fails_at_every_operation() -> None:
         if not failed:
             break
         life.shelf.machine.collect(life.shelf.snapshots.kept)
-        life.check()
-        life.opened()
         life.check()
         files.crash()
         life.opened()

@@ -81,8 +81,9 @@ def test_a_table_larger_than_what_may_be_in_memory(tmp_path: Path) -> None:
     table = marble.Database(LocalBackend(node, machine)).create_table("t", SCHEMA, key=["k"])
     for turn in range(40):
         table.write(rows(100 * turn))
-    node.snapshot().result(30)
-    assert machine.memory_bytes < 20_000
+    while machine.memory_bytes >= 20_000:
+        # One that was being written already is an answer, too.
+        node.snapshot().result(30)
     assert node.status()["snapshot_index"] > 0
     assert table.scan().to_table().num_rows == 4000
     assert node.status()["backlog_bytes"] == machine.backlog_bytes
