@@ -20,6 +20,7 @@
 
 #include <arrow/array/data.h>
 #include <arrow/array/validate.h>
+#include <arrow/memory_pool.h>
 #include <arrow/record_batch.h>
 #include <arrow/result.h>
 #include <arrow/type.h>
@@ -79,6 +80,27 @@ inline void CopyBytes(uint8_t* to, const uint8_t* from, size_t size) noexcept {
   }
 }
 
+template <typename Item>
+struct PoolFree {
+  int64_t bytes = 0;
+  void operator()(Item* items) const noexcept {
+    arrow::default_memory_pool()->Free(reinterpret_cast<uint8_t*>(items), bytes);
+  }
+};
+
+// An array from Arrow's memory pool, without values. The pool keeps what was freed at hand, where malloc gives it back
+// to the system: keys of blocks come and go, and the page faults cost more than the encoding.
+template <typename Item>
+using PoolArray = std::unique_ptr<Item[], PoolFree<Item>>;
+
+template <typename Item>
+PoolArray<Item> MakePoolArray(uint64_t size) {
+  const auto bytes = static_cast<int64_t>(size * sizeof(Item));
+  uint8_t* items = nullptr;
+  if (!arrow::default_memory_pool()->Allocate(bytes, &items).ok()) throw std::bad_alloc();
+  return PoolArray<Item>(reinterpret_cast<Item*>(items), PoolFree<Item>{bytes});
+}
+
 // The encoded keys of a batch.
 // - `width > 0`: key i is bytes [i * width, (i + 1) * width). `width == 0`: bytes [offsets[i], offsets[i + 1]).
 // - Eight zero bytes follow the last key, so that `Word` may always load eight bytes.
@@ -86,8 +108,8 @@ struct KeyColumn {
   int64_t rows = 0;
   int64_t width = 0;
   uint64_t total = 0;
-  std::unique_ptr<uint8_t[]> bytes;
-  std::unique_ptr<uint64_t[]> offsets;
+  PoolArray<uint8_t> bytes;
+  PoolArray<uint64_t> offsets;
 
   const uint8_t* data(int64_t row) const noexcept {
     return bytes.get() + (width > 0 ? static_cast<uint64_t>(row * width) : offsets[row]);
@@ -109,7 +131,7 @@ struct KeyColumn {
 };
 
 inline void AllocateKeyBytes(KeyColumn* keys) {
-  keys->bytes = std::make_unique_for_overwrite<uint8_t[]>(keys->total + 8);
+  keys->bytes = MakePoolArray<uint8_t>(keys->total + 8);
   std::memset(keys->bytes.get() + keys->total, 0, 8);
 }
 
@@ -180,7 +202,7 @@ class KeyCodec {
     }
     ARROW_RETURN_NOT_OK(MeasureKeys(columns, rows, keys.get()));
     AllocateKeyBytes(keys.get());
-    auto cursors = std::make_unique_for_overwrite<uint64_t[]>(static_cast<size_t>(rows));
+    const auto cursors = MakePoolArray<uint64_t>(static_cast<uint64_t>(rows));
     if (rows > 0) std::memcpy(cursors.get(), keys->offsets.get(), static_cast<size_t>(rows) * 8);
     for (size_t i = 0; i < columns.size(); ++i) {
       const Part& part = parts_[i];
@@ -323,7 +345,7 @@ class KeyCodec {
 
   arrow::Status MeasureKeys(const std::vector<std::shared_ptr<arrow::ArrayData>>& columns, int64_t rows,
                             KeyColumn* keys) const {
-    keys->offsets = std::make_unique_for_overwrite<uint64_t[]>(static_cast<size_t>(rows) + 1);
+    keys->offsets = MakePoolArray<uint64_t>(static_cast<uint64_t>(rows) + 1);
     uint64_t* lengths = keys->offsets.get();
     for (int64_t row = 0; row <= rows; ++row) lengths[row] = static_cast<uint64_t>(fixed_);
     if (rows > 0) {  // Without rows there may be no offsets buffer to look into.

@@ -43,7 +43,7 @@ inline std::shared_ptr<const KeyColumn> GatherKeys(const RowPlan& plan, int64_t 
   auto keys = std::make_shared<KeyColumn>();
   keys->rows = static_cast<int64_t>(plan.rows.size());
   keys->width = width;
-  if (width == 0) keys->offsets = std::make_unique_for_overwrite<uint64_t[]>(plan.rows.size() + 1);
+  if (width == 0) keys->offsets = MakePoolArray<uint64_t>(plan.rows.size() + 1);
   for (size_t i = 0; i < plan.rows.size(); ++i) {
     if (width == 0) keys->offsets[i] = keys->total;
     keys->total += plan.sources[plan.rows[i].source]->keys->size(plan.rows[i].row);

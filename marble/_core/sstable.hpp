@@ -82,7 +82,7 @@ struct Block {
   Source source;                                 // The same columns, for RowPlans. `source.keys` is `keys`.
   std::shared_ptr<const KeyColumn> keys;         // Never null, also where keys are whole.
   uint64_t skip = 0;                             // So many bytes all keys of the block begin with,
-  Words words;                                   // and these are the eight behind them (KeyColumn::Word).
+  PoolArray<uint64_t> words;                     // and these are the eight behind them (KeyColumn::Word).
   const uint8_t* deleted = nullptr;              // A bit for each row; null where no row is a tombstone.
   std::shared_ptr<arrow::UInt64Array> indexes;   // Raft index of each row's write.
   std::shared_ptr<arrow::ArrayData> deletions;   // The column that `deleted` points into.
@@ -408,7 +408,7 @@ inline arrow::Result<std::shared_ptr<const Block>> TableFile::Decode(size_t i, b
   block->keys = *std::move(keys);
   if (check) ARROW_RETURN_NOT_OK(CheckKeys(*block->keys, i));
   block->skip = CommonBytes(first_key(i), last_key(i));
-  block->words = Words(entry.rows);
+  block->words = MakePoolArray<uint64_t>(entry.rows);
   for (int64_t row = 0; row < entry.rows; ++row) {
     block->words[static_cast<size_t>(row)] = block->keys->Word(row, block->skip);
   }
