@@ -16,7 +16,14 @@ from typing import Final
 from marble.checkpoint import CHECKPOINTS, DIRECTORIES, MANIFEST, read_manifest
 from marble.env import Files
 from marble.errors import CorruptionError, InvariantError
-from marble.identity import FORMAT_VERSION, IDENTITY_FILE, LOCK_FILE, unseal
+from marble.identity import (
+    ACQUAINTANCES_FILE,
+    FORMAT_VERSION,
+    IDENTITY_FILE,
+    LOCK_FILE,
+    read_acquaintances,
+    unseal,
+)
 from marble.logstore import contents, segment
 from marble.logstore.contents import ContentFiles
 from marble.logstore.log import Log, LogOptions
@@ -137,6 +144,8 @@ class _Verifier:
             )
         else:
             self._add(IDENTITY_FILE, "it is missing: whose data these are is not known")
+        if files.exists(ACQUAINTANCES_FILE):
+            self._look_at(ACQUAINTANCES_FILE, lambda: read_acquaintances(files))
         if files.exists(MANIFEST):
             self._look_at(MANIFEST, self._verify_manifest)
         if files.exists(LOCK_FILE) and files.size(LOCK_FILE):

@@ -44,7 +44,7 @@ C_FUNCTION = re.compile(
     re.MULTILINE,
 )
 
-PRINTING = ("marble/cli.py", "marble/demo/", "marble/simulate.py")
+PRINTING = ("marble/backup_commands.py", "marble/cli.py", "marble/demo/", "marble/simulate.py")
 """Commands talk to a person; everything else is somebody's library."""
 
 

@@ -30,7 +30,9 @@ def test_processes_play_the_same_histories(capsys: pytest.CaptureFixture[str]) -
     status, shared, _ = run(capsys, "--seeds", "4", "--steps", "500", "--plan", "all", "--jobs", "2")
     assert status == 0
     # What comes before is progress, and the line itself has the speed.
-    assert alone.partition("histories held")[2].splitlines()[1:] == shared.partition("histories held")[2].splitlines()[1:]
+    assert (
+        alone.partition("histories held")[2].splitlines()[1:] == shared.partition("histories held")[2].splitlines()[1:]
+    )
 
 
 def test_a_broken_history_is_shown_with_what_plays_it_again(
