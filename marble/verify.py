@@ -145,11 +145,14 @@ class _Verifier:
         else:
             self._add(IDENTITY_FILE, "it is missing: whose data these are is not known")
         if files.exists(ACQUAINTANCES_FILE):
-            self._look_at(ACQUAINTANCES_FILE, lambda: read_acquaintances(files))
+            self._look_at(ACQUAINTANCES_FILE, self._verify_acquaintances)
         if files.exists(MANIFEST):
             self._look_at(MANIFEST, self._verify_manifest)
         if files.exists(LOCK_FILE) and files.size(LOCK_FILE):
             self._add(LOCK_FILE, "it is not empty")
+
+    def _verify_acquaintances(self) -> None:
+        read_acquaintances(self._files)
 
     def _verify_manifest(self) -> None:
         for path, nbytes in read_manifest(self._files).items():
@@ -237,7 +240,7 @@ class _Verifier:
                 if path not in ours and not (folder == contents.DIRECTORY and _TABLE_FILE.fullmatch(name)):
                     self._note(path)
         for name in self._files.list(""):
-            if name not in (IDENTITY_FILE, MANIFEST, LOCK_FILE, CHECKPOINTS, *DIRECTORIES):
+            if name not in (IDENTITY_FILE, ACQUAINTANCES_FILE, MANIFEST, LOCK_FILE, CHECKPOINTS, *DIRECTORIES):
                 self._note(name)
 
     def _note(self, path: str) -> None:
