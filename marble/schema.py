@@ -57,8 +57,8 @@ NESTING_LEVELS_MAX: Final = 16
 
 _TABLE_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,127}", re.ASCII)
 
-# Not str.isprintable(): that follows the Unicode version of the interpreter, and replicas may run different ones.
-_UNPRINTABLE: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff]")
+# Not str.isprintable(): that follows the interpreter's Unicode. Files have columns of our own, _marble_... (docs/lsm.md).
+_REFUSED: Final = re.compile("^_marble_|[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff]")
 
 _LEAVES: Final[tuple[Callable[[pa.DataType], bool], ...]] = (
     pt.is_boolean,
@@ -225,10 +225,10 @@ def _check_key(name: str, schema: pa.Schema, key: Sequence[str]) -> tuple[str, .
 def _check_names(names: Sequence[str], where: str) -> None:
     seen = set()
     for name in names:
-        if not name or _UNPRINTABLE.search(name) or len(name.encode()) > COLUMN_NAME_BYTES_MAX:
+        if not name or _REFUSED.search(name) or len(name.encode()) > COLUMN_NAME_BYTES_MAX:
             raise UsageError(
                 f"{where}: {_shown(name)} cannot be the name of a column: use 1 to {COLUMN_NAME_BYTES_MAX} "
-                "bytes of UTF-8 without control characters"
+                "bytes of UTF-8 without control characters, not beginning with '_marble_'"
             )
         if name in seen:
             raise UsageError(f"{where}: the name {name!r} stands twice; names of columns must differ")

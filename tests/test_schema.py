@@ -135,13 +135,13 @@ def test_number_of_columns_is_limited() -> None:
         check_table("t", pa.schema([("id", pa.int8()), ("w", wide)]), ["id"])
 
 
-@pytest.mark.parametrize("name", ["", "a\nb", "a\0", "\x85", "\u2028", "é" * 129], ids=ascii)
+@pytest.mark.parametrize("name", ["", "a\nb", "a\0", "\x85", "\u2028", "é" * 129, "_marble_index"], ids=ascii)
 def test_column_name_refused(name: str) -> None:
     with pytest.raises(UsageError, match="cannot be the name of a column"):
         check_table("t", pa.schema([("id", pa.int64()), (name, pa.int8())]), ["id"])
 
 
-@pytest.mark.parametrize("name", ["a b", "größe", "é" * 128, "日本", "\U0001f600", "a.b", "ORDER"])
+@pytest.mark.parametrize("name", ["a b", "größe", "é" * 128, "日本", "\U0001f600", "a.b", "ORDER", "_marble"])
 def test_column_name_accepted(name: str) -> None:
     assert check_table("t", pa.schema([(name, pa.int64())]), [name])[1] == (name,)
 
