@@ -206,7 +206,7 @@ class Driver:
         return position
 
     def request_snapshot(self) -> None:
-        """Take a snapshot soon; the outcome says when. Raises UsageError if this driver has nowhere to put it."""
+        """Take a snapshot soon; the outcome says when. Raises UsageError if it has no place."""
         if self.snapshots is None:
             raise UsageError(f"group {self.group} keeps no snapshots")
         if not self.snapshots.want():
@@ -302,10 +302,10 @@ class Driver:
                 # The log no longer has what would be applied before.
                 self._applying = None if snapshots.has_install else snapshots.take_restore(self._persisted)
                 return self._applying
-            due = snapshots.due()
+            due, end = snapshots.due(), first if snapshots.stalled else end
         if first < end or (snapshots is not None and snapshots.overdue):
             nbytes = self.raft.log.bytes(first, end)
-            self._applying = ApplyJob(self.group, self._log, self.machine, first, end, nbytes, due)
+            self._applying = ApplyJob(self.group, self._log, self.machine, first, end, nbytes, due, bool(snapshots))
         return self._applying
 
     def finish_apply(self, job: MachineJob) -> None:

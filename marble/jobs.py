@@ -18,7 +18,7 @@ import pyarrow as pa
 from marble._core import entry_batch
 from marble.errors import CorruptionError, MarbleError, ProtocolError, UnavailableError, check
 from marble.logstore.snapshots import SnapshotInfo, SnapshotStore
-from marble.machine import FileRef, MachineState, Pace, Result, StateMachine, StoredMachine
+from marble.machine import FileRef, HealingMachine, MachineState, Pace, Result, StateMachine, StoredMachine
 from marble.members import decode_members
 from marble.types import HardState, Members, SnapshotMeta
 
@@ -73,11 +73,11 @@ class Due:
 class ApplyJob:
     """Committed entries on their way into the machine: as many of ``[first, end)`` as one call of apply takes.
 
-    None at all if ``first == end``: then only a capture is due.
+    None at all if ``first == end``: then only a capture is due. `may_stall`: somebody heals damaged files of the machine.
     """
 
     def __init__(
-        self, group: int, log: Log, machine: StateMachine, first: int, end: int, nbytes: int, due: Due
+        self, group: int, log: Log, machine: StateMachine, first: int, end: int, nbytes: int, due: Due, may_stall: bool
     ) -> None:
         self.group = group
         self.first = first
@@ -90,15 +90,24 @@ class ApplyJob:
         self.memberships: list[MembershipApplied] = []
         self.state: MachineState | None = None
         """The state behind the last entry, if that was due."""
+        self.stalled: CorruptionError | None = None
+        """The machine needs a file that is damaged: nothing was applied, and the same is to be tried when it is healed."""
         self._log = log
         self._machine = machine
         self._due = due
+        self._may_stall = may_stall
 
     def run(self) -> None:
         """Read the entries and apply them. Raises what the log or the machine raises: the node must then stop."""
         if self.first < self.end:
             batch = self._log.read(self.group, self.first, self.end, APPLY_BYTES_MAX)
-            results = self._machine.apply(batch)
+            try:
+                results = self._machine.apply(batch)
+            except CorruptionError as error:
+                if not (self._may_stall and isinstance(self._machine, HealingMachine) and self._machine.blame(error)):
+                    raise
+                self.stalled = error
+                return
             check(len(results) == batch.num_rows, "apply must answer every entry")
             for index in entry_batch.changes(batch):
                 payload = entry_batch.payload(batch, index - self.first)

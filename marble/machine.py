@@ -13,7 +13,7 @@ from typing import Final, Protocol, runtime_checkable
 
 import pyarrow as pa
 
-from marble.errors import ERROR_CODES, InvariantError, MarbleError
+from marble.errors import ERROR_CODES, CorruptionError, InvariantError, MarbleError
 from marble.types import INDEX_MAX
 
 
@@ -205,8 +205,17 @@ class HealingMachine(Protocol):
     """A machine that can go on when some of its files are damaged or missing.
 
     A read that needs such a file raises CorruptionError with the file's path; it never gives a wrong answer. All else goes
-    on. What `apply` needs of such a file it cannot do without: it raises the same error.
+    on. `apply` cannot do without what it needs of such a file: it raises the same error, and goes on where it ended when it is
+    called again with the same entries.
     """
+
+    def salvage(self, index: int, batches: Iterable[pa.RecordBatch]) -> None:
+        """As `StateMachine.restore`, also if files are missing or damaged: these are `damaged` then."""
+        ...
+
+    def blame(self, error: CorruptionError) -> bool:
+        """Whether `error` is about a file of this machine. If it is damaged indeed, it is `damaged` from now on. Any thread."""
+        ...
 
     def damaged(self) -> Sequence[FileRef]:
         """The files of the present state that were found damaged or missing and are not healed yet. Any thread, often."""

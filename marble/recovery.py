@@ -15,7 +15,7 @@ from marble.driver import DurableState
 from marble.errors import CorruptionError
 from marble.logstore.replay import GroupState
 from marble.logstore.snapshots import SnapshotInfo, SnapshotStore
-from marble.machine import StateMachine, StoredMachine
+from marble.machine import HealingMachine, StateMachine, StoredMachine
 from marble.types import HardState, Members
 
 
@@ -62,7 +62,11 @@ def recover(
         )
     if snapshot is not None:
         assert store is not None
-        machine.restore(snapshot.index, store.read(snapshot))
+        if isinstance(machine, HealingMachine):
+            # A file that is gone is fetched from a peer later. Until then what needs it fails, and nothing else.
+            machine.salvage(snapshot.index, store.read(snapshot))
+        else:
+            machine.restore(snapshot.index, store.read(snapshot))
     if store is not None and isinstance(machine, StoredMachine) and not store.has_partial:
         # What an earlier process wrote and nothing refers to: of a flush or a compaction that came too late. What belongs
         # to a snapshot of which a part is here may be wanted soon, until this node has made one of its own.

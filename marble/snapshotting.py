@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from marble.errors import check
+from marble.errors import CorruptionError, check
 from marble.jobs import ApplyJob, CollectJob, Due, FileJob, Log, RestoreJob, WriteJob
 from marble.logstore.snapshots import SnapshotStore
 from marble.machine import HealingMachine, Pace, StateMachine, StoredMachine
@@ -82,6 +82,8 @@ class Snapshots:
             policy.patience_ticks,
             None if self._healing is None else self._healing.healed,
         )
+        self.stalled: CorruptionError | None = None
+        """What keeps the machine from applying: a file that it needs is damaged."""
         self.purged = False
         """Whether the log was told of a purge since somebody set this to False."""
         self.store = store
@@ -121,7 +123,7 @@ class Snapshots:
     @property
     def overdue(self) -> bool:
         """Whether a capture is due even if there is nothing to be applied."""
-        if self._write is not None or self.installing:
+        if self._write is not None or self.installing or self.stalled is not None:
             return False
         due = self.due()
         return self._raft.applied_index >= due.index or due.nbytes <= 0
@@ -143,6 +145,7 @@ class Snapshots:
 
     def applied(self, job: ApplyJob, endpoints: Mapping[int, str]) -> None:
         """`job` has run, and the core knows. If it captured the state, that is to be written."""
+        self.stalled = job.stalled
         self._bytes += job.applied_bytes
         if job.state is None:
             return
@@ -279,7 +282,7 @@ class Snapshots:
         check(self._restore is not None and job is self._restore[1], "a restore finished that was not under way")
         self._restore = None
         self._store.unpin(job.info.index)
-        self._bytes = 0
+        self._bytes, self.stalled = 0, None
         self._collect = True
 
     # -- time --------------------------------------------------------------------------------------------------------
@@ -292,10 +295,12 @@ class Snapshots:
 
     def _heal(self, machine: HealingMachine) -> None:
         """Have a file fetched that the machine finds damaged, from the leader or any other peer."""
-        damaged, raft = machine.damaged(), self._raft
-        if not damaged and not self._store.contents.damaged:
+        damaged, raft, contents = machine.damaged(), self._raft, self._store.contents
+        if not damaged and not contents.damaged and self.stalled is None:
             return
-        self._store.contents.blame([ref.name for ref in damaged])
+        contents.blame([ref.name for ref in damaged])
+        if self.stalled is not None and contents.name_of(self.stalled.path or "") not in contents.damaged:
+            self.stalled = None
         if damaged and not self.installing:
             peers = [node for node in raft.members.all if node != raft.id]
             peers.sort(key=lambda node: (node != raft.leader, node))

@@ -70,7 +70,7 @@ class ContentFiles:
 
     def name_of(self, path: str) -> str | None:
         """The name of the file at `path`, which may be as `Files.describe` gives it; None if that is none of ours."""
-        match = re.fullmatch(rf"(.*/)?{DIRECTORY}/{self._group:08x}-([0-9a-f]{{32}})\.arrow", path)
+        match = re.fullmatch(rf"(.*[/:])?{DIRECTORY}/{self._group:08x}-([0-9a-f]{{32}})\.arrow", path)
         return None if match is None else match[2]
 
     def has(self, ref: FileRef) -> bool:

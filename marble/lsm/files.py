@@ -23,6 +23,7 @@ from typing import Any, Final, Literal
 
 import pyarrow as pa
 
+from marble._core.checksum import Xxh3Name
 from marble._core.sstable import BlockCache, SSTable, SSTableInfo, SSTableWriter
 from marble.env import AppendFile, Files
 from marble.errors import CorruptionError
@@ -49,7 +50,7 @@ class TableFile:
 
     - ``rows`` counts tombstones too.
     - ``ttl_max`` is None if a row has no time: then the file never expires.
-    - ``table`` is the file itself, mapped; None where only plans are made.
+    - ``table`` is the file itself, mapped; None where only plans are made, or if ``damage`` says why it could not be.
     """
 
     name: str
@@ -63,6 +64,7 @@ class TableFile:
     ttl_min: int | None = None
     ttl_max: int | None = None
     table: SSTable | None = field(default=None, compare=False, repr=False)
+    damage: CorruptionError | None = field(default=None, compare=False, repr=False)
 
     @property
     def ref(self) -> FileRef:
@@ -71,7 +73,9 @@ class TableFile:
 
     @property
     def opened(self) -> SSTable:
-        """The file, mapped."""
+        """The file, mapped. Raises CorruptionError if it could not be."""
+        if self.damage is not None:
+            raise CorruptionError(self.damage.problem, self.damage.path, self.damage.offset)
         assert self.table is not None
         return self.table
 
@@ -230,6 +234,30 @@ class TableFiles:
         if any(getattr(table.info, field) != value for field, value in described.items()):
             raise CorruptionError(f"a file of table {info.name!r} is not the one that its snapshot describes", where, 0)
         return TableFile(name=name, **described, table=table)
+
+    def salvage(self, row: dict[str, Any], info: TableInfo) -> TableFile:
+        """As `open`; a file that is missing or damaged has ``damage`` instead of ``table``."""
+        try:
+            return self.open(row, info)
+        except CorruptionError as error:
+            described = {field: row[field] for field in FILES_SCHEMA.names if field != "level"}
+            return TableFile(**described, damage=error)
+
+    def name_of(self, path: str) -> str | None:
+        """The name of the file at `path`, which is as `Files.describe` gives it; None if that is none of these."""
+        match = re.fullmatch(rf"(?:.*[/:])?{DIRECTORY}/{self._group:08x}-([0-9a-f]{{32}})\.arrow", path)
+        return None if match is None else match[1]
+
+    def is_sound(self, name: str) -> bool:
+        """Whether the file is there and its bytes are those that its name stands for. Reads all of it."""
+        path, total, offset = self.path(name), Xxh3Name(), 0
+        try:
+            while data := self._files.read(path, offset, SYNC_BYTES):
+                total.update(data)
+                offset += len(data)
+        except OSError:
+            return False
+        return total.name() == name
 
     def collect(self, needed: Callable[[], Collection[str]]) -> int:
         """Remove all files but those that `needed` names and those that are held. Returns the bytes given back.

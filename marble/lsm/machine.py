@@ -24,15 +24,16 @@ import pyarrow as pa
 
 from marble._core import entry_batch
 from marble._core.memtable import Snapshot
-from marble.errors import InvariantError, UsageError, check
+from marble.errors import CorruptionError, InvariantError, UsageError, check
 from marble.lsm import payload
 from marble.lsm.catalog import Catalog
+from marble.lsm.damage import Damage
 from marble.lsm.files import TableFiles
 from marble.lsm.snapshot import TableState, restored
 from marble.lsm.store import CompactionTask, Store, StorePolicy
 from marble.lsm.tree import Below, TableData, Tree
 from marble.lsm.view import TableView
-from marble.machine import Pace, Result
+from marble.machine import FileRef, Pace, Result
 from marble.schema import TableInfo
 from marble.sessions import Sessions
 from marble.table_options import expired_until
@@ -101,6 +102,8 @@ class TableMachine:
         self._frozen_bytes = 0
         self._debt_bytes = 0
         self._failed = False
+        self._begun: tuple[int, list[Result]] | None = None
+        """A run of entries in which a damaged file was met: where it begins, and the results so far."""
         # The applying thread's own: ahead of `_state` while a run of entries is being applied.
         self._catalog = Catalog()
         self._trees: dict[int, Tree] = {}
@@ -167,7 +170,8 @@ class TableMachine:
         info = state.catalog.get(table)
         data = state.tables[info.id]
         reader = data.reader if isinstance(data, TableData) else data
-        return TableView(state.applied_index, info, reader, expired_until(info.schema, info.options, state.time_us))
+        until = expired_until(info.schema, info.options, state.time_us)
+        return TableView(state.applied_index, info, reader, until, self.blame)
 
     def _state_at(self, index: int) -> _State:
         with self._lock:
@@ -197,7 +201,8 @@ class TableMachine:
         Raises
         ------
         CorruptionError
-            If an entry is not what its proposer sent. Nothing of `entries` becomes visible.
+            If an entry is not what its proposer sent: nothing of `entries` becomes visible. Or a file that an entry needs is
+            damaged or missing: when it is healed the same call goes on where this one ended.
         InvariantError
             If the entries do not follow `applied_index`, are of a kind that this version does not know, or an earlier
             call failed.
@@ -208,18 +213,27 @@ class TableMachine:
         self._failed = True
         first = entries.column("index")[0].as_py()
         last = entries.column("index")[entries.num_rows - 1].as_py()
+        begun, self._begun = self._begun or (self.applied_index + 1, []), None
         check(
-            first == self.applied_index + 1 and last == self.applied_index + entries.num_rows,
+            first == begun[0] and last == first + entries.num_rows - 1,
             f"entries {first} to {last} ({entries.num_rows} rows) do not follow applied index {self.applied_index}",
         )
         entry_batch.verify(entries)
         names = ("kind", "session", "sequence", "time_us", "table")
         columns = zip(*(entries.column(name).to_pylist() for name in names), strict=True)
-        results = []
+        results = begun[1]
         for row, (kind, session, sequence, time_us, table) in enumerate(columns):
+            if row < len(results):
+                continue
             self._time_us = max(self._time_us, time_us)
             data = entry_batch.payload(entries, row)
-            results.append(self._apply_one(kind, first + row, session, sequence, table, data))
+            try:
+                results.append(self._apply_one(kind, first + row, session, sequence, table, data))
+            except CorruptionError as error:
+                if self.blame(error):
+                    # Nothing of this entry was done: it reads before it writes.
+                    self._begun, self._failed = (first, results), False
+                raise
             if self._retention and first + row < last:
                 self._publish(first + row)
         self._publish(last)
@@ -288,8 +302,16 @@ class TableMachine:
         InvariantError
             `index` lies before `applied_index`.
         """
+        self._restore(index, batches, salvage=False)
+
+    def salvage(self, index: int, batches: Iterable[pa.RecordBatch]) -> None:
+        """As `restore`, also if files are missing or damaged: see `marble.machine.HealingMachine`."""
+        self._restore(index, batches, salvage=True)
+
+    def _restore(self, index: int, batches: Iterable[pa.RecordBatch], *, salvage: bool) -> None:
         check(index >= self.applied_index, f"a snapshot of entry {index} would undo entries up to {self.applied_index}")
-        found = restored(index, batches, None if self._store is None else self._store.files)
+        found = restored(index, batches, None if self._store is None else self._store.files, salvage)
+        self._begun = None
         self._failed = True
         if self._on_restore is not None:
             self._on_restore(found.commands)
@@ -350,11 +372,24 @@ class TableMachine:
         if self._store is None:
             return 0
 
-        def trees() -> list[Tree]:
-            with self._lock:
-                return list(self._trees.values())
+        return self._store.collect(kept, self._all_trees)
 
-        return self._store.collect(kept, trees)
+    def _all_trees(self) -> list[Tree]:
+        with self._lock:
+            return list(self._trees.values())
+
+    def blame(self, error: CorruptionError) -> bool:
+        """Note that a file is damaged, if `error` says so of one of this machine's; returns whether it does. Any thread."""
+        return self._store is not None and Damage(self._store, self._all_trees).blame(error)
+
+    def damaged(self) -> list[FileRef]:
+        """The files of the present state that are damaged or missing."""
+        return [] if self._store is None else Damage(self._store, self._all_trees).found()
+
+    def healed(self, name: str) -> None:
+        """The file with this name is there again and sound: use it. Raises CorruptionError if it is not."""
+        if self._store is not None:
+            Damage(self._store, self._all_trees).healed(name)
 
     def _edit(self, tree: Tree, change: Callable[[Below], Below | None]) -> bool:
         """Replace what lies below the memtable of `tree`, also for readers, whose content stays the same."""

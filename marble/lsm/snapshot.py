@@ -192,6 +192,7 @@ class _Builder:
 
     index: int
     store: TableFiles | None
+    salvage: bool = False
     section: str = ""
     numbers: dict[str, int] = field(default_factory=dict)
     infos: list[TableInfo] = field(default_factory=list)
@@ -254,7 +255,8 @@ class _Builder:
             if not len(self.levels) - 1 <= level <= LEVELS_MAX:
                 raise _wrong(f"files of table {info.name!r} are not in order")
             self.levels += [[] for _ in range(level + 1 - len(self.levels))]
-            self.levels[level].append(self.store.open(row, info))
+            opener = self.store.salvage if self.salvage else self.store.open
+            self.levels[level].append(opener(row, info))
 
     def tree(self) -> Tree:
         """The table last defined, whose files have all come by now."""
@@ -278,7 +280,9 @@ class _Builder:
         return Restored(self.index, self.numbers["time_us"], catalog, self.trees, sessions, b"".join(self.commands))
 
 
-def restored(index: int, batches: Iterable[pa.RecordBatch], store: TableFiles | None = None) -> Restored:
+def restored(
+    index: int, batches: Iterable[pa.RecordBatch], store: TableFiles | None = None, salvage: bool = False
+) -> Restored:
     """Build a machine's state anew. Files are mapped and checked but for their blocks; none of their rows is read.
 
     Parameters
@@ -289,13 +293,15 @@ def restored(index: int, batches: Iterable[pa.RecordBatch], store: TableFiles | 
         What `TableState.batches` gave out, in batches of any number of rows.
     store
         Where the files are. None: this machine has none.
+    salvage
+        Go on without files that are missing or damaged: what needs them fails.
 
     Raises
     ------
     CorruptionError
         That is not what they are; or a file is missing or damaged.
     """
-    builder = _Builder(index, store)
+    builder = _Builder(index, store, salvage)
     for batch in batches:
         if not batch.schema.equals(SNAPSHOT_SCHEMA):
             raise _wrong("its pieces have other columns")

@@ -64,8 +64,8 @@ class Store:
         self.files = files
         self.policy = policy
         self.damaged: dict[str, CorruptionError] = {}
-        """What is wrong with files that a compaction could not read, by name."""
-        self._edit = edit
+        """What is wrong with files that could not be read, by name. See `marble.lsm.damage`."""
+        self.edit = edit
         self._lock = threading.Lock()
         self._states: weakref.WeakSet[TableState] = weakref.WeakSet()
 
@@ -109,7 +109,7 @@ class Store:
             if any(written.values()):
                 self.files.sync_directory()
             for id_, files in written.items():
-                self._edit(trees[id_], partial(Below.flushed, frozen=tables[id_].below.frozen, files=files))
+                self.edit(trees[id_], partial(Below.flushed, frozen=tables[id_].below.frozen, files=files))
             return {id_: tables[id_].below.levels.flushed(files) for id_, files in written.items()}
         finally:
             self.files.release(file.name for files in written.values() for file in files)
@@ -148,7 +148,7 @@ class Store:
         """Carry `plan` out."""
         if not plan.rewrite:
             moved = [] if plan.level is None else list(plan.files)
-            self._edit(tree, lambda below: below.compacted(plan, moved))
+            self.edit(tree, lambda below: below.compacted(plan, moved))
             return
         assert plan.level is not None
         policy = self.policy.compaction
@@ -163,7 +163,7 @@ class Store:
             )
             if written:
                 self.files.sync_directory()
-            self._edit(tree, lambda below: below.compacted(plan, written))
+            self.edit(tree, lambda below: below.compacted(plan, written))
         except CorruptionError as error:
             self._blame(tree.info, plan, error)
             raise

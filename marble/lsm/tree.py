@@ -65,6 +65,12 @@ class Below:
             return None
         return Below(self.frozen[:kept], self.levels.flushed(files))
 
+    def reopened(self, level: int, file: TableFile) -> Below | None:
+        """With `file` in the place of the one in `level` that has its name; None if there is none any more."""
+        if not any(each.name == file.name for each in self.levels[level]):
+            return None
+        return replace(self, levels=self.levels.replaced({file.name}, level, [file]))
+
     def compacted(self, plan: Plan, files: Sequence[TableFile]) -> Below | None:
         """With `files` in the place of those of `plan`; None if these are not all here."""
         if not plan.names <= {file.name for file in self.levels}:

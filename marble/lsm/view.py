@@ -5,8 +5,9 @@ Thread safety: immutable; any number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 
 from marble._core.lsm import Reader
 from marble._core.memtable import Snapshot
+from marble.errors import CorruptionError
 from marble.filters import columns_read, filter_batches
 from marble.lsm.keyrange import KeyRange
 from marble.lsm.pushdown import push_down
@@ -32,6 +34,8 @@ class TableView:
     snapshot: Snapshot | Reader
     expired_until: int | None = None
     """The highest value of the TTL column that is gone by now (`marble.table_options.expired_until`)."""
+    blame: Callable[[CorruptionError], object] | None = field(default=None, repr=False, compare=False)
+    """Told of a file that turns out to be damaged while it is read."""
 
     @property
     def row_count(self) -> int:
@@ -61,7 +65,8 @@ class TableView:
         CorruptionError
             A file is damaged; it is named.
         """
-        rows, found = self.snapshot.get_many(keys)
+        with self._telling():
+            rows, found = self.snapshot.get_many(keys)
         if self.expired_until is not None:
             living = pc.and_not(found, expired_rows(rows, self.info, self.expired_until))
             # Nothing of a row that is gone may be seen: its place is taken by a null of every column.
@@ -130,11 +135,25 @@ class TableView:
             )
         else:
             batches = self.snapshot.scan(batch_rows_max, read, bounds.lower, bounds.upper, reverse=reverse, limit=most)
-        source = pa.RecordBatchReader.from_batches(given, _typed(batches, given))
+        source = pa.RecordBatchReader.from_batches(given, self._typed(batches, given))
         if filter is None:
             return source
         kept = filter_batches(source, columns, filter)
         return kept if limit is None else pa.RecordBatchReader.from_batches(kept.schema, _first_rows(kept, limit))
+
+    def _typed(self, batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        with self._telling():
+            for batch in batches:
+                yield pa.RecordBatch.from_arrays(batch.columns, schema=schema)
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except CorruptionError as error:
+            if self.blame is not None:
+                self.blame(error)
+            raise
 
 
 def expired_rows(batch: pa.RecordBatch, info: TableInfo, until: int) -> pa.BooleanArray:
@@ -149,11 +168,6 @@ def living_filter(info: TableInfo, until: int) -> pc.Expression:
     column = info.options.ttl_column
     time = pc.field(column)
     return (time > pa.scalar(until, info.schema.field(column).type)) | time.is_null()
-
-
-def _typed(batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        yield pa.RecordBatch.from_arrays(batch.columns, schema=schema)
 
 
 def _first_rows(batches: Iterator[pa.RecordBatch], limit: int) -> Iterator[pa.RecordBatch]:

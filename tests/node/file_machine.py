@@ -153,6 +153,12 @@ class FileMachine(TableMachine):
         self.bad.remove(ref)
         self.load(ref)
 
+    def blame(self, error: CorruptionError) -> bool:
+        return False
+
+    def salvage(self, index: int, batches: Iterable[pa.RecordBatch]) -> None:
+        self.restore(index, batches)
+
     def collect(self, kept: Callable[[], Collection[str]]) -> int:
         if not self.disk.exists("tables"):
             return 0

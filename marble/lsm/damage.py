@@ -1,0 +1,63 @@
+"""What a machine does about files that are damaged or missing: it says so, leaves them alone, and takes them back healed.
+
+Rule 1: damage is noticed where a file is opened or read, never guessed. What reads meanwhile either does without the file or
+raises the error that names it.
+Rule 2: a file that was said to be damaged and is sound on the disk by now is opened anew, and is no damage: whoever read it
+had an old mapping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from marble.errors import CorruptionError
+from marble.lsm.store import Store
+from marble.lsm.tree import Below, Tree
+from marble.machine import FILES_SCHEMA, FileRef
+
+
+class Damage:
+    """Of one machine. Any thread.
+
+    Parameters
+    ----------
+    store
+        Its files.
+    trees
+        Gives its tables of now.
+    """
+
+    def __init__(self, store: Store, trees: Callable[[], list[Tree]]) -> None:
+        self._store = store
+        self._trees = trees
+
+    def blame(self, error: CorruptionError) -> bool:
+        """Note that a file of a table is damaged, if `error` says so; returns whether it does."""
+        store = self._store
+        name = None if error.path is None else store.files.name_of(error.path)
+        if name is None:
+            return False
+        if name not in store.damaged:
+            if store.files.is_sound(name):
+                self.healed(name)
+            else:
+                store.damaged[name] = error
+        return True
+
+    def found(self) -> list[FileRef]:
+        """The files of the tables that are damaged or missing."""
+        files = {file.name: file for tree in self._trees() for file in tree.below.levels}
+        return [file.ref for file in files.values() if file.name in self._store.damaged or file.damage is not None]
+
+    def healed(self, name: str) -> None:
+        """The file is sound by now: use it wherever it belongs. Raises CorruptionError if it is not."""
+        store = self._store
+        for tree in self._trees():
+            for level, files in enumerate(tree.below.levels.levels):
+                for file in files:
+                    if file.name == name:
+                        row = {field: getattr(file, field) for field in FILES_SCHEMA.names if field != "level"}
+                        opened = store.files.open(row, tree.info)
+                        store.edit(tree, partial(Below.reopened, level=level, file=opened))
+        store.damaged.pop(name, None)

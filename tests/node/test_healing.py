@@ -1,0 +1,159 @@
+"""Tables whose files are damaged or missing: never a wrong answer, and whole again from a peer, while everything else goes on."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+from node.ring import SCHEMA, Ring, expected
+
+from marble._core.entry_batch import Proposal
+from marble.errors import CorruptionError
+from marble.lsm import payload
+from marble.lsm.files import TableFiles
+from marble.lsm.machine import TableMachine
+from marble.lsm.store import StorePolicy
+from marble.machine import HealingMachine, StoredMachine
+from marble.raft.messages import MessageKind
+from marble.testing.disk import SimulatedFiles
+from marble.types import EntryKind
+
+POLICY = StorePolicy(inline_table_bytes_max=0, inline_bytes_max=0)
+
+
+def stored(files: SimulatedFiles, group: int) -> TableMachine:
+    return TableMachine(files=TableFiles(files, group), policy=POLICY)
+
+
+def stored_ring(rows: int, size: int = 3) -> Ring:
+    ring = Ring(size, machine=stored)
+    ring.create()
+    ring.write(rows)
+    return ring
+
+
+def table_paths(ring: Ring, number: int) -> list[str]:
+    machine = ring[number].machines[0]
+    return [f"tables/00000000-{file.name}.arrow" for file in next(iter(machine._trees.values())).below.levels]
+
+
+def damage_all(ring: Ring, number: int) -> list[str]:
+    paths = table_paths(ring, number)
+    for path in paths:
+        # In the middle of the first block, which is checked when it is read.
+        ring[number].files.flip_bit(path, 8 * 700)
+    return paths
+
+
+def rows_in_time(ring: Ring, number: int) -> dict[int, str]:
+    """What a node answers once it is healed: one file after the other, as they are found damaged."""
+    for _ in range(len(table_paths(ring, number))):
+        try:
+            return ring[number].rows()
+        except CorruptionError:
+            ring.tick(4)
+    return ring[number].rows()
+
+
+def delete(ring: Ring, *keys: int) -> None:
+    batch = pa.record_batch({"k": list(keys)}, pa.schema([SCHEMA.field("k")]))
+    ring[1].propose(Proposal(EntryKind.DELETE, 1, payload.encode_rows(batch)))
+    ring.settle()
+
+
+def test_the_machine_heals() -> None:
+    machine = stored(SimulatedFiles(None), 0)  # type: ignore[arg-type]
+    assert isinstance(machine, StoredMachine)
+    assert isinstance(machine, HealingMachine)
+
+
+def test_replicas_that_flush_alike_have_the_same_files() -> None:
+    ring = stored_ring(70)
+    assert table_paths(ring, 1) == table_paths(ring, 2) == table_paths(ring, 3)
+    assert table_paths(ring, 1)
+
+
+def test_a_damaged_file_is_named_and_healed_while_serving() -> None:
+    ring = stored_ring(50)
+    (path, *_) = damage_all(ring, 2)
+    machine = ring[2].machines[0]
+    with pytest.raises(CorruptionError) as caught:
+        ring[2].rows()
+    assert caught.value.path is not None
+    assert caught.value.path.endswith(".arrow")
+    assert machine.damaged()
+    # Others, and writes, go on.
+    ring.write(5, first=50)
+    assert ring[1].rows() == expected(55)
+    assert rows_in_time(ring, 2) == expected(55)
+    assert machine.damaged() == []
+    assert any(message.kind is MessageKind.SNAPSHOT_FETCH for message in ring[2].sent)
+    assert path
+
+
+def test_an_entry_that_needs_a_damaged_file_waits_for_it() -> None:
+    ring = stored_ring(50)
+    held = True
+    ring.drop = lambda sender, to, envelope: held and envelope.message.kind is MessageKind.SNAPSHOT_PIECE
+    damage_all(ring, 2)
+    delete(ring, 3, 5, 3, 99)
+    ring.write(4, first=50)
+    driver = ring[2].driver
+    assert driver.snapshots.stalled is not None
+    assert driver.raft.applied_index < ring[1].raft.applied_index
+    assert driver.raft.commit_index == ring[1].raft.commit_index
+    held = False
+    ring.tick(60)
+    assert driver.snapshots.stalled is None
+    assert rows_in_time(ring, 2) == ring[1].rows() == {key: f"value {key}" for key in range(54) if key not in (3, 5)}
+    assert ring[2].applied == ring[1].applied
+
+
+@pytest.mark.parametrize("how", ["missing", "footer", "block", "short"])
+def test_a_node_starts_with_files_missing_or_damaged_and_heals_them(how: str) -> None:
+    ring = stored_ring(50)
+    ring.crash(3)
+    files = ring[3].files
+    for path in [f"tables/{name}" for name in files.list("tables")]:
+        if how == "missing":
+            files.delete(path)
+        elif how == "short":
+            files.cut(path, files.size(path) // 2)
+        else:
+            files.flip_bit(path, 8 * (700 if how == "block" else files.size(path) - 40))
+    delete(ring, 7)
+    ring.restart(3)
+    if how != "block":
+        with pytest.raises(CorruptionError, match=r"tables/.*\.arrow"):
+            ring[3].rows()
+    ring.tick(60)
+    assert rows_in_time(ring, 3) == ring[1].rows()
+    assert len(ring[3].rows()) == 49
+    assert ring[3].machines[0].damaged() == []
+    ring.crash(3)
+    ring.restart(3)
+    ring.tick(4)
+    assert ring[3].rows() == ring[1].rows()
+
+
+def test_a_node_alone_says_what_is_damaged_and_serves_the_rest() -> None:
+    ring = stored_ring(50, size=1)
+    paths = damage_all(ring, 1)
+    ring[1].propose(Proposal(EntryKind.CREATE_TABLE, 0, payload.encode_create_table("other", SCHEMA, ["k"])))
+    ring.tick(30)
+    with pytest.raises(CorruptionError, match=paths[0].split("/")[1][:20]):
+        ring[1].rows()
+    assert ring[1].machines[0].read("other").row_count == 0
+    for path in paths:
+        ring[1].files.flip_bit(path, 8 * 700)
+    # Somebody put the file back.
+    ring.crash(1)
+    ring.restart(1)
+    assert ring[1].rows() == expected(50)
+    assert ring[1].machines[0].damaged() == []
+
+
+def test_an_error_that_names_no_file_of_the_machine_is_not_its_own() -> None:
+    machine = stored_ring(50)[1].machines[0]
+    assert not machine.blame(CorruptionError("x"))
+    assert not machine.blame(CorruptionError("x", "log/0000000000000001.arrows", 5))
+    assert machine.damaged() == []
