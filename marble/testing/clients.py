@@ -8,6 +8,7 @@ Rule 2: an operation that certainly had no effect is tried again, at another nod
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -166,11 +167,11 @@ class Client:
             self._refused(operation, 0)
         elif operation.kind == "read":
             found: Future[int] = promise()
-            found.add_done_callback(partial(self._read, operation, number))
+            found.add_done_callback(partial(self._heard, self._read, operation, number))
             node.read_index(operation.group, found, self._loop.chance(0.5))
         else:
             done: Future[Committed] = promise()
-            done.add_done_callback(partial(self._written, operation, number))
+            done.add_done_callback(partial(self._heard, self._written, operation, number))
             node.propose(operation.group, self._proposal(operation), done)
 
     def _proposal(self, operation: Operation) -> Proposal:
@@ -191,6 +192,13 @@ class Client:
         return batch
 
     # -- hearing -----------------------------------------------------------------------------------------------------
+
+    def _heard(self, action: Callable[..., None], operation: Operation, number: int, future: Future[Any]) -> None:
+        """A node has decided `future`. What is wrong with that is raised by the loop: a future only logs what its callbacks raise."""
+        try:
+            action(operation, number, future)
+        except Exception as error:
+            self._loop.after(0, _throw, error)
 
     def _written(self, operation: Operation, number: int, future: Future[Committed]) -> None:
         error = future.exception()
@@ -298,3 +306,7 @@ class Client:
         operation.done = True
         self.operation = None
         self._loop.after(self._loop.between(0, self._world.plan.load.think_us), self._begin)
+
+
+def _throw(error: Exception) -> None:
+    raise error

@@ -32,7 +32,7 @@ from marble.testing.clocks import SimulatedClock
 from marble.testing.disk import DiskCrash, SimulatedFiles
 from marble.testing.ledger import Ledger, Shelf, Violation
 from marble.testing.loop import SECOND
-from marble.testing.observed import ObservedLog, ObservedMachine
+from marble.testing.observed import ObservedLog, ObservedMachine, Seat
 from marble.testing.world import World
 from marble.transport.codec import Envelope
 from marble.types import HardState, Members
@@ -40,19 +40,8 @@ from marble.types import HardState, Members
 SEGMENT_BYTES_MAX: Final = 32 * 1024
 """Small, so that histories roll over many segments."""
 
-
-class Seat:
-    """One group at one node, in one life."""
-
-    __slots__ = ("driver", "ledger", "machine", "offers", "promises", "raft")
-
-    def __init__(self, driver: Driver, machine: ObservedMachine, ledger: Ledger, promises: Promises) -> None:
-        self.driver = driver
-        self.raft = driver.raft
-        self.machine = machine
-        self.ledger = ledger
-        self.promises = promises
-        self.offers: list[tuple[Proposal, Future[Committed]]] = []
+PIECE_BYTES_MAX: Final = 512
+"""Small, so that a snapshot travels in many pieces."""
 
 
 class SimulatedNode:
@@ -175,7 +164,12 @@ class SimulatedNode:
             machine,
             self._groups.post,
             store=store,
-            policy=SnapshotPolicy(plan.snapshot_distance, 1 << 20, plan.snapshot_tail, 512, plan.election_ticks),
+            policy=SnapshotPolicy(
+                distance=plan.snapshot_distance,
+                tail=plan.snapshot_tail,
+                piece_bytes_max=PIECE_BYTES_MAX,
+                patience_ticks=plan.election_ticks,
+            ),
             replicated=recovered.endpoints,
             wall_us=self.clock.wall_us,
         )

@@ -6,14 +6,18 @@ Rule 1: what is observed is done first, exactly as in production; then the witne
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import pyarrow as pa
 
 from marble._core import entry_batch
+from marble._core.entry_batch import Proposal
+from marble.driver import Driver
 from marble.logstore.log import Log
 from marble.lsm.machine import TableMachine
 from marble.machine import Result
 from marble.members import decode_members
+from marble.promises import Committed, Promises
 from marble.raft.core import Raft
 from marble.testing import invariants
 from marble.testing.ledger import Ledger
@@ -83,3 +87,17 @@ class ObservedMachine(TableMachine):
             self._ledger.note_membership(index, members)
         invariants.exactly_once(self._ledger, first, columns[2], columns[3], results)
         return results
+
+
+class Seat:
+    """One group at one node, in one life."""
+
+    __slots__ = ("driver", "ledger", "machine", "offers", "promises", "raft")
+
+    def __init__(self, driver: Driver, machine: ObservedMachine, ledger: Ledger, promises: Promises) -> None:
+        self.driver = driver
+        self.raft = driver.raft
+        self.machine = machine
+        self.ledger = ledger
+        self.promises = promises
+        self.offers: list[tuple[Proposal, Future[Committed]]] = []

@@ -33,12 +33,13 @@ def test_fresh_seeds(offset: int) -> None:
 def test_every_fault_of_the_plans_happens() -> None:
     injected: set[str] = set()
     for plan in PLANS:
-        for seed in range(1, 4):
+        for seed in range(1, 5):
             injected.update(simulate(plan, seed, STEPS).injected)
     assert {
         "blackouts", "clock jumps", "cuts", "cut packets", "elections out of turn", "failed disk operations", "flapping cuts",
         "full disks", "kills", "late packets", "lost answers", "lost packets", "lost requests", "one-way cuts", "pauses",
-        "power losses", "repeated packets", "slow syncs",
+        "power losses", "repeated packets", "slow syncs", "lags", "transfers", "wiped disks", "new nodes",
+        "membership changes asked for", "snapshots taken", "snapshots installed", "purges",
     } <= injected  # fmt: skip
 
 
