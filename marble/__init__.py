@@ -14,7 +14,7 @@ The floors; imports only run downwards, and modules of one floor never import ea
 3   transport                                                                                                   messages over Flight
 2   raft | logstore | lsm | database | members                                                                  decisions; log; tables
 1   _core                                                                                                       kernels in Cython and C++
-0   types errors table_options schema filters env metrics machine config sessions                               words and seams
+0   types errors table_options schema requests filters env metrics machine config sessions                      words and seams
 ==  ==========================================================================================================  ==========================
 
 ``testing`` stands beside them: it imports floors 0 to 4, and nothing but ``simulate`` imports it.
@@ -22,7 +22,7 @@ The floors; imports only run downwards, and modules of one floor never import ea
 
 from marble.client import connect
 from marble.config import RaftClusterConfig
-from marble.database import Database, Scan, Table
+from marble.database import Database, Scan, Table, Transaction
 from marble.errors import (
     CorruptionError,
     InvariantError,
@@ -56,6 +56,7 @@ __all__ = [
     "Scan",
     "SessionExpiredError",
     "Table",
+    "Transaction",
     "Transition",
     "UnavailableError",
     "UsageError",

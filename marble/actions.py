@@ -45,7 +45,7 @@ ACTIONS: Final = {
     "change_membership": 'Body {"changes": [{"kind": "add-voter", "add-learner" or "remove", "node", "endpoint"}], '
     '"transition": "auto", "joint" or "explicit"}, no changes to leave a joint group; answers {"index", "term"}.',
     "close_session": 'Body {"session"}: its answers are forgotten, and what it still sends is refused.',
-    "create_table": 'Body {"name", "key": [..], "schema": base64 of Schema.serialize()}; answers the table.',
+    "create_table": 'Body {"name", "key": [..], "schema": base64 of Schema.serialize(), "options": {..} if any}; answers the table.',
     "drop_table": 'Body {"name"}; answers {"index"}.',
     "end_backup": 'Body {"token"}: the copy is not needed any more.',
     "forget_leader": "Let this follower stop to wait for its leader, so that it grants votes at once. No body.",
@@ -57,6 +57,7 @@ ACTIONS: Final = {
     "snapshot": 'Write a snapshot of this node\'s state now, and forget the log behind it; answers {"index"}.',
     "status": "This node's picture of itself and its cluster.",
     "tables": 'All tables. Body empty or {"consistency": "linearizable" or "local"}.',
+    "transaction": 'Body: the payload of a TRANSACTION (docs/tables.md), done as a whole; answers {"index", "term", "value"}.',
     "transfer_leadership": 'Body {"to"}: let that voter lead; answers {} when it does.',
 }
 """Name and description of each action. All answers are JSON, if nothing else is said."""
@@ -108,6 +109,7 @@ class Actions:
             "snapshot": self._snapshot,
             "status": lambda context, body: wire.encode_json(self._node.status()),
             "tables": self._tables,
+            "transaction": self._transaction,
             "transfer_leadership": self._transfer_leadership,
         }
 
@@ -122,8 +124,10 @@ class Actions:
     # -- tables and sessions ---------------------------------------------------------------------------------------------
 
     def _create_table(self, context: Any, body: bytes | pa.Buffer) -> bytes:
-        asked = wire.decode_object(body, "create_table", wire.TABLE_BYTES_MAX, ("name", "key", "schema"))
-        encoded = payload.encode_create_table(asked["name"], wire.decode_schema(asked["schema"]), asked["key"])
+        asked = wire.decode_object(body, "create_table", wire.TABLE_BYTES_MAX, ("name", "key", "schema"), ("options",))
+        schema = wire.decode_schema(asked["schema"])
+        options = wire.options_from_json(asked.get("options", {}), schema)
+        encoded = payload.encode_create_table(asked["name"], schema, asked["key"], options)
 
         stamp = _stamp(context)
 
@@ -156,6 +160,35 @@ class Actions:
             return wire.encode_json({"index": committed.index, "term": committed.term})
 
         return self._at_leader(context, "propose", body, propose, repeatable=False)
+
+    def _transaction(self, context: Any, body: bytes | pa.Buffer) -> bytes:
+        limit = self._node.options.entry_bytes_max
+        if len(body) > limit:
+            raise UsageError(f"the transaction has {len(body):,} bytes, more than max_entry_size ({limit:,}): split it")
+        stamp = _stamp(context)
+
+        def transact() -> bytes:
+            committed = self._commit(EntryKind.TRANSACTION, self._checked_transaction(body), stamp)
+            return wire.encode_json({"index": committed.index, "term": committed.term, "value": committed.value})
+
+        return self._at_leader(context, "transaction", body, transact, repeatable=False)
+
+    def _checked_transaction(self, body: bytes | pa.Buffer) -> pa.Buffer:
+        """`body` as a payload, whose operations fit the tables that there are."""
+        data = pa.allocate_buffer(len(body))
+        memoryview(data)[:] = memoryview(body)
+        operations = payload.decode_transaction(data)
+        confirmed = False
+        for operation in operations:
+            try:
+                info = self._machine.table(operation.table)
+            except UsageError:
+                # It may have been created elsewhere a moment ago.
+                if not confirmed:
+                    self._confirm()
+                confirmed, info = True, self._machine.table(operation.table)
+            payload.check_operation(operation, info)
+        return data
 
     def _open_session(self, context: Any, body: bytes | pa.Buffer) -> bytes:
         def open_session() -> bytes:

@@ -11,16 +11,16 @@ with the first write, are closed by `close`, and end by themselves when nothing 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.flight as fl
 
 from marble._core.entry_batch import decode_payload, encode_payload
@@ -35,11 +35,17 @@ from marble.errors import (
     UsageError,
 )
 from marble.filters import columns_read, filter_batches
+from marble.lsm import payload
+from marble.lsm.keyrange import KeyRange
+from marble.lsm.pushdown import push_down
 from marble.orders import ATTEMPT_TIMEOUT_S, RETRY_WAIT_MIN_S, Backoff, Orders, act, as_object, open_session
+from marble.requests import ScanRequest, TableChange
 from marble.schema import TableInfo
+from marble.table_options import TableOptions
 from marble.transport.faults import from_flight_error
 from marble.transport.pool import ClientPool
 from marble.transport.put import STREAM_ERRORS, PutStream
+from marble.transport.tickets import encode_ticket
 from marble.transport.wire import (
     DELETE,
     GET,
@@ -50,7 +56,7 @@ from marble.transport.wire import (
     decode_tables,
     encode_json,
     encode_schema,
-    encode_ticket,
+    options_to_json,
 )
 
 T = TypeVar("T")
@@ -183,12 +189,30 @@ class RemoteBackend:
 
     # -- catalog and actions -------------------------------------------------------------------------------------------
 
-    def create_table(self, name: str, schema: pa.Schema, key: Sequence[str]) -> TableInfo:
-        body = encode_json({"name": name, "key": list(key), "schema": encode_schema(schema)})
-        return decode_table_info(self._orders.change("create_table", body))
+    def create_table(
+        self, name: str, schema: pa.Schema, key: Sequence[str], options: TableOptions, local: bool
+    ) -> TableInfo:
+        if local:
+            raise UsageError(
+                f"table {name!r}: a client of a cluster cannot have tables that are not replicated: replicated=False is for "
+                "marble.open and RaftServer.database"
+            )
+        body = {"name": name, "key": list(key), "schema": encode_schema(schema), "options": options_to_json(options)}
+        return decode_table_info(self._orders.change("create_table", encode_json(body)))
 
-    def drop_table(self, name: str) -> int:
-        return int(as_object(self._orders.change("drop_table", encode_json({"name": name})))["index"])
+    def drop_table(self, table: TableInfo) -> int:
+        return int(as_object(self._orders.change("drop_table", encode_json({"name": table.name})))["index"])
+
+    def change(self, changes: Sequence[TableChange]) -> Future[int]:
+        self._check_open()
+        body = payload.encode_transaction([payload.operation_of(change) for change in changes])
+        answer: Future[int] = Future()
+        answer.set_running_or_notify_cancel()
+        try:
+            answer.set_result(int(as_object(self._orders.change("transaction", body.to_pybytes()))["index"]))
+        except MarbleError as error:
+            answer.set_exception(error)
+        return answer
 
     def tables(self) -> Sequence[TableInfo]:
         return decode_tables(self._call(lambda endpoint, left: self._action(endpoint, "tables", b"", left)))
@@ -220,8 +244,10 @@ class RemoteBackend:
 
     # -- reads -------------------------------------------------------------------------------------------------------
 
-    def get_many(self, table: TableInfo, keys: pa.RecordBatch, consistency: str) -> pa.RecordBatch:
-        path = (table.name, GET) if consistency == "linearizable" else (table.name, GET, consistency)
+    def get_many(
+        self, table: TableInfo, keys: pa.RecordBatch, consistency: str, at_index: int | None
+    ) -> pa.RecordBatch:
+        path = (table.name, GET, consistency) if at_index is None else (table.name, GET, consistency, str(at_index))
 
         def read(endpoint: str, left: float) -> pa.RecordBatch:
             descriptor = fl.FlightDescriptor.for_path(*path)
@@ -237,17 +263,15 @@ class RemoteBackend:
 
         return self._call(read, self._replicas(consistency))
 
-    def scan(
-        self,
-        table: TableInfo,
-        columns: Sequence[str] | None,
-        filter: pc.Expression | None,  # noqa: A002
-        consistency: str,
-    ) -> pa.RecordBatchReader:
-        # The filter runs here; the columns that it looks at must travel too.
-        chosen = list(table.schema.names) if columns is None else list(columns)
-        wanted = chosen if filter is None else columns_read(table.schema, chosen, filter)
-        ticket = fl.Ticket(encode_ticket(table.name, wanted, consistency))
+    def scan(self, table: TableInfo, request: ScanRequest) -> pa.RecordBatchReader:
+        # The filter runs here; the columns that it looks at must travel too, but only the rows that it leaves possible.
+        wanted, keys = request.columns, KeyRange(request.lower or b"", request.upper)
+        if request.filter is not None:
+            chosen = table.schema.names if wanted is None else wanted
+            wanted = tuple(columns_read(table.schema, chosen, request.filter))
+            keys &= push_down(table, request.filter)[0]
+        asked = dataclasses.replace(request, columns=wanted, lower=keys.lower or None, upper=keys.upper)
+        ticket = fl.Ticket(encode_ticket(table.name, asked))
 
         def begin(endpoint: str, left: float) -> fl.FlightStreamReader:
             # A call's deadline covers the whole of a scan, so it is generous, and the watch ends a scan that stands still. But
@@ -258,13 +282,17 @@ class RemoteBackend:
                 reader.schema  # noqa: B018  (waits for the first answer: until then another node can be asked)
             return reader
 
-        reader = self._call(begin, self._replicas(consistency))
+        reader = self._call(begin, self._replicas(request.consistency))
         batches = self._batches(reader)
-        if filter is None:
+        if request.filter is None:
             return pa.RecordBatchReader.from_batches(reader.schema, batches)
         # What gRPC delivers begins anywhere in memory, and Arrow complains when it computes on that.
         aligned = (decode_payload(encode_payload(batch), batch.schema) for batch in batches)
-        return filter_batches(pa.RecordBatchReader.from_batches(reader.schema, aligned), columns, filter)
+        source = pa.RecordBatchReader.from_batches(reader.schema, aligned)
+        kept = filter_batches(source, request.columns, request.filter)
+        if request.limit is None:
+            return kept
+        return pa.RecordBatchReader.from_batches(kept.schema, _first_rows(kept, request.limit, reader))
 
     def _replicas(self, consistency: str) -> tuple[str, ...] | None:
         """Whom to ask: about one replica's own state only those whom the user named."""
@@ -402,6 +430,18 @@ class RemoteBackend:
                     self._silent.add(endpoint)
                     self._leader = None if endpoint == self._leader else self._leader
             backoff.wait(error)
+
+
+def _first_rows(
+    batches: Iterable[pa.RecordBatch], limit: int, reader: fl.FlightStreamReader
+) -> Iterator[pa.RecordBatch]:
+    """The first `limit` rows of `batches`, which come out of `reader`: it is told that no more are wanted."""
+    left = limit
+    source = iter(batches)
+    while left > 0 and (batch := next(source, None)) is not None:
+        yield batch.slice(0, left)
+        left -= batch.num_rows
+    reader.cancel()
 
 
 def connect(url: str, *, timeout_s: float = 30.0) -> Database:

@@ -200,8 +200,16 @@ class Groups:
         self.flush()
 
     def take_purged(self) -> bool:
-        """Whether the log has become superfluous in part: `Log.purge` is worth a call after the next sync."""
-        return bool([group for group in self._touched if self._drivers[group].take_purged()])
+        """Whether the log has become superfluous in part: `Log.purge` is worth a call after the next sync.
+
+        Then other groups are asked to make way, too: the log goes no further than the one that keeps its oldest entry.
+        """
+        purged = bool([group for group in self._touched if self._drivers[group].take_purged()])
+        if purged and len(self._drivers) > 1:
+            storing = [(driver.group, driver.snapshots) for driver in self if driver.snapshots is not None]
+            written = sum(snapshots.applied_bytes for _, snapshots in storing)
+            self._touched |= {group for group, snapshots in storing if snapshots.make_way(written)}
+        return purged
 
     def take_applies(self) -> list[MachineJob]:
         """What the machines of touched groups have to do, at most one job each."""

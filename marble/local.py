@@ -6,6 +6,7 @@ the log sees it; what depends on the order of the log (a table dropped meanwhile
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,7 +14,6 @@ from concurrent.futures import Future
 from typing import Any, Final, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from marble._core.entry_batch import Proposal
 from marble.database import Database
@@ -21,17 +21,23 @@ from marble.env import SystemFiles
 from marble.errors import OutcomeUnknownError, UnavailableError, UsageError
 from marble.lsm import payload
 from marble.lsm.files import TableFiles
+from marble.lsm.keyrange import KeyRange
 from marble.lsm.machine import TableMachine
 from marble.lsm.view import TableView
-from marble.node import Node
+from marble.node import GROUP, Node
 from marble.options import NodeOptions
 from marble.promises import Committed, Lane, promise
+from marble.requests import ScanRequest, TableChange
 from marble.schema import TableInfo, conform, conform_keys
+from marble.table_options import TableOptions, fill
 from marble.transport.wire import Stamp
 from marble.types import EntryKind
 
 ANSWER_MARGIN_S: Final = 2.0
 """How much longer a caller waits than the engine's own deadlines, which give the better error."""
+
+LOCAL_GROUP: Final = 1
+"""The group that each node has for itself, of the tables that are not replicated."""
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -56,6 +62,16 @@ def _index(committed: Committed) -> int:
     return committed.index
 
 
+def scan_view(view: TableView, request: ScanRequest) -> pa.RecordBatchReader:
+    """What `request` asks for of `view`."""
+    keys = KeyRange(request.lower or b"", request.upper)
+    return view.scan(request.columns, request.filter, keys=keys, reverse=request.reverse, limit=request.limit)
+
+
+def _placed(info: TableInfo, local: bool) -> TableInfo:
+    return dataclasses.replace(info, local=local)
+
+
 class LocalBackend:
     """What `marble.database.Database` does, done on a node in this process. Thread-safe.
 
@@ -65,13 +81,18 @@ class LocalBackend:
         A started node whose machine is `machine`.
     machine
         The tables.
+    own
+        The tables that are not replicated, the machine of group `LOCAL_GROUP`. None: there are none.
     lease_reads
         Whether a leader may answer linearizable reads out of its lease.
     """
 
-    def __init__(self, node: Node, machine: TableMachine, *, lease_reads: bool = False) -> None:
+    def __init__(
+        self, node: Node, machine: TableMachine, own: TableMachine | None = None, *, lease_reads: bool = False
+    ) -> None:
         self.node = node
         self.machine = machine
+        self.own = own
         self.lease_reads = lease_reads
         self._closed = False
 
@@ -83,11 +104,14 @@ class LocalBackend:
         term: int | None = None,
         stamp: Stamp | None = None,
         lane: Lane | None = None,
+        *,
+        local: bool = False,
     ) -> Future[Committed]:
         """Offer one entry of `kind` for the log; see `Node.propose` for `term` and `lane`. `stamp`: the client's, if any."""
         self._check_open()
         session, sequence = (0, 0) if stamp is None else (stamp.session, stamp.sequence)
-        return self.node.propose(Proposal(kind, table_id, body, session, sequence), term, lane=lane)
+        proposal = Proposal(kind, table_id, body, session, sequence)
+        return self.node.propose(proposal, term, LOCAL_GROUP if local else GROUP, lane)
 
     def write_entry(
         self,
@@ -98,7 +122,7 @@ class LocalBackend:
         lane: Lane | None = None,
     ) -> Future[Committed]:
         """Upsert the rows of `batch`, whoever it came from, as one entry."""
-        body = payload.encode_rows(conform(batch, table))
+        body = payload.encode_rows(conform(fill(batch, table.schema, table.options), table))
         return self.propose(EntryKind.WRITE, table.id, body, term, stamp, lane)
 
     def delete_entry(
@@ -115,42 +139,65 @@ class LocalBackend:
 
     def write(self, table: TableInfo, batch: pa.RecordBatch) -> Future[int]:
         # `Table` has conformed what it hands over.
-        return then(self.propose(EntryKind.WRITE, table.id, payload.encode_rows(batch)), _index)
+        return self._changed(EntryKind.WRITE, table, payload.encode_rows(batch))
 
     def delete(self, table: TableInfo, keys: pa.RecordBatch) -> Future[int]:
-        return then(self.propose(EntryKind.DELETE, table.id, payload.encode_rows(keys)), _index)
+        return self._changed(EntryKind.DELETE, table, payload.encode_rows(keys))
 
-    def create_table(self, name: str, schema: pa.Schema, key: Sequence[str]) -> TableInfo:
-        body = payload.encode_create_table(name, schema, key)
-        committed = self._committed(self.propose(EntryKind.CREATE_TABLE, 0, body))
-        return self.machine.read(committed.value).info
+    def change(self, changes: Sequence[TableChange]) -> Future[int]:
+        kind, table, body = payload.encode_changes(changes)
+        return then(self.propose(kind, table, body, local=changes[0].table.local), _index)
 
-    def drop_table(self, name: str) -> int:
-        return self._committed(self.propose(EntryKind.DROP_TABLE, 0, payload.encode_drop_table(name))).index
+    def _changed(self, kind: EntryKind, table: TableInfo, body: pa.Buffer) -> Future[int]:
+        return then(self.propose(kind, table.id, body, local=table.local), _index)
+
+    def create_table(
+        self, name: str, schema: pa.Schema, key: Sequence[str], options: TableOptions, local: bool
+    ) -> TableInfo:
+        machine = self._machine_of(local)
+        body = payload.encode_create_table(name, schema, key, options)
+        committed = self._committed(self.propose(EntryKind.CREATE_TABLE, 0, body, local=local))
+        return _placed(machine.table(committed.value), local)
+
+    def drop_table(self, table: TableInfo) -> int:
+        body = payload.encode_drop_table(table.name)
+        return self._committed(self.propose(EntryKind.DROP_TABLE, 0, body, local=table.local)).index
 
     def tables(self) -> Sequence[TableInfo]:
         self._check_open()
         self._confirm()
-        return self.machine.tables()
+        own = [] if self.own is None else [_placed(info, True) for info in self.own.tables()]
+        # A name that both have, because it was given to both at once, means the replicated table.
+        known = {info.name: info for info in (*own, *self.machine.tables())}
+        return [known[name] for name in sorted(known)]
 
-    def view(self, table: TableInfo, consistency: str) -> TableView:
-        """The table as of now: of the whole cluster ("linearizable") or of what this replica has applied ("local")."""
+    def view(self, table: TableInfo, consistency: str, at_index: int | None = None) -> TableView:
+        """The table as of now: of the whole cluster ("linearizable") or of what this replica has applied ("local").
+
+        `at_index`: as it was after that entry instead. What is linearizable then is only that this is known here.
+        """
         self._check_open()
-        if consistency == "linearizable":
-            self._confirm()
-        return self.machine.read(table.id)
+        machine = self._machine_of(table.local)
+        if consistency == "linearizable" and (at_index is None or at_index > machine.applied_index):
+            self._confirm(LOCAL_GROUP if table.local else GROUP)
+        return machine.read(table.id, at_index)
 
-    def get_many(self, table: TableInfo, keys: pa.RecordBatch, consistency: str) -> pa.RecordBatch:
-        return self.view(table, consistency).get_many(keys)
+    def get_many(
+        self, table: TableInfo, keys: pa.RecordBatch, consistency: str, at_index: int | None
+    ) -> pa.RecordBatch:
+        return self.view(table, consistency, at_index).get_many(keys)
 
-    def scan(
-        self,
-        table: TableInfo,
-        columns: Sequence[str] | None,
-        filter: pc.Expression | None,  # noqa: A002
-        consistency: str,
-    ) -> pa.RecordBatchReader:
-        return self.view(table, consistency).scan(columns, filter)
+    def scan(self, table: TableInfo, request: ScanRequest) -> pa.RecordBatchReader:
+        return scan_view(self.view(table, request.consistency, request.at_index), request)
+
+    def _machine_of(self, local: bool) -> TableMachine:
+        if not local:
+            return self.machine
+        if self.own is None:
+            raise UsageError(
+                "this node has no tables of its own: replicated=False is for marble.open and RaftServer.database"
+            )
+        return self.own
 
     def status(self) -> dict[str, Any]:
         return self.node.status()
@@ -163,10 +210,12 @@ class LocalBackend:
         self._closed = True
         self.node.stop()
 
-    def _confirm(self) -> None:
+    def _confirm(self, group: int = GROUP) -> None:
         """Wait until this node has applied what was committed anywhere when the call came."""
         try:
-            self.node.read_index(lease=self.lease_reads).result(self.node.options.read_timeout_s + ANSWER_MARGIN_S)
+            self.node.read_index(group, lease=self.lease_reads).result(
+                self.node.options.read_timeout_s + ANSWER_MARGIN_S
+            )
         except TimeoutError:
             raise UnavailableError("the engine does not answer (a disk that hangs?)") from None
 
@@ -187,6 +236,7 @@ def open(  # noqa: A001
     max_log_size: int | None = None,
     max_entry_size: int = 16 * 1024 * 1024,
     snapshot_distance: int = 10_000,
+    retention: int = 0,
 ) -> Database:
     """Open a database in a directory of this machine: a Raft cluster of one, no server.
 
@@ -202,6 +252,8 @@ def open(  # noqa: A001
         In bytes; a larger batch is refused with UsageError.
     snapshot_distance
         Entries between two snapshots, which let the log forget what lies behind them.
+    retention
+        For how many entries back the tables can be read as they were (``at_index=``). It keeps their memory and files, too.
 
     Returns
     -------
@@ -218,7 +270,8 @@ def open(  # noqa: A001
         If the log is damaged: names the file and the offset.
     """
     files = SystemFiles(path)
-    machine = TableMachine(files=TableFiles(files))
+    machine = TableMachine(files=TableFiles(files), retention=retention)
+    own = TableMachine(files=TableFiles(files, LOCAL_GROUP), retention=retention)
     options = NodeOptions(
         cluster_id="embedded",
         node_id=1,
@@ -228,11 +281,11 @@ def open(  # noqa: A001
         snapshot_distance=snapshot_distance,
     )
     try:
-        node = Node(options, files, machine)
+        node = Node(options, files, {GROUP: machine, LOCAL_GROUP: own}, alone=(LOCAL_GROUP,))
     except (FileNotFoundError, NotADirectoryError, FileExistsError, PermissionError) as error:
         raise UsageError(f"{os.fspath(path)!r} cannot be a data directory: {error.strerror}") from None
     node.start()
-    backend = LocalBackend(node, machine)
+    backend = LocalBackend(node, machine, own)
     # Whoever forgets to close, but drops the database and its tables, gives the directory back all the same.
     weakref.finalize(backend, node.stop)
     return Database(backend)

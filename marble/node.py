@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Final, Protocol, TypeVar
 
@@ -64,13 +64,13 @@ class Node:
         The data directory.
     machines
         What committed entries are applied to; must be empty. One for each group, by the group's number; a single one is
-        that of group 0. All nodes of a cluster have the same groups.
+        that of group 0. All nodes of a cluster have the same groups, but for those in `alone`.
     transport
         Carries messages to peers; None for a cluster of one.
     clock, random
         Time and chance; the system's by default.
-    metrics
-        Where counters go.
+    metrics, alone
+        Where counters go. The groups that this node has for itself: it is their only member.
 
     Raises
     ------
@@ -92,6 +92,7 @@ class Node:
         clock: Clock | None = None,
         random: Random | None = None,
         metrics: Metrics | None = None,
+        alone: Collection[int] = (),
     ) -> None:
         if options.node_id not in options.endpoints and not options.join:
             raise UsageError(f"node {options.node_id} is not among the cluster's nodes {sorted(options.endpoints)}")
@@ -102,6 +103,7 @@ class Node:
                 f"max_entry_size {options.entry_bytes_max} is above {log_options.entry_bytes_max}, the most that fits the log"
             )
         self.options = options
+        self._alone = frozenset(alone)
         self.machines = dict(machines) if isinstance(machines, Mapping) else {GROUP: machines}
         self.metrics = metrics or Metrics()
         self._files = files
@@ -133,7 +135,7 @@ class Node:
             )
             self._check_log(len(options.endpoints) > 1)
             for group in sorted(self.machines):
-                driver = self._recover(group, genesis)
+                driver = self._recover(group, Members((options.node_id,)) if group in self._alone else genesis)
                 self._groups.add(driver)
                 self._desks[group] = Desk(options, driver, self._engine.release, lambda: self._log.nbytes, self._now_us)
             self._check_log(
@@ -169,8 +171,8 @@ class Node:
     def endpoints(self) -> dict[int, str]:
         """Where the nodes of the cluster are reached, as of the engine's last turn, by their ids."""
         known: dict[int, str] = {}
-        for desk in self._desks.values():
-            known.update(desk.endpoints)
+        for group, desk in self._desks.items():
+            known.update({} if group in self._alone else desk.endpoints)
         return dict(sorted(known.items()))
 
     def members(self, group: int = GROUP) -> Members:
@@ -422,7 +424,7 @@ class Node:
     def _warn_of_configuration(self, desk: Desk) -> None:
         """Say so if the configuration names other nodes than those that take part: it does not change who they are."""
         configured, members = sorted(self.options.endpoints), list(desk.members.all)
-        if not self.options.join and configured != members:
+        if not self.options.join and configured != members and desk.driver.group not in self._alone:
             logger.warning(
                 "the configuration names the nodes %s, but the members of group %d are %s: members are added and removed "
                 "by the leader (`marble members`), not by a configuration",

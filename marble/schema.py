@@ -107,14 +107,12 @@ class TableInfo:
 
     Attributes
     ----------
-    schema
-        The columns, without metadata. Two rows with equal key columns are the same record.
-    key
-        Names of the key columns, in the order in which rows are sorted.
-    key_schema
-        The key columns alone, in key order.
-    lookup_schema
-        The columns of what a look-up by key gives: those of ``schema``, all nullable, since a row may be missing.
+    schema, key
+        The columns, without metadata; names of the key columns, in the order in which rows are sorted.
+    local
+        Whether it is this process's own: known here, and no part of what is replicated.
+    key_schema, lookup_schema
+        The key columns alone, in key order. Those of ``schema``, all nullable, since a row that is looked up may be missing.
     """
 
     id: int
@@ -122,6 +120,7 @@ class TableInfo:
     schema: pa.Schema
     key: tuple[str, ...]
     options: TableOptions = DEFAULT_OPTIONS
+    local: bool = False
     key_schema: pa.Schema = dataclasses.field(init=False, repr=False, compare=False)
     lookup_schema: pa.Schema = dataclasses.field(init=False, repr=False, compare=False)
     _checked: tuple[tuple[int, pa.Field, bool], ...] = dataclasses.field(init=False, repr=False, compare=False)

@@ -33,11 +33,12 @@ from marble.config import NodeConfig, RaftClusterConfig, format_endpoint, parse_
 from marble.database import Database
 from marble.env import SystemFiles
 from marble.errors import OutcomeUnknownError, UnavailableError, UsageError
-from marble.local import LocalBackend
+from marble.local import LOCAL_GROUP, LocalBackend
 from marble.lsm import payload
+from marble.lsm.files import TableFiles
 from marble.lsm.machine import TableMachine
 from marble.metrics import Metrics
-from marble.node import Node
+from marble.node import GROUP, Node
 from marble.options import NodeOptions
 from marble.service import TablesService
 from marble.transport.flight import FlightTransport
@@ -163,6 +164,7 @@ class RaftServer:
         self._config: RaftClusterConfig | None = None
         self._options: NodeOptions | None = None
         self._node: Node | None = None
+        self._own: TableMachine | None = None
         self._flight: FlightTransport | None = None
         self._service: TablesService | None = None
 
@@ -255,7 +257,10 @@ class RaftServer:
                 metrics=metrics,
             )
             stack.callback(carrier.stop, STOP_GRACE_S)
-            node = Node(self._options, SystemFiles(self._data_dir), self._machine, carrier, metrics=metrics)
+            files = SystemFiles(self._data_dir)
+            own = TableMachine(files=TableFiles(files, LOCAL_GROUP))
+            machines = {GROUP: self._machine, LOCAL_GROUP: own}
+            node = Node(self._options, files, machines, carrier, metrics=metrics, alone=(LOCAL_GROUP,))
             stack.callback(node.stop)
             service = TablesService(LocalBackend(node, self._machine, lease_reads=self._config.lease_reads))
             node.start()
@@ -267,7 +272,7 @@ class RaftServer:
                 acquaintances=node.acquaintances,
             )
             stack.pop_all()
-        self._node, self._flight, self._service = node, carrier, service
+        self._node, self._flight, self._service, self._own = node, carrier, service, own
         self._phase = _Phase.STARTED
 
     def stop(self, timeout_s: float = 10.0) -> None:
@@ -473,9 +478,12 @@ class RaftServer:
 
     @property
     def database(self) -> Database:
-        """The tables, for this process: reads on any node, writes while this node leads (else NotLeaderError)."""
+        """The tables, for this process: reads on any node, writes while this node leads (else NotLeaderError).
+
+        Tables of this node alone (``create_table(..., replicated=False)``) are written whoever leads.
+        """
         node = self._running("database")
-        return Database(_ServerBackend(node, self._machine, lease_reads=node.options.lease_reads))
+        return Database(_ServerBackend(node, self._machine, self._own, lease_reads=node.options.lease_reads))
 
     @staticmethod
     def _wait(future: Future[T], timeout_s: float, what: str) -> T:

@@ -11,8 +11,8 @@ The verbs (see `marble.transport.wire` for the JSON in them):
   the log and gets one ack, in order. A batch that is wrong gets an error for its ack, and the stream goes on; after a
   batch that was refused ("unavailable", "not_leader") all that follows in the stream is, too: open another.
 - DoGet: a ticket, or the name of a table.
-- DoExchange ``[table, "get"]`` or ``[table, "get", "local"]``: for each batch of keys one batch of rows; with
-  "upsert" or "delete" like DoPut, the acks as metadata without rows.
+- DoExchange ``[table, "get"]``, ``[table, "get", "local"]`` or ``[table, "get", consistency, index]``, the last for a past
+  state: for each batch of keys one batch of rows; with "upsert" or "delete" like DoPut, the acks as metadata without rows.
   With a stamp (`marble.transport.wire.Stamp`) as its ``app_metadata`` a batch takes effect once, however often it comes.
 - ListFlights, GetFlightInfo and GetSchema of ``[table]``; ListActions; DoAction of `marble.actions.ACTIONS`.
 
@@ -41,7 +41,7 @@ from marble.errors import (
     UnavailableError,
     UsageError,
 )
-from marble.local import ANSWER_MARGIN_S, LocalBackend, then
+from marble.local import ANSWER_MARGIN_S, LocalBackend, scan_view, then
 from marble.lsm.view import TableView
 from marble.promises import Committed, Lane
 from marble.schema import TableInfo, check_table_name, conform_keys
@@ -49,6 +49,7 @@ from marble.transport import wire
 from marble.transport.faults import to_flight_error
 from marble.transport.intake import Intake, StreamEndedError, Ways
 from marble.transport.relay import Relays
+from marble.transport.tickets import decode_ticket, encode_ticket
 
 logger = logging.getLogger("marble.service")
 
@@ -133,12 +134,12 @@ class TablesService:
     @_answering
     def do_exchange(self, context: Any, descriptor: flight.FlightDescriptor, reader: Any, writer: Any) -> None:
         """Look up keys, or take a stream of batches; see the module's head."""
-        name, verb, consistency = _path(descriptor, (wire.GET, wire.UPSERT, wire.DELETE))
+        name, verb, rest = _path(descriptor, (wire.GET, wire.UPSERT, wire.DELETE))
         if not verb:
             raise UsageError(f'DoExchange needs a path of table and verb: [{name!r}, "get"], "upsert" or "delete"')
         if verb == wire.GET:
             with self._stream():
-                self._look_up(name, consistency, reader, writer)
+                self._look_up(name, *_moment(rest), reader, writer)
         else:
             self._take_writes(
                 context, (name, verb), reader, lambda acks: writer.write_metadata(pa.py_buffer(acks)), wire.ACKS_MAX
@@ -147,10 +148,10 @@ class TablesService:
     @_answering
     def do_get(self, context: Any, ticket: flight.Ticket) -> flight.GeneratorStream:
         """Stream the rows of a table in key order."""
-        asked = wire.decode_ticket(ticket.ticket)
-        view = self._view(asked.table, asked.consistency)
-        check_scan(view.info, asked.columns, None)
-        reader = view.scan(asked.columns)
+        asked = decode_ticket(ticket.ticket)
+        view = self._view(asked.table, asked.request.consistency, asked.request.at_index)
+        check_scan(view.info, asked.request.columns, None)
+        reader = scan_view(view, asked.request)
         return flight.GeneratorStream(reader.schema, self._rows(reader))
 
     def _take_writes(
@@ -211,14 +212,14 @@ class TablesService:
         finally:
             self._streams.release()
 
-    def _look_up(self, name: str, consistency: str, reader: Any, writer: Any) -> None:
+    def _look_up(self, name: str, consistency: str, at_index: int | None, reader: Any, writer: Any) -> None:
         schema: pa.Schema | None = None
         for chunk in _chunks(reader):
             self.check_running()
             keys = chunk.data
             if keys is None or keys.num_rows > KEYS_MAX:
                 raise UsageError(f"table {name!r}: look up 1 to {KEYS_MAX} keys with each batch")
-            view = self._view(name, consistency)
+            view = self._view(name, consistency, at_index)
             rows = view.get_many(conform_keys(keys, view.info))
             if schema is None:
                 writer.begin(rows.schema)
@@ -267,15 +268,15 @@ class TablesService:
         # Every node can answer; this one is named first, as the client has found it already.
         nodes = sorted(known.values(), key=lambda endpoint: endpoint != mine)
         locations = [flight.Location.for_grpc_tcp(*parse_endpoint(endpoint)) for endpoint in nodes]
-        endpoint = flight.FlightEndpoint(wire.encode_ticket(view.info.name), locations)
+        endpoint = flight.FlightEndpoint(encode_ticket(view.info.name), locations)
         descriptor = flight.FlightDescriptor.for_path(view.info.name)
         return flight.FlightInfo(view.info.schema, descriptor, [endpoint], view.row_count, -1)
 
-    def _view(self, name: str, consistency: str) -> TableView:
+    def _view(self, name: str, consistency: str, at_index: int | None = None) -> TableView:
         check_table_name(name)
-        if consistency == "linearizable":
+        if consistency == "linearizable" and (at_index is None or at_index > self._machine.applied_index):
             self._confirm()
-        return self._machine.read(name)
+        return self._machine.read(name, at_index)
 
     def _table(self, name: str) -> TableInfo:
         """The table `name`; asks the cluster before it says that there is none."""
@@ -320,8 +321,8 @@ class TablesService:
         return self._node.leader_endpoint
 
 
-def _path(descriptor: flight.FlightDescriptor, verbs: Sequence[str]) -> tuple[str, str, str]:
-    """Table, verb ("" if there is none) and consistency in the path of `descriptor`."""
+def _path(descriptor: flight.FlightDescriptor, verbs: Sequence[str]) -> tuple[str, str, list[str]]:
+    """Table, verb ("" if there is none) and what follows a "get" in the path of `descriptor`."""
     known = ", ".join(f'"{verb}"' for verb in verbs)
     wanted = "a path [table]" + (f" or [table, verb] with a verb of {known}" if verbs else "")
     if descriptor.descriptor_type is not flight.DescriptorType.PATH or not descriptor.path:
@@ -330,9 +331,19 @@ def _path(descriptor: flight.FlightDescriptor, verbs: Sequence[str]) -> tuple[st
     name, *rest = [part.decode("utf-8", "backslashreplace") for part in descriptor.path]
     check_table_name(name)
     verb = rest[0] if rest else ""
-    if len(rest) > (2 if verb == wire.GET else 1) or (rest and verb not in verbs):
+    if len(rest) > (3 if verb == wire.GET else 1) or (rest and verb not in verbs):
         raise UsageError(f"the descriptor must be {wanted}, not {str([name, *rest])[:200]}")
-    return name, verb, wire.check_consistency(rest[1]) if len(rest) == 2 else "linearizable"
+    return name, verb, rest[1:]
+
+
+def _moment(rest: Sequence[str]) -> tuple[str, int | None]:
+    """Consistency and index out of what follows a "get"."""
+    consistency = wire.check_consistency(rest[0]) if rest else "linearizable"
+    if len(rest) < 2:
+        return consistency, None
+    if len(rest[1]) > 20 or not (rest[1].isascii() and rest[1].isdigit()):
+        raise UsageError(f"the index of a read must be a whole number, not {rest[1][:80]!r}")
+    return consistency, wire.check_whole(int(rest[1]), "the index of a read")
 
 
 def _chunks(reader: Any) -> Iterator[Any]:

@@ -99,6 +99,11 @@ class Snapshots:
         self._wanted = False
         self._not_before = 0
         self._bytes = 0
+        self.applied_bytes = 0
+        """Bytes of all entries applied in this run."""
+        self._others = 0
+        """What `make_way` was told when this group last let go of what it could."""
+        self._tailless = False
         self._write: WriteJob | None = None
         self._collect = False
         """Whether files may have become superfluous."""
@@ -147,6 +152,7 @@ class Snapshots:
         """`job` has run, and the core knows. If it captured the state, that is to be written."""
         self.stalled = job.stalled
         self._bytes += job.applied_bytes
+        self.applied_bytes += job.applied_bytes
         if job.state is None:
             return
         check(job.state.applied_index == self._raft.applied_index, "a state was captured at another index")
@@ -182,7 +188,8 @@ class Snapshots:
             if job.error is None:
                 self._collect = True
                 self._raft.snapshot_taken(job.meta)
-                self.purge()
+                tailless, self._tailless = self._tailless, False
+                self.purge(tailless)
             else:
                 # The disk may be full: not at once again.
                 self._not_before = self._raft.applied_index + max(1, self._policy.distance // 4)
@@ -195,10 +202,36 @@ class Snapshots:
 
     # -- the log -----------------------------------------------------------------------------------------------------
 
-    def purge(self) -> None:
-        """Let go of the log that the newest snapshot makes superfluous."""
+    def make_way(self, written: int) -> bool:
+        """Let go of everything in the log that a snapshot can stand for, if others have written much since the last time.
+
+        A log is forgotten from its beginning. What a group that rests has there would keep all that others write behind it.
+
+        Parameters
+        ----------
+        written
+            Bytes that all groups of the log have applied in this run.
+
+        Returns
+        -------
+        bool
+            Whether there is something to do now.
+        """
+        if written - self._others < self._policy.log_bytes:
+            return False
+        self._others = written
+        if self.want():
+            self._tailless = True
+            return True
+        before = self._raft.log.first_index
+        self.purge(tailless=True)
+        return self._raft.log.first_index > before
+
+    def purge(self, tailless: bool = False) -> None:
+        """Let go of the log that the newest snapshot makes superfluous; keep none of it for followers if `tailless`."""
         raft, policy = self._raft, self._policy
         log, tail = raft.log, policy.distance if policy.tail is None else policy.tail
+        tail = 0 if tailless else tail
         end = self.index - tail
         pinned = self.transfer.pinned_index
         if pinned is not None:

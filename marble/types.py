@@ -61,6 +61,10 @@ class EntryKind(enum.IntEnum):
     SNAPSHOT = 11
     """Not an entry. In a node's own log: everything up to ``index``, whose term is ``term``, is in a snapshot, and the log of
     the group goes on after it. Between nodes: one row that carries a snapshot's description or a piece of it."""
+    DELETE_RANGE = 12
+    """Delete from ``table`` all rows whose keys lie in the range in the payload."""
+    TRANSACTION = 13
+    """Several WRITE, DELETE and DELETE_RANGE of any tables, in the payload: all of them take effect, or none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ class TestDatabase:
             db.create_table("people", SCHEMA, ["id"])
         assert db.create_table("people", SCHEMA, ["id"], exist_ok=True).info == table.info
         assert db.create_table("people", SCHEMA.with_metadata({"a": "b"}), ["id"], exist_ok=True).info == table.info
-        with pytest.raises(UsageError, match="exists already: it differs in schema or key"):
+        with pytest.raises(UsageError, match="exists already: it differs in schema, key or options"):
             db.create_table("people", SCHEMA, ["name"], exist_ok=True)
 
     def test_create_takes_any_arrow_schema(self, db: Database) -> None:

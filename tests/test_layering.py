@@ -13,7 +13,19 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "marble"
 
 FLOORS = [
-    ("types", "errors", "table_options", "schema", "filters", "env", "metrics", "machine", "config", "sessions"),
+    (
+        "types",
+        "errors",
+        "table_options",
+        "schema",
+        "requests",
+        "filters",
+        "env",
+        "metrics",
+        "machine",
+        "config",
+        "sessions",
+    ),
     ("_core",),
     ("raft", "logstore", "lsm", "database", "members"),
     ("transport",),
@@ -43,6 +55,7 @@ STEPS = {
         for part in ("table_options", "schema", "filters", "env", "metrics", "machine", "config")
     },
     "schema": {"types", "errors", "table_options"},
+    "requests": {"types", "schema"},
     "sessions": {"types", "errors", "machine"},
     "checkpoint": {"identity"},
     "fetching": {"jobs"},

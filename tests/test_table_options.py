@@ -28,12 +28,12 @@ SCHEMA = pa.schema([("id", pa.int64()), ("s", pa.string()), *((str(type_), type_
 )
 def test_what_does_not_fit_is_refused(options: TableOptions, message: str) -> None:
     with pytest.raises(UsageError, match=rf"^table 't'.*{message}"):
-        check_options("t", SCHEMA, options)
+        check_options("t", SCHEMA, ["id"], options)
 
 
 def test_what_fits_is_returned() -> None:
     for options in (DEFAULT_OPTIONS, TableOptions("lz4"), TableOptions("zstd", "id", TTL_US_MAX)):
-        assert check_options("t", SCHEMA, options) is options
+        assert check_options("t", SCHEMA, ["id"], options) is options
     assert expired_until(SCHEMA, DEFAULT_OPTIONS, 10**15) is None
 
 
@@ -42,7 +42,7 @@ def test_what_fits_is_returned() -> None:
     [("id", 1), *zip(map(str, TYPES), (10**6, 1000, 1, Fraction(1, 1000), 86_400 * 10**6, 1000), strict=True)],
 )
 def test_a_row_is_gone_when_its_time_lies_so_far_back(column: str, unit_us: Fraction) -> None:
-    options = check_options("t", SCHEMA, TableOptions(None, column, 5_000_000))
+    options = check_options("t", SCHEMA, ["id"], TableOptions(None, column, 5_000_000))
     for time_us in (0, 1, 4_999_999, 5_000_000, 5_000_001, 10**15, 10**15 + 1):
         until = expired_until(SCHEMA, options, time_us)
         assert until is not None

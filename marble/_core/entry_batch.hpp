@@ -39,14 +39,15 @@ constexpr uint64_t kIndexMax = static_cast<uint64_t>(std::numeric_limits<int64_t
 constexpr int kEntryColumns = 10;
 constexpr int kPayloadColumn = 9;
 
-// EntryKind, as far as the rules here ask for it. Entries are the kinds from kNoop to kCloseSession.
+// EntryKind, as far as the rules here ask for it. Entries are the kinds from kNoop to kTransaction but kSnapshot.
 constexpr uint8_t kNoop = 2;
 constexpr uint8_t kMembership = 8;
 constexpr uint8_t kOpenSession = 9;
 constexpr uint8_t kCloseSession = 10;
 constexpr uint8_t kSnapshot = 11;
+constexpr uint8_t kTransaction = 13;
 
-inline bool IsEntry(uint8_t kind) noexcept { return kind >= kNoop && kind <= kCloseSession; }
+inline bool IsEntry(uint8_t kind) noexcept { return kind >= kNoop && kind <= kTransaction && kind != kSnapshot; }
 
 // Whether an entry of `kind` has a payload; the others never have one.
 inline bool HasPayload(uint8_t kind) noexcept {

@@ -3,6 +3,7 @@
 from marble.database.backend import Backend, Consistency, check_consistency, check_scan
 from marble.database.database import Database
 from marble.database.table import Scan, Table
+from marble.database.transaction import Transaction
 from marble.filters import columns_read, filter_batches
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Database",
     "Scan",
     "Table",
+    "Transaction",
     "check_consistency",
     "check_scan",
     "columns_read",

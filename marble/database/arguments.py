@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from marble.errors import UsageError
-from marble.schema import TableInfo, conform_keys, to_batches
+from marble.schema import TableInfo, conform, conform_keys, to_batches
+from marble.table_options import fill
 
 
 def one_batch(data: object) -> pa.RecordBatch:
@@ -19,6 +20,11 @@ def one_batch(data: object) -> pa.RecordBatch:
     if not batches:
         raise UsageError("there are no rows: give at least one")
     return pa.concat_batches(batches)
+
+
+def row_batch(table: TableInfo, batch: pa.RecordBatch) -> pa.RecordBatch:
+    """`batch` as rows of `table`; it may lack the columns that the table fills by itself."""
+    return conform(fill(batch, table.schema, table.options), table)
 
 
 def is_arrow(data: object) -> bool:
@@ -40,15 +46,21 @@ def key_batch(table: TableInfo, keys: object) -> pa.RecordBatch:
     if not isinstance(keys, Iterable) or isinstance(keys, str | bytes | Mapping):
         raise UsageError(f"table {table.name!r}: keys must be a list of keys or Arrow data, got {keys!r}")
     rows = [_key_row(table, key) for key in keys]
+    arrays = key_columns(table, rows) if rows else [pa.array([], field.type) for field in table.key_schema]
+    return conform_keys(pa.RecordBatch.from_arrays(arrays, names=list(table.key)), table)
+
+
+def key_columns(table: TableInfo, rows: Sequence[tuple[object, ...]]) -> list[pa.Array]:
+    """`rows`, of which each has a value for each of the first key columns, as arrays of these columns' types."""
     arrays = []
-    for position, field in enumerate(table.key_schema):
+    for field, values in zip(table.key_schema, zip(*rows, strict=True), strict=False):
         try:
-            arrays.append(_key_column([row[position] for row in rows], field.type))
+            arrays.append(_key_column(values, field.type))
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise UsageError(
                 f"table {table.name!r}: key column {field.name!r} must be {field.type}: {error}"
             ) from error
-    return conform_keys(pa.RecordBatch.from_arrays(arrays, names=list(table.key)), table)
+    return arrays
 
 
 def _key_column(values: Sequence[object], type_: pa.DataType) -> pa.Array:

@@ -14,7 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from marble.errors import UsageError
+from marble.requests import ScanRequest, TableChange
 from marble.schema import TableInfo, nearest
+from marble.table_options import TableOptions
+from marble.types import INDEX_MAX
 
 Consistency = Literal["linearizable", "local"]
 """``linearizable``: a read sees every write that was acknowledged anywhere before the read began (Raft §8).
@@ -29,11 +32,16 @@ class Backend(Protocol):
     of the errors of `marble.errors` where they fail. Entries of one thread are ordered as it called.
     """
 
-    def create_table(self, name: str, schema: pa.Schema, key: Sequence[str]) -> TableInfo:
-        """Return the table once its creation is applied; also if it exists with the same definition."""
+    def create_table(
+        self, name: str, schema: pa.Schema, key: Sequence[str], options: TableOptions, local: bool
+    ) -> TableInfo:
+        """Return the table once its creation is applied; also if it exists with the same definition.
+
+        `local`: not replicated. Raises UsageError where there is no place for such tables.
+        """
         ...
 
-    def drop_table(self, name: str) -> int:
+    def drop_table(self, table: TableInfo) -> int:
         """Return the index at which it is gone."""
         ...
 
@@ -52,21 +60,21 @@ class Backend(Protocol):
         """Delete by `keys` (of the table's key schema). Like `write`."""
         ...
 
-    def get_many(self, table: TableInfo, keys: pa.RecordBatch, consistency: Consistency) -> pa.RecordBatch:
+    def change(self, changes: Sequence[TableChange]) -> Future[int]:
+        """Do all of these at one index, or none. Their tables are all replicated, or all local. Like `write`."""
+        ...
+
+    def get_many(
+        self, table: TableInfo, keys: pa.RecordBatch, consistency: Consistency, at_index: int | None
+    ) -> pa.RecordBatch:
         """One row of `TableInfo.lookup_schema` for each of `keys` (of the table's key schema), in their order.
 
-        Where no row has the key, every column is null, the key columns too.
+        Where no row has the key, every column is null, the key columns too. `at_index`: as of after that entry.
         """
         ...
 
-    def scan(
-        self,
-        table: TableInfo,
-        columns: Sequence[str] | None,
-        filter: pc.Expression | None,  # noqa: A002
-        consistency: Consistency,
-    ) -> pa.RecordBatchReader:
-        """The rows of one state of the table in key order; `check_scan` has accepted `columns` and `filter`."""
+    def scan(self, table: TableInfo, request: ScanRequest) -> pa.RecordBatchReader:
+        """The rows of one state of the table in key order; `check_scan` has accepted what `request` asks for."""
         ...
 
     def status(self) -> dict[str, object]: ...
@@ -114,6 +122,13 @@ def check_scan(
         except pa.ArrowException as error:
             raise UsageError(f"{where}: the filter does not fit the table: {error}") from error
     return schema if columns is None else pa.schema([schema.field(name) for name in columns])
+
+
+def check_count(value: object, what: str, least: int = 0) -> int | None:
+    """Return `value` if it is None or a whole number from `least` on, else raise UsageError."""
+    if value is not None and (type(value) is not int or not least <= value <= INDEX_MAX):
+        raise UsageError(f"{what} must be a whole number from {least}, or None, not {value!r}")
+    return value
 
 
 def check_consistency(consistency: str) -> Consistency:

@@ -13,11 +13,14 @@ from concurrent.futures import Future
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from marble.database.arguments import is_one_key, key_batch, one_batch
-from marble.database.backend import Backend, Consistency, check_consistency, check_scan
+from marble.database.arguments import is_one_key, key_batch, one_batch, row_batch
+from marble.database.backend import Backend, Consistency, check_consistency, check_count, check_scan
+from marble.database.ranges import key_range
 from marble.database.window import WriteWindow, outcome
-from marble.errors import InvariantError, UnavailableError
-from marble.schema import TableInfo, conform, to_batches
+from marble.errors import InvariantError, UnavailableError, UsageError
+from marble.requests import ScanRequest, TableChange
+from marble.schema import TableInfo, to_batches
+from marble.types import EntryKind
 
 
 class Table:
@@ -48,6 +51,8 @@ class Table:
     def write(self, data: object) -> int:
         """Upsert rows: a row replaces the one with the same key; of equal keys in a batch the last counts.
 
+        In a table with merge operators a row is merged into the one with the same key, and equal keys of a batch in order.
+
         Each batch of a stream becomes one entry of the log: it takes effect as a whole, after the batches before it.
         A stream as a whole is not atomic.
 
@@ -77,7 +82,7 @@ class Table:
         with WriteWindow(self.name) as window:
             for batch in to_batches(data):
                 if batch.num_rows > 0:
-                    self._submit(window, conform(batch, self.info))
+                    self._submit(window, row_batch(self.info, batch))
             return window.finish()
 
     def _submit(self, window: WriteWindow, batch: pa.RecordBatch) -> None:
@@ -111,7 +116,7 @@ class Table:
         UnavailableError
             At once, if too much is in flight: wait for an earlier future, then call again.
         """
-        return self._backend.write(self.info, conform(one_batch(data), self.info))
+        return self._backend.write(self.info, row_batch(self.info, one_batch(data)))
 
     def delete(self, keys: object) -> int:
         """Delete the rows with these keys; keys without a row are passed over.
@@ -130,7 +135,24 @@ class Table:
             keys = [keys]
         return outcome(self._backend.delete(self.info, key_batch(self.info, keys)))
 
-    def get(self, key: object, *, consistency: Consistency = "linearizable") -> dict[str, object] | None:
+    def delete_range(self, *, prefix: object = None, between: object = None) -> int:
+        """Delete all rows whose keys lie in a range; at least one of the parameters must be given.
+
+        Parameters
+        ----------
+        prefix, between
+            As for `scan`. ``between=(None, None)`` means all rows.
+
+        Returns
+        -------
+        int
+            The index at which the deletion is committed, durable on a majority, and visible.
+        """
+        return outcome(self._backend.change([delete_range(self.info, prefix, between)]))
+
+    def get(
+        self, key: object, *, consistency: Consistency = "linearizable", at_index: int | None = None
+    ) -> dict[str, object] | None:
         """The row with this key, or None.
 
         Parameters
@@ -139,14 +161,20 @@ class Table:
             The value of the key column; a tuple of values in key order; or a dict by column.
         consistency
             See `Consistency`.
+        at_index
+            As for `scan`.
         """
-        row = self._backend.get_many(self.info, key_batch(self.info, [key]), check_consistency(consistency))
+        check_count(at_index, "at_index")
+        keys = key_batch(self.info, [key])
+        row = self._backend.get_many(self.info, keys, check_consistency(consistency), at_index)
         if row.num_rows != 1:
             raise InvariantError(f"table {self.name!r}: asked for one key, got {row.num_rows} rows")
         found: dict[str, object] = row.to_pylist()[0]
         return None if found[self.key[0]] is None else found
 
-    def get_many(self, keys: object, *, consistency: Consistency = "linearizable") -> pa.RecordBatch:
+    def get_many(
+        self, keys: object, *, consistency: Consistency = "linearizable", at_index: int | None = None
+    ) -> pa.RecordBatch:
         """The rows with these keys, all of one state of the table.
 
         Parameters
@@ -156,6 +184,8 @@ class Table:
             ``__arrow_c_array__``) with exactly the key columns.
         consistency
             See `Consistency`.
+        at_index
+            As for `scan`.
 
         Returns
         -------
@@ -164,15 +194,21 @@ class Table:
             the key columns too, which a row that exists never has.
         """
         check_consistency(consistency)
+        check_count(at_index, "at_index")
         if isinstance(keys, Sequence) and not keys:
             return pa.RecordBatch.from_pylist([], self.info.lookup_schema)
-        return self._backend.get_many(self.info, key_batch(self.info, keys), consistency)
+        return self._backend.get_many(self.info, key_batch(self.info, keys), consistency, at_index)
 
     def scan(
         self,
         columns: Sequence[str] | None = None,
         filter: pc.Expression | None = None,  # noqa: A002
         *,
+        prefix: object = None,
+        between: object = None,
+        reverse: bool = False,
+        limit: int | None = None,
+        at_index: int | None = None,
         consistency: Consistency = "linearizable",
     ) -> Scan:
         """Rows in key order, as something that any Arrow tool can read.
@@ -182,21 +218,56 @@ class Table:
         columns
             Names of the columns wanted, in the order wanted. All, if None.
         filter
-            A boolean `pyarrow.compute.Expression` over any columns of the table, e.g. ``pc.field("a") > 1``.
+            A boolean `pyarrow.compute.Expression` over any columns of the table, e.g. ``pc.field("a") > 1``. What it says of
+            the first key columns (comparisons with constants, ``isin``, ``starts_with``, joined by ``&``) is used to read
+            only those keys.
+        prefix
+            Only keys that begin so: a value of the first key column, or a tuple of values of the first ones.
+        between
+            A pair (from, to): only keys whose columns after those of `prefix` lie there, both ends included. Each end is a
+            value, a tuple of values, or None for no bound.
+        reverse
+            From the largest key down.
+        limit
+            At most so many rows, after the filter. None: all.
+        at_index
+            The state after this entry of the log: an index that a write returned. Only as far back as the database keeps
+            old states (``retention``). None: the present state.
         consistency
             See `Consistency`.
 
         Raises
         ------
         UsageError
-            If a column is unknown or the filter does not fit.
+            If a column is unknown, the filter does not fit, or a bound does not fit the key.
         """
         schema = check_scan(self.info, columns, filter)
-        return Scan(self._backend, self.info, schema, columns, filter, check_consistency(consistency))
+        lower, upper = key_range(self.info, prefix, between)
+        request = ScanRequest(
+            None if columns is None else tuple(columns),
+            filter,
+            lower,
+            upper,
+            bool(reverse),
+            check_count(limit, "limit"),
+            check_count(at_index, "at_index"),
+            check_consistency(consistency),
+        )
+        return Scan(self._backend, self.info, schema, request)
 
     def count_rows(self, *, consistency: Consistency = "linearizable") -> int:
         """How many rows the table has."""
         return self.scan([self.key[0]], consistency=consistency).count_rows()
+
+
+def delete_range(table: TableInfo, prefix: object, between: object) -> TableChange:
+    """The deletion of a range of `table`; see `Table.delete_range`."""
+    if prefix is None and between is None:
+        raise UsageError(
+            f"table {table.name!r}: say which keys to delete: prefix, between, or between=(None, None) for all"
+        )
+    lower, upper = key_range(table, prefix, between)
+    return TableChange(EntryKind.DELETE_RANGE, table, None, lower, upper)
 
 
 class Scan:
@@ -208,25 +279,15 @@ class Scan:
         The columns that it gives.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        table: TableInfo,
-        schema: pa.Schema,
-        columns: Sequence[str] | None,
-        filter: pc.Expression | None,  # noqa: A002
-        consistency: Consistency,
-    ) -> None:
+    def __init__(self, backend: Backend, table: TableInfo, schema: pa.Schema, request: ScanRequest) -> None:
         self._backend = backend
         self._table = table
         self.schema = schema
-        self._columns = None if columns is None else list(columns)
-        self._filter = filter
-        self._consistency = consistency
+        self._request = request
 
     def to_reader(self) -> pa.RecordBatchReader:
         """Begin to read, batch by batch, in bounded memory."""
-        return self._backend.scan(self._table, self._columns, self._filter, self._consistency)
+        return self._backend.scan(self._table, self._request)
 
     def to_table(self) -> pa.Table:
         """Read everything."""

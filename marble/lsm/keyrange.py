@@ -27,6 +27,9 @@ class KeyRange:
         """Whether no bytes lie in it."""
         return self.upper is not None and self.upper <= self.lower
 
+    def __contains__(self, key: bytes) -> bool:
+        return self.lower <= key and (self.upper is None or key < self.upper)
+
     def __and__(self, other: KeyRange) -> KeyRange:
         """What lies in both."""
         uppers = [upper for upper in (self.upper, other.upper) if upper is not None]

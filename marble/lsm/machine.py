@@ -17,8 +17,9 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pyarrow as pa
 
@@ -26,6 +27,7 @@ from marble._core import entry_batch
 from marble._core.memtable import Snapshot
 from marble.errors import CorruptionError, InvariantError, UsageError, check
 from marble.lsm import payload
+from marble.lsm.apply import apply_operations
 from marble.lsm.catalog import Catalog
 from marble.lsm.damage import Damage
 from marble.lsm.files import TableFiles
@@ -114,8 +116,10 @@ class TableMachine:
         self._appliers: dict[EntryKind, Callable[[int, int, pa.Buffer], int]] = {
             EntryKind.NOOP: lambda index, table, payload: 0,
             EntryKind.MEMBERSHIP: lambda index, table, payload: 0,
-            EntryKind.WRITE: self._write,
-            EntryKind.DELETE: self._delete,
+            EntryKind.WRITE: partial(self._operate, EntryKind.WRITE),
+            EntryKind.DELETE: partial(self._operate, EntryKind.DELETE),
+            EntryKind.DELETE_RANGE: partial(self._operate, EntryKind.DELETE_RANGE),
+            EntryKind.TRANSACTION: self._transact,
             EntryKind.CREATE_TABLE: self._create_table,
             EntryKind.DROP_TABLE: self._drop_table,
             EntryKind.COMMAND: self._command,
@@ -193,10 +197,10 @@ class TableMachine:
         -------
         list of Result
             One for each row. ``value`` is the number of rows written (WRITE), of rows that were there and are no longer
-            (DELETE), the table's id (CREATE_TABLE, DROP_TABLE), the session's number (OPEN_SESSION), or 0. A creation
-            that repeats an existing definition gives that table's id. An entry that repeats one of its session gives
-            the first one's Result, with its index; one of a session that is not known, or so old that its answer is not,
-            gives ``session_expired`` and is not executed.
+            (DELETE, DELETE_RANGE), the sum of these (TRANSACTION), the table's id (CREATE_TABLE, DROP_TABLE), the
+            session's number (OPEN_SESSION), or 0. A creation that repeats an existing definition gives that table's id.
+            An entry that repeats one of its session gives the first one's Result, with its index; one of a session that
+            is not known, or so old that its answer is not, gives ``session_expired`` and is not executed.
 
         Raises
         ------
@@ -446,18 +450,17 @@ class TableMachine:
         except UsageError as error:
             return Result(error_code=UsageError.code, message=str(error))
 
-    def _write(self, index: int, table: int, data: pa.Buffer) -> int:
-        info = self._catalog.get(table)
-        tree = self._trees[info.id]
-        rows = tree.write(payload.decode_rows(data, info), index)
-        self._touch(info.id, data.size)
-        return rows
+    def _operate(self, kind: EntryKind, index: int, table: int, data: pa.Buffer) -> int:
+        return self._do([payload.Operation(kind, table, data)], index)
 
-    def _delete(self, index: int, table: int, data: pa.Buffer) -> int:
-        info = self._catalog.get(table)
-        rows = self._trees[info.id].delete(payload.decode_keys(data, info), index, self._time_us)
-        self._touch(info.id, data.size)
-        return rows
+    def _transact(self, index: int, table: int, data: pa.Buffer) -> int:
+        return self._do(payload.decode_transaction(data), index)
+
+    def _do(self, operations: Sequence[payload.Operation], index: int) -> int:
+        applied = apply_operations(operations, lambda id_: self._trees[self._catalog.get(id_).id], index, self._time_us)
+        for id_, nbytes in applied.touched.items():
+            self._touch(id_, nbytes)
+        return applied.rows
 
     def _touch(self, table: int, nbytes: int) -> None:
         self._touched.add(table)

@@ -22,7 +22,7 @@ from marble._core.memtable import Memtable, Snapshot
 from marble.lsm.compaction import Plan
 from marble.lsm.files import TableFile, Versions
 from marble.lsm.levels import Levels
-from marble.lsm.view import expired_rows
+from marble.lsm.view import TableView, expired_rows
 from marble.schema import TableInfo
 from marble.table_options import expired_until
 
@@ -153,6 +153,12 @@ class Tree:
         """The rows as of now."""
         snapshot = self._memtable.snapshot()
         return TableData(snapshot, self.below) if self._stored else snapshot
+
+    def view(self, index: int, time_us: int | None) -> TableView:
+        """The rows as of now, called the state after entry `index`, that live at `time_us`; None: all."""
+        data = self.data()
+        until = None if time_us is None else expired_until(self.info.schema, self.info.options, time_us)
+        return TableView(index, self.info, data.reader if isinstance(data, TableData) else data, until)
 
     def write(self, rows: pa.RecordBatch, index: int) -> int:
         """Insert or replace `rows`. Returns how many they are."""

@@ -10,9 +10,10 @@ All of it is UTF-8 JSON, so that a Flight client in any language can speak it:
   ``{"error": code, "message": text, "leader": "host:port" or null}`` with a code of `marble.errors.ERROR_CODES`;
 - a stamp (``app_metadata`` of a batch that is written, or the header `STAMP_HEADER` of an action that changes
   something): ``{"session": s, "sequence": q}``, which makes it take effect once, however often it is sent;
-- a ticket (``DoGet``): ``{"table": name, "columns": [name, ...] or null, "consistency": "linearizable" or "local"}``,
-  or the bare name of a table;
-- a table: ``{"id": i, "name": name, "key": [name, ...], "schema": base64 of the schema as an IPC message}``.
+- a ticket (``DoGet``): see `marble.transport.tickets`;
+- a table: ``{"id": i, "name": name, "key": [name, ...], "schema": base64 of the schema as an IPC message, "options": o}``,
+  where each option that is as usual may be left out: ``{"compression": "lz4" or "zstd", "ttl_column": name,
+  "ttl_us": n, "ttl_stamped": true, "merge": {column: operator, ...}}``.
 """
 
 from __future__ import annotations
@@ -28,21 +29,24 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from marble.errors import ERROR_CODES, InvariantError, MarbleError, NotLeaderError, ProtocolError, UsageError
-from marble.schema import COLUMN_NAME_BYTES_MAX, COLUMNS_MAX, TableInfo, check_table, check_table_name
+from marble.schema import COLUMN_NAME_BYTES_MAX, COLUMNS_MAX, TableInfo, check_table
+from marble.table_options import DEFAULT_OPTIONS, TableOptions, check_options
 from marble.types import INDEX_MAX
 
 ACK_BYTES_MAX: Final = 64 * 1024
 ACKS_MAX: Final = 256
 """Acks in one message."""
 STAMP_BYTES_MAX: Final = 256
-TICKET_BYTES_MAX: Final = 1024 * 1024
-"""Names of `COLUMNS_MAX` columns, escaped, fit."""
+TICKET_BYTES_MAX: Final = 2 * 1024 * 1024
+"""Names of `COLUMNS_MAX` columns, escaped, and two ends of a range of keys fit."""
 TABLE_BYTES_MAX: Final = 8 * 1024 * 1024
 """The definition of one table as JSON: a schema of as many fields as a table may have fits."""
 TABLES_BYTES_MAX: Final = 256 * 1024 * 1024
 """The whole catalog as JSON, as a client accepts it from a server."""
 MESSAGE_CHARACTERS_MAX: Final = 2000
 """Longer texts of errors are cut: some quote what a caller sent."""
+
+_OPTIONS: Final = {"compression": str, "ttl_column": str, "ttl_us": int, "ttl_stamped": bool}
 
 CONSISTENCIES: Final = ("linearizable", "local")
 
@@ -111,15 +115,6 @@ class Stamp:
     sequence: int
 
 
-@dataclass(frozen=True, slots=True)
-class ScanTicket:
-    """What a DoGet asks for: a table's rows in key order, some or (None) all of its columns."""
-
-    table: str
-    columns: tuple[str, ...] | None = None
-    consistency: str = "linearizable"
-
-
 def encode_json(value: object) -> bytes:
     """`value` as compact UTF-8 JSON."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "backslashreplace")
@@ -181,7 +176,8 @@ def _kind(value: object) -> str:
     return {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")
 
 
-def _check_whole(value: object, what: str) -> int:
+def check_whole(value: object, what: str) -> int:
+    """Return `value` if it is a whole number from 0 that fits the log, else raise UsageError."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= INDEX_MAX:
         raise UsageError(f"{what} must be a whole number from 0, not {str(value)[:80]!r}")
     return value
@@ -243,7 +239,7 @@ def _ack_from_json(value: object) -> Ack:
     try:
         fields = check_object(value, "an ack", (), names)
         if "error" not in fields:
-            index, term, rows = (_check_whole(fields.get(name), f"{name} of an ack") for name in names[:3])
+            index, term, rows = (check_whole(fields.get(name), f"{name} of an ack") for name in names[:3])
             return Ack(index, term, rows)
     except UsageError as error:
         raise ProtocolError(str(error)) from None
@@ -273,36 +269,9 @@ def decode_stamp(data: bytes | pa.Buffer) -> Stamp:
 
 def check_number(value: object, what: str) -> int:
     """Return `value` if it is a whole number from 1 that fits the log, else raise UsageError."""
-    if not _check_whole(value, what):
+    if not check_whole(value, what):
         raise UsageError(f"{what} must be 1 or more")
     return int(value)  # type: ignore[call-overload, no-any-return]
-
-
-def encode_ticket(table: str, columns: Sequence[str] | None = None, consistency: str = "linearizable") -> bytes:
-    """The ticket of a scan, for ``pyarrow.flight.Ticket``."""
-    return encode_json(
-        {"table": table, "columns": None if columns is None else list(columns), "consistency": consistency}
-    )
-
-
-def decode_ticket(data: bytes | pa.Buffer) -> ScanTicket:
-    """The inverse of `encode_ticket`; the bare name of a table stands for all of it, linearizable.
-
-    Raises
-    ------
-    UsageError
-        If it is neither. Whether the table and the columns exist is for the caller to see.
-    """
-    data = bytes(data) if len(data) <= TICKET_BYTES_MAX else data
-    if isinstance(data, bytes) and not data.lstrip().startswith(b"{"):
-        return ScanTicket(check_table_name(data.decode("utf-8", "backslashreplace")))
-    value = decode_object(data, "a ticket", TICKET_BYTES_MAX, ("table",), ("columns", "consistency"))
-    columns = value.get("columns")
-    return ScanTicket(
-        check_table_name(value["table"]),
-        None if columns is None else check_names(columns, "columns of a ticket"),
-        check_consistency(value.get("consistency", "linearizable")),
-    )
 
 
 def check_names(value: object, what: str) -> tuple[str, ...]:
@@ -338,9 +307,41 @@ def decode_schema(text: object) -> pa.Schema:
         raise UsageError(f"a schema must be base64 of an IPC message: {str(error)[:200]}") from None
 
 
+def options_to_json(options: TableOptions) -> dict[str, Any]:
+    """`options` as an object of JSON, without what is as usual."""
+    values = {
+        name: getattr(options, name) for name in _OPTIONS if getattr(options, name) != getattr(DEFAULT_OPTIONS, name)
+    }
+    return {**values, "merge": dict(options.merge)} if options.merge else values
+
+
+def options_from_json(value: object, schema: pa.Schema) -> TableOptions:
+    """The inverse of `options_to_json`, for a table of `schema`; `marble.table_options.check_options` is still to come.
+
+    Raises
+    ------
+    UsageError
+        If it is not that.
+    """
+    given = dict(check_object(value, "options of a table", (), (*_OPTIONS, "merge")))
+    merge = check_object(given.pop("merge", {}), "merge operators", (), schema.names)
+    for name, type_ in _OPTIONS.items():
+        if type(given.get(name, getattr(DEFAULT_OPTIONS, name))) not in (type_, type(getattr(DEFAULT_OPTIONS, name))):
+            raise UsageError(f"option {name} of a table must be a {type_.__name__}")
+    if not all(isinstance(operator, str) for operator in merge.values()):
+        raise UsageError("a merge operator must be a str")
+    return TableOptions(**given, merge=tuple((column, merge[column]) for column in schema.names if column in merge))
+
+
 def table_to_json(table: TableInfo) -> dict[str, Any]:
     """`table` as an object of JSON."""
-    return {"id": table.id, "name": table.name, "key": list(table.key), "schema": encode_schema(table.schema)}
+    return {
+        "id": table.id,
+        "name": table.name,
+        "key": list(table.key),
+        "schema": encode_schema(table.schema),
+        "options": options_to_json(table.options),
+    }
 
 
 def table_from_json(value: object) -> TableInfo:
@@ -351,11 +352,13 @@ def table_from_json(value: object) -> TableInfo:
     ProtocolError
         If it is not the description of a table that can exist.
     """
-    if not isinstance(value, Mapping) or not value.keys() >= {"id", "name", "key", "schema"}:
-        raise ProtocolError("a table must have id, name, key and schema")
+    if not isinstance(value, Mapping) or not value.keys() >= {"id", "name", "key", "schema", "options"}:
+        raise ProtocolError("a table must have id, name, key, schema and options")
     try:
         schema, key = check_table(value["name"], decode_schema(value["schema"]), value["key"])
-        return TableInfo(_check_whole(value["id"], "id of a table"), value["name"], schema, key)
+        options = options_from_json(value["options"], schema)
+        check_options(value["name"], schema, key, options)
+        return TableInfo(check_whole(value["id"], "id of a table"), value["name"], schema, key, options)
     except UsageError as error:
         raise ProtocolError(f"a table that cannot exist: {error}") from None
 

@@ -100,8 +100,8 @@ def test_known_checksum() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "payload"),
-    [(kind, None) for kind in (-1, 0, 1, 3, 8, 11, 12, 256 + 2)]
-    + [(kind, bytes(64)) for kind in (1, 2, 9, 10, 11, 12)]
+    [(kind, None) for kind in (-1, 0, 1, 3, 8, 11, 12, 13, 14, 256 + 2)]
+    + [(kind, bytes(64)) for kind in (1, 2, 9, 10, 11, 14)]
     + [(3, b""), (3, bytes(63))],
 )
 def test_proposal_refuses(kind: int, payload: bytes | None) -> None:
@@ -146,7 +146,7 @@ def test_build_refuses_places_outside_the_log() -> None:
         ("kind", [3, 1, 3], "unknown kind 1"),
         ("kind", [3, 0, 3], "unknown kind 0"),
         ("kind", [3, 11, 3], "unknown kind 11"),
-        ("kind", [3, 12, 3], "unknown kind 12"),
+        ("kind", [3, 14, 3], "unknown kind 14"),
         ("kind", [3, 9, 3], "entry 6 of kind 9 has a payload"),
         ("kind", [3, 10, 3], "entry 6 of kind 10 has a payload"),
         ("time_us", [0, 2**63, 0], "time 9223372036854775808 of entry 6 is out of range"),

@@ -54,7 +54,7 @@ def test_create_table_comes_back() -> None:
 
 
 def test_options_come_back() -> None:
-    options = TableOptions("zstd", "id", 7)
+    options = TableOptions("zstd", "id", 7, False, (("name", "max"),))
     assert payload.decode_create_table(payload.encode_create_table("t", SCHEMA, ["id"], options))[3] == options
 
 
@@ -85,6 +85,8 @@ def create(
     compression: str | None = "",
     ttl_column: str = "",
     ttl_us: int = 0,
+    ttl_stamped: bool = False,
+    merge: list[tuple[str | None, str]] | None = None,
 ) -> pa.Buffer:
     """The payload of a CREATE_TABLE by a proposer that checks nothing."""
     loose = pa.schema(
@@ -95,6 +97,9 @@ def create(
             ("compression", pa.string()),
             ("ttl_column", pa.string()),
             ("ttl_us", pa.int64()),
+            ("ttl_stamped", pa.bool_()),
+            ("merge_columns", pa.list_(pa.string())),
+            ("merge_operators", pa.list_(pa.string())),
         ]
     )
     row = {
@@ -104,6 +109,9 @@ def create(
         "compression": compression,
         "ttl_column": ttl_column,
         "ttl_us": ttl_us,
+        "ttl_stamped": ttl_stamped,
+        "merge_columns": [column for column, _ in merge or []],
+        "merge_operators": [operator for _, operator in merge or []],
     }
     return encode_payload(pa.RecordBatch.from_pylist([row], loose))
 
@@ -132,6 +140,15 @@ def test_create_without_checks_is_well_formed() -> None:
         (create(ttl_column="name", ttl_us=5), "cannot live by a string"),
         (create(ttl_column="id"), "1 to 9007199254740992 microseconds, not 0"),
         (create(ttl_column="id", ttl_us=-1), "1 to 9007199254740992 microseconds, not -1"),
+        (create(ttl_stamped=True), "needs a column"),
+        (create(ttl_column="id", ttl_us=1, ttl_stamped=True), "neither key nor merged"),
+        (create(merge=[(None, "sum")]), "one row without nulls"),
+        (create(merge=[("nope", "sum")]), "no column 'nope'"),
+        (create(merge=[("name", "sum")]), "'sum' cannot merge string: use an integer"),
+        (create(merge=[("name", "first")]), "'first' is no merge operator; there is 'sum'"),
+        (create(merge=[("id", "max")]), "the key says which row it is"),
+        (create(merge=[("name", "max"), ("id", "max")]), "another order"),
+        (create(merge=[("name", "max"), ("name", "max")]), "another order"),
         (pa.py_buffer(b""), "not a valid record batch"),
         (pa.py_buffer(b"\xff" * 64), "not a valid record batch"),
         (payload.encode_rows(ROWS), "not a valid record batch"),

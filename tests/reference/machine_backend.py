@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from marble._core import entry_batch
 from marble.errors import UsageError
+from marble.local import scan_view
 from marble.lsm import payload
 from marble.lsm.machine import TableMachine
+from marble.requests import ScanRequest, TableChange
 from marble.schema import TableInfo
+from marble.table_options import TableOptions
 from marble.types import EntryKind
 
 
@@ -49,12 +51,16 @@ class MachineBackend:
             future.set_exception(error)
         return future
 
-    def create_table(self, name: str, schema: pa.Schema, key: Sequence[str]) -> TableInfo:
-        _, id_ = self.propose(EntryKind.CREATE_TABLE, 0, payload.encode_create_table(name, schema, key))
+    def create_table(
+        self, name: str, schema: pa.Schema, key: Sequence[str], options: TableOptions, local: bool
+    ) -> TableInfo:
+        if local:
+            raise UsageError("no local tables here")
+        _, id_ = self.propose(EntryKind.CREATE_TABLE, 0, payload.encode_create_table(name, schema, key, options))
         return self.machine.table(id_)
 
-    def drop_table(self, name: str) -> int:
-        return self.propose(EntryKind.DROP_TABLE, 0, payload.encode_drop_table(name))[0]
+    def drop_table(self, table: TableInfo) -> int:
+        return self.propose(EntryKind.DROP_TABLE, 0, payload.encode_drop_table(table.name))[0]
 
     def tables(self) -> Sequence[TableInfo]:
         self._check_open()
@@ -66,21 +72,21 @@ class MachineBackend:
     def delete(self, table: TableInfo, keys: pa.RecordBatch) -> Future[int]:
         return self._later(EntryKind.DELETE, table.id, payload.encode_rows(keys))
 
-    def get_many(self, table: TableInfo, keys: pa.RecordBatch, consistency: str) -> pa.RecordBatch:
-        self._check_open()
-        self.reads.append(consistency)
-        return self.machine.read(table.id).get_many(keys)
+    def change(self, changes: Sequence[TableChange]) -> Future[int]:
+        kind, table, data = payload.encode_changes(changes)
+        return self._later(kind, table, data)
 
-    def scan(
-        self,
-        table: TableInfo,
-        columns: Sequence[str] | None,
-        filter: pc.Expression | None,  # noqa: A002
-        consistency: str,
-    ) -> pa.RecordBatchReader:
+    def get_many(
+        self, table: TableInfo, keys: pa.RecordBatch, consistency: str, at_index: int | None
+    ) -> pa.RecordBatch:
         self._check_open()
         self.reads.append(consistency)
-        return self.machine.read(table.id).scan(columns, filter)
+        return self.machine.read(table.id, at_index).get_many(keys)
+
+    def scan(self, table: TableInfo, request: ScanRequest) -> pa.RecordBatchReader:
+        self._check_open()
+        self.reads.append(request.consistency)
+        return scan_view(self.machine.read(table.id, request.at_index), request)
 
     def status(self) -> dict[str, object]:
         return {"applied_index": self.machine.applied_index}

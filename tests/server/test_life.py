@@ -17,9 +17,11 @@ from marble.config import ENTRY_BYTES_MAX, NodeConfig, RaftClusterConfig
 from marble.errors import NotLeaderError, OutcomeUnknownError, UnavailableError, UsageError
 from marble.local import open as marble_open
 from marble.logstore.log import LogOptions
+from marble.requests import ScanRequest
 from marble.server import create_arrow_flight_transport, create_raft_server, server_from_config
 from marble.transport import wire
 from marble.transport.faults import from_flight_error
+from marble.transport.tickets import encode_ticket
 from marble.transport.wire import Ack, decode_ack
 from marble.types import Role
 
@@ -268,7 +270,7 @@ def test_writes_go_on_when_the_leader_stops(make_cluster: MakeCluster) -> None:
     cluster.start_node(before)
     last = cluster.last_index()
     eventually(lambda: cluster.act(before, "status")["applied_index"] >= last, "the old leader to catch up")
-    assert cluster.get(before, wire.encode_ticket("t", consistency="local")).equals(cluster.get(after, b"t"))
+    assert cluster.get(before, encode_ticket("t", ScanRequest(consistency="local"))).equals(cluster.get(after, b"t"))
 
 
 class _Stream:
@@ -392,7 +394,7 @@ def test_an_entry_larger_than_a_message_of_many_reaches_every_replica(make_clust
     assert [ack.error_code for ack in acks] == [None, "usage", None]
     for node in cluster.servers:
         eventually(lambda node=node: cluster.act(node, "status")["applied_index"] >= acks[2].index, "all entries")
-        found = cluster.get(node, wire.encode_ticket("t", consistency="local"))
+        found = cluster.get(node, encode_ticket("t", ScanRequest(consistency="local")))
         assert found.column("id").to_pylist() == [1, 3]
         assert found.slice(0, 1).to_batches()[0].equals(large)
 

@@ -12,8 +12,10 @@ from server.cluster import SCHEMA, Cluster, eventually, options, refused, rows
 from marble import service as service_module
 from marble.actions import ACTIONS
 from marble.errors import NotLeaderError, UsageError
+from marble.requests import ScanRequest
 from marble.transport import wire
-from marble.transport.wire import decode_ack, decode_tables, encode_ticket
+from marble.transport.tickets import encode_ticket
+from marble.transport.wire import decode_ack, decode_tables
 
 
 def test_put_acknowledges_each_batch_and_every_node_reads_it(shared: Cluster, node: int, table: str) -> None:
@@ -131,7 +133,7 @@ def test_get_takes_a_ticket_with_columns_and_consistency(shared: Cluster, node: 
     (ack,) = shared.put(node, [table], [rows(0, 5)])
     eventually(lambda: shared.act(node, "status")["applied_index"] >= ack.index, "the write at the asked node")
     for consistency in ("linearizable", "local"):
-        found = shared.get(node, encode_ticket(table, ["name"], consistency))
+        found = shared.get(node, encode_ticket(table, ScanRequest(("name",), consistency=consistency)))
         assert found.schema.names == ["name"]
         assert found.num_rows == 5
 
@@ -212,7 +214,7 @@ def test_a_wrong_descriptor_is_refused_by_every_verb(shared: Cluster, descriptor
 
 
 def test_exchange_needs_a_verb(shared: Cluster, table: str) -> None:
-    for path in ([table], [table, "scan"], [table, "get", "local", "x"]):
+    for path in ([table], [table, "scan"], [table, "get", "local", "1", "x"]):
         writer, reader = shared.client(1).do_exchange(flight.FlightDescriptor.for_path(*path), options())
         with refused(UsageError, "a path [table]" if len(path) > 1 else "DoExchange needs"):
             reader.read_chunk()
@@ -225,7 +227,7 @@ def test_actions_say_what_they_are(shared: Cluster, node: int) -> None:
     assert listed == ACTIONS
     assert {"change_membership", "open_session", "propose", "snapshot", "status", "transfer_leadership"} <= set(listed)
     assert all(listed.values())
-    with refused(UsageError, "there is no action 'Status': there is 'campaign', 'change_membership'"):
+    with refused(UsageError, "there is no action 'Status': there is 'begin_backup', 'campaign', 'change_membership'"):
         shared.act(node, "Status")
 
 

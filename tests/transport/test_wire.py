@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.flight as flight
 import pytest
 from hypothesis import given
@@ -21,10 +24,14 @@ from marble.errors import (
     UnavailableError,
     UsageError,
 )
+from marble.requests import ScanRequest
 from marble.schema import TableInfo
-from marble.transport import wire
+from marble.table_options import TableOptions
+from marble.transport import tickets, wire
+from marble.types import INDEX_MAX
 
 TABLE = TableInfo(7, "t", pa.schema([("a", pa.int64()), ("b", pa.list_(pa.string()))]), ("a",))
+KEPT = TableOptions("zstd", "a", 5, False, (("b", "append"),))
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1), st.integers(0, 2**31))
@@ -90,14 +97,46 @@ def test_ack_that_is_none_is_a_protocol_error(data: bytes) -> None:
         wire.decode_ack(data)
 
 
-@given(st.lists(st.text(min_size=1, max_size=20), min_size=1) | st.none(), st.sampled_from(wire.CONSISTENCIES))
-def test_ticket_comes_back(columns: list[str] | None, consistency: str) -> None:
-    ticket = wire.decode_ticket(wire.encode_ticket("t", columns, consistency))
-    assert ticket == wire.ScanTicket("t", None if columns is None else tuple(columns), consistency)
+def told(ticket: tickets.Ticket) -> tuple[Any, ...]:
+    return ticket.table, *(getattr(ticket.request, name) for name in ticket.request.__slots__)
+
+
+@given(
+    st.lists(st.text(min_size=1, max_size=20), min_size=1) | st.none(),
+    st.sampled_from(wire.CONSISTENCIES),
+    st.tuples(st.binary() | st.none(), st.binary() | st.none()),
+    st.booleans(),
+    st.integers(0, INDEX_MAX) | st.none(),
+    st.integers(0, INDEX_MAX) | st.none(),
+)
+def test_ticket_comes_back(
+    columns: list[str] | None,
+    consistency: str,
+    bounds: tuple[bytes | None, bytes | None],
+    reverse: bool,
+    limit: int | None,
+    at_index: int | None,
+) -> None:
+    names = None if columns is None else tuple(columns)
+    request = ScanRequest(names, None, *bounds, reverse, limit, at_index, consistency)
+    ticket = tickets.decode_ticket(tickets.encode_ticket("t", request))
+    assert told(ticket) == told(tickets.Ticket("t", request))
+
+
+def test_a_limit_stays_behind_with_its_filter() -> None:
+    request = ScanRequest(filter=pc.field("a") > 1, limit=3)
+    assert tickets.decode_ticket(tickets.encode_ticket("t", request)).request.limit is None
+
+
+def test_a_bound_that_is_too_long_is_not_sent() -> None:
+    fits = ScanRequest(lower=bytes(tickets.BOUND_BYTES_MAX), upper=bytes(tickets.BOUND_BYTES_MAX))
+    assert told(tickets.decode_ticket(tickets.encode_ticket("t", fits))) == told(tickets.Ticket("t", fits))
+    with pytest.raises(UsageError, match="more than 262,144 bytes"):
+        tickets.encode_ticket("t", ScanRequest(upper=bytes(tickets.BOUND_BYTES_MAX + 1)))
 
 
 def test_ticket_may_be_a_bare_name() -> None:
-    assert wire.decode_ticket(b"flights") == wire.ScanTicket("flights")
+    assert told(tickets.decode_ticket(b"flights")) == told(tickets.Ticket("flights", ScanRequest()))
 
 
 @pytest.mark.parametrize(
@@ -117,16 +156,24 @@ def test_ticket_may_be_a_bare_name() -> None:
         (b'{"table":"t","columns":["' + b"x" * 300 + b'"]}', "longer than 256"),
         (b'{"table":"t","consistency":"eventual"}', "'linearizable', 'local'"),
         (b'{"table":"t","consistency":[]}', "'linearizable', 'local'"),
+        (b'{"table":"t","lower":1}', "lower of a ticket must be base64"),
+        (b'{"table":"t","upper":"?"}', "upper of a ticket must be base64"),
+        (b'{"table":"t","upper":"' + b"AAAA" * 90_000 + b'"}', "at most 262,144 bytes"),
+        (b'{"table":"t","reverse":1}', "true or false"),
+        (b'{"table":"t","limit":-1}', "whole number from 0"),
+        (b'{"table":"t","limit":true}', "whole number from 0"),
+        (b'{"table":"t","at_index":1.5}', "whole number from 0"),
         (b"{" + b" " * wire.TICKET_BYTES_MAX, "more than"),
     ],
 )
 def test_ticket_that_is_none_is_a_usage_error(data: bytes, says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        wire.decode_ticket(data)
+        tickets.decode_ticket(data)
 
 
 def test_tables_come_back() -> None:
-    assert wire.decode_table_info(wire.encode_table_info(TABLE)) == TABLE
+    for table in (TABLE, dataclasses.replace(TABLE, options=KEPT)):
+        assert wire.decode_table_info(wire.encode_table_info(table)) == table
     assert wire.decode_tables(pa.py_buffer(wire.encode_tables([TABLE, TABLE]))) == [TABLE, TABLE]
 
 
@@ -139,6 +186,20 @@ def _broken_tables() -> Iterator[bytes]:
     yield json.dumps(good | {"schema": base64.b64encode(schema[:-20]).decode()}).encode()
     yield json.dumps(good | {"schema": "$$"}).encode()
     yield json.dumps(good | {"key": ["b"]}).encode()
+    for options in (
+        {"x": 1},
+        [],
+        {"ttl_us": "5", "ttl_column": "a"},
+        {"ttl_us": True, "ttl_column": "a"},
+        {"ttl_us": 5},
+        {"compression": 1},
+        {"compression": "zip"},
+        {"merge": {"b": 1}},
+        {"merge": {"b": "sum"}},
+        {"merge": {"c": "sum"}},
+        {"merge": ["b"]},
+    ):
+        yield json.dumps(good | {"options": options}).encode()
     yield b"[]"
     yield b"{"
 
