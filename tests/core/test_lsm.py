@@ -83,6 +83,25 @@ def test_versions_are_the_newest_of_each_key_tombstones_too(name: str, seed: int
         assert [k for k, (_, gone) in found.items() if not gone] == [k for k in sorted(wanted) if not wanted[k][1]]
 
 
+@pytest.mark.parametrize("name", ["whole", "text_and_number"])
+def test_indexes_survive_that_small_writes_are_put_together(name: str) -> None:
+    schema, key, make_row = TABLES[name]
+    chance = random.Random(4)
+    table = Memtable(schema, key, keep_tombstones=True)
+    written: dict[bytes, tuple[int, bool]] = {}
+    for index in range(10, 2000, 3):
+        batch = pa.RecordBatch.from_pylist([make_row(chance)], schema)
+        gone = chance.random() < 0.5
+        if gone:
+            table.delete(batch.select(key), index)
+        else:
+            table.upsert(batch, index)
+        written[key_codec.encode(batch.select(key))[0]] = (index, gone)
+    ((batch, indexes, deleted),) = Reader([table.snapshot()], []).scan_versions()
+    found = zip(key_codec.encode(batch.select(key)), indexes.to_pylist(), deleted.to_pylist(), strict=True)
+    assert {k: (index, gone) for k, index, gone in found} == written
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_tree_that_is_emptied_has_no_rows(seed: int) -> None:
     tree = grown("text", seed)
