@@ -31,8 +31,7 @@ from marble.machine import StateMachine
 from marble.metrics import Metrics
 from marble.options import NodeOptions
 from marble.promises import Committed, Lane, Offer, promise
-from marble.raft.config import RaftConfig
-from marble.raft.core import Raft
+from marble.raft.core import Raft, RaftConfig
 from marble.recovery import recover
 from marble.snapshotting import SnapshotPolicy
 from marble.transport.codec import Envelope
@@ -49,7 +48,6 @@ class Transport(Protocol):
     """What the node needs of `marble.transport.flight.FlightTransport`."""
 
     def send(self, to: int, envelopes: list[Envelope]) -> bool: ...
-
     def set_peers(self, endpoints: Mapping[int, str]) -> None: ...
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from marble.config import RaftClusterConfig
 from typing import Final
 
 SEGMENT_BYTES_MIN: Final = 4096
@@ -83,3 +85,30 @@ class NodeOptions:
         if self.log_bytes_max is None:
             return self.segment_bytes_max
         return min(self.segment_bytes_max, max(SEGMENT_BYTES_MIN, self.log_bytes_max // 8))
+
+
+def options_of(
+    config: RaftClusterConfig, node_id: int, endpoints: Mapping[int, str], *, priority: int, join: bool
+) -> NodeOptions:
+    """What node `node_id` of the cluster that `config` describes is made of; the rest is the node's own."""
+    return NodeOptions(
+        cluster_id=config.cluster_id,
+        node_id=node_id,
+        endpoints=endpoints,
+        tick_ms=config.tick_ms,
+        election_ticks=config.election_ticks,
+        heartbeat_ticks=config.heartbeat_ticks,
+        pre_vote=config.enable_pre_vote,
+        log_bytes_max=config.max_log_size,
+        entry_bytes_max=config.max_entry_size,
+        append_bytes_max=config.append_bytes_max,
+        inflight_messages_max=config.inflight_messages_max,
+        inflight_bytes_max=config.inflight_bytes_max,
+        uncommitted_bytes_max=config.uncommitted_bytes_max,
+        segment_bytes_max=config.segment_bytes_max,
+        cache_bytes_max=config.cache_bytes_max,
+        snapshot_distance=config.snapshot_distance,
+        priority=priority,
+        lease_reads=config.lease_reads,
+        join=join,
+    )

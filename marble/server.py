@@ -39,7 +39,7 @@ from marble.lsm.files import TableFiles
 from marble.lsm.machine import TableMachine
 from marble.metrics import Metrics
 from marble.node import GROUP, Node
-from marble.options import NodeOptions
+from marble.options import NodeOptions, options_of
 from marble.service import TablesService
 from marble.transport.flight import FlightTransport
 from marble.transport.link import TransportOptions
@@ -183,27 +183,8 @@ class RaftServer:
         if not isinstance(config, RaftClusterConfig):
             raise UsageError(f"initialize takes a RaftClusterConfig, not a {type(config).__name__}")
         node_id, self._endpoint = self._find_node(config)
-        self._options = NodeOptions(
-            cluster_id=config.cluster_id,
-            node_id=node_id,
-            endpoints=config.endpoints if self._join is None else {**config.endpoints, node_id: self._endpoint},
-            tick_ms=config.tick_ms,
-            election_ticks=config.election_ticks,
-            heartbeat_ticks=config.heartbeat_ticks,
-            pre_vote=config.enable_pre_vote,
-            log_bytes_max=config.max_log_size,
-            entry_bytes_max=config.max_entry_size,
-            append_bytes_max=config.append_bytes_max,
-            inflight_messages_max=config.inflight_messages_max,
-            inflight_bytes_max=config.inflight_bytes_max,
-            uncommitted_bytes_max=config.uncommitted_bytes_max,
-            segment_bytes_max=config.segment_bytes_max,
-            cache_bytes_max=config.cache_bytes_max,
-            snapshot_distance=config.snapshot_distance,
-            priority=self._priority,
-            lease_reads=config.lease_reads,
-            join=self._join is not None,
-        )
+        endpoints = config.endpoints if self._join is None else {**config.endpoints, node_id: self._endpoint}
+        self._options = options_of(config, node_id, endpoints, priority=self._priority, join=self._join is not None)
         self._config, self._phase = config, _Phase.INITIALIZED
 
     def _find_node(self, config: RaftClusterConfig) -> tuple[int, str]:

@@ -69,7 +69,8 @@ class Below:
         """With `file` in the place of the one in `level` that has its name; None if there is none any more."""
         if not any(each.name == file.name for each in self.levels[level]):
             return None
-        return replace(self, levels=self.levels.replaced({file.name}, level, [file]))
+        # Made anew, so that nobody goes on with the reader of the old file.
+        return Below(self.frozen, self.levels.replaced({file.name}, level, [file]))
 
     def compacted(self, plan: Plan, files: Sequence[TableFile]) -> Below | None:
         """With `files` in the place of those of `plan`; None if these are not all here."""

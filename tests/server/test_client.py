@@ -13,6 +13,7 @@ import pytest
 from marble import client as client_module
 from marble.client import ClientOptions, RemoteBackend
 from marble.errors import UnavailableError, UsageError
+from marble.requests import ScanRequest
 from marble.schema import TableInfo
 
 SCHEMA = pa.schema([pa.field("k", pa.int64(), nullable=False)])
@@ -109,8 +110,8 @@ def test_what_asks_about_one_replica_stays_with_the_nodes_that_were_given(
     backend = make(given.endpoint)
     backend._locate(client_module.time.monotonic() + DEADLINE_S, False)
     assert backend.status()["role"] == "follower"
-    assert backend.scan(TABLE, None, None, "local").read_all().num_rows == 1
-    assert backend.scan(TABLE, None, None, "linearizable").read_all().num_rows == 0
+    assert backend.scan(TABLE, ScanRequest(consistency="local")).read_all().num_rows == 1
+    assert backend.scan(TABLE, ScanRequest(consistency="linearizable")).read_all().num_rows == 0
 
 
 def test_a_node_that_is_gone_is_passed_over(nodes: list[Node], make: Callable[..., RemoteBackend]) -> None:
@@ -132,7 +133,7 @@ def test_a_node_that_hangs_costs_its_share_of_one_read_and_is_then_asked_last(
         if read == "status":
             assert backend.status()["role"] == "leader"
         else:
-            assert backend.scan(TABLE, None, None, "linearizable").read_all().num_rows == 0
+            assert backend.scan(TABLE, ScanRequest(consistency="linearizable")).read_all().num_rows == 0
     assert hung.asked == 1
 
 
@@ -159,7 +160,7 @@ def test_a_scan_that_stands_still_is_given_up(nodes: list[Node], make: Callable[
     node = nodes[0]
     node.rows = [pa.record_batch({"k": [number]}, schema=SCHEMA) for number in range(3)]
     node.silent_after = 2
-    reader = make(node.endpoint, timeout_s=0.5).scan(TABLE, None, None, "local")
+    reader = make(node.endpoint, timeout_s=0.5).scan(TABLE, ScanRequest(consistency="local"))
     assert [reader.read_next_batch()["k"][0].as_py() for _ in range(2)] == [0, 1]
     with pytest.raises(UnavailableError):
         reader.read_next_batch()
