@@ -79,6 +79,9 @@ def _has_order(type_: pa.DataType) -> bool:
 
 def _exact(value: pa.Scalar, type_: pa.DataType) -> pa.Scalar | None:
     """`value` as one of the column's type, if it is one."""
+    # Arrow would compare the column as floats, and so find numbers equal that are not.
+    if pa.types.is_floating(value.type) and not pa.types.is_floating(type_):
+        return None
     try:
         cast = value.cast(type_)
         same = cast.is_valid and cast.cast(value.type).equals(value)

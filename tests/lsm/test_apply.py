@@ -7,8 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-
 from lsm.shelf import Shelf
+
 from marble._core import entry_batch
 from marble._core.entry_batch import Proposal
 from marble._core.key_codec import KeyCodec, prefix_end
