@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from marble.config import RaftClusterConfig
-from typing import Final
 
 SEGMENT_BYTES_MIN: Final = 4096
 """A segment has a header and at least one sync's worth."""
