@@ -31,18 +31,17 @@ def test_fresh_seeds(offset: int) -> None:
 
 
 def test_every_fault_of_the_plans_happens() -> None:
-    wanted = {
+    injected: set[str] = set()
+    for plan in PLANS:
+        # Lost disks are rare: the others must be able to do without.
+        for seed in range(1, 13 if plan == "members" else 3):
+            injected.update(simulate(plan, seed, STEPS).injected)
+    assert {
         "blackouts", "clock jumps", "cuts", "cut packets", "elections out of turn", "failed disk operations", "flapping cuts",
         "full disks", "kills", "late packets", "lost answers", "lost packets", "lost requests", "one-way cuts", "pauses",
         "power losses", "repeated packets", "slow syncs", "lags", "transfers", "wiped disks", "new nodes",
         "membership changes asked for", "snapshots taken", "snapshots installed", "purges",
-    }  # fmt: skip
-    for seed in range(1, 21):
-        for plan in PLANS:
-            wanted.difference_update(simulate(plan, seed, STEPS).injected)
-        if not wanted:
-            return
-    raise AssertionError(f"none of {len(PLANS)} plans had in 20 histories {sorted(wanted)}")
+    } <= injected  # fmt: skip
 
 
 def history(plan: str, seed: int) -> tuple[Report, str]:
