@@ -81,9 +81,10 @@ class ApplyJob:
     ) -> None:
         self.group = group
         self.first = first
-        self.end = end
+        # The state is captured exactly where it is due: replicas that flush at the same entries have the same files.
+        self.end = due.index + 1 if first <= due.index < end else end
         self.nbytes = nbytes
-        """Bytes of the entries ``[first, end)``: at least as much as what one call takes."""
+        """At least as many bytes as the entries have that one call takes."""
         self.applied_bytes = 0
         self.applied: Applied | None = None
         """What was applied, if anything."""

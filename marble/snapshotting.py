@@ -31,7 +31,7 @@ class SnapshotPolicy:
     """When snapshots are taken and what stays behind them."""
 
     distance: int = 10_000
-    """One is due when so many entries were applied since the last."""
+    """One is due at each entry whose index is a multiple of this."""
     log_bytes: int = 256 * 1024 * 1024
     """Or when the payloads of those are so many bytes. What stays of the log behind it has no more, either."""
     memory_bytes: int = 64 * 1024 * 1024
@@ -146,7 +146,9 @@ class Snapshots:
             def full() -> bool:
                 return stored.memory_bytes >= policy.memory_bytes
 
-        return Due(max(self.index + policy.distance, self._not_before), policy.log_bytes - self._bytes, full)
+        # At multiples, so that replicas agree on them whatever kept one of them from the last.
+        following = (self.index // policy.distance + 1) * policy.distance
+        return Due(max(following, self._not_before), policy.log_bytes - self._bytes, full)
 
     def applied(self, job: ApplyJob, endpoints: Mapping[int, str]) -> None:
         """`job` has run, and the core knows. If it captured the state, that is to be written."""

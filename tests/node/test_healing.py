@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 import pytest
-from node.ring import SCHEMA, Ring, expected
+from node.ring import SCHEMA, Ring, expected, write
 
 from marble._core.entry_batch import Proposal
 from marble.errors import CorruptionError
@@ -70,6 +70,19 @@ def test_replicas_that_flush_alike_have_the_same_files() -> None:
     ring = stored_ring(70)
     assert table_paths(ring, 1) == table_paths(ring, 2) == table_paths(ring, 3)
     assert table_paths(ring, 1)
+
+
+def test_they_flush_alike_however_entries_come_together() -> None:
+    ring = Ring(machine=stored)
+    ring.create()
+    for start in range(0, 90, 13):
+        for key in range(start, start + 13):
+            ring[1].driver.propose([write(key)])
+        ring[1].turn()
+        ring.settle()
+    ring.tick(3)
+    assert ring[1].raft.snapshot.index == 80
+    assert table_paths(ring, 1) == table_paths(ring, 2) == table_paths(ring, 3)
 
 
 def test_a_damaged_file_is_named_and_healed_while_serving() -> None:
