@@ -78,7 +78,8 @@ class Desk:
         self._offers: list[Offer] = []
         self._stalled_since: float | None = None
         self._handovers: list[_Handover] = []
-        self._snapshots: list[Future[int]] = []
+        self._snapshots: list[tuple[int, Future[int]]] = []
+        """Who waits for a snapshot, and what had been applied when it was asked for."""
         self._changed = threading.Condition()
 
     @property
@@ -167,7 +168,7 @@ class Desk:
 
     def snapshot(self, future: Future[int]) -> None:
         """Take a snapshot; `future` gets the index at which it stands."""
-        self._snapshots.append(future)
+        self._snapshots.append((self.driver.raft.applied_index, future))
         self.driver.request_snapshot()
 
     def tick(self, now: float) -> bool:
@@ -198,7 +199,10 @@ class Desk:
         return outcome
 
     def _answer_snapshots(self, answer: int | Exception) -> None:
-        waiting, self._snapshots = self._snapshots, []
+        # One that was being written when another was asked for is not the one that was asked for.
+        late = [each for each in self._snapshots if isinstance(answer, int) and answer < each[0]]
+        waiting = [future for asked, future in self._snapshots if not isinstance(answer, int) or answer >= asked]
+        self._snapshots = late
         for future in waiting:
             if isinstance(answer, int):
                 future.set_result(answer)
@@ -233,7 +237,7 @@ class Desk:
         self.promises.abandon(gone)
         for handover in self._handovers:
             handover.future.set_exception(gone)
-        for future in self._snapshots:
+        for _, future in self._snapshots:
             future.set_exception(gone)
         self._handovers, self._snapshots = [], []
         with self._changed:

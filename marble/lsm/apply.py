@@ -60,6 +60,8 @@ def apply_operations(
     ------
     UsageError
         One of them cannot be done. Nothing has changed.
+    CorruptionError
+        A file that one of them needs is damaged. Nothing has changed.
     """
     sights: dict[int, _Sight] = {}
     steps = []
@@ -71,6 +73,9 @@ def apply_operations(
             if not several:
                 raise
             raise UsageError(f"operation {number} of the transaction: {error}") from None
+    if several or any(step.kind is EntryKind.DELETE_RANGE for step in steps):
+        for step in steps:
+            step.touch()
     applied = Applied()
     for operation, step in zip(operations, steps, strict=True):
         applied.rows += step.run(index, time_us)
@@ -91,6 +96,17 @@ class _Step:
     @property
     def nbytes(self) -> int:
         return 0 if self.batch is None else int(self.batch.nbytes)
+
+    def touch(self) -> None:
+        """Read all files that `run` needs: a damaged one ends the entry before anything of it was done, so that it can be
+        done again. A delete by key alone reads before it writes, and needs no more."""
+        if not self.tree.below.levels or self.kind is EntryKind.WRITE:
+            return
+        if self.kind is EntryKind.DELETE:
+            self.tree.touch(self.batch)
+            return
+        for keys in self.tree.view(0, None).scan(list(self.tree.info.key), batch_rows_max=RANGE_ROWS, keys=self.keys):
+            self.tree.touch(keys)
 
     def run(self, index: int, time_us: int) -> int:
         """Change the table. How many rows were given to write, or were there and are deleted."""

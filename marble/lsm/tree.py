@@ -182,6 +182,11 @@ class Tree:
         self._memtable.delete(keys, index)
         return int(gone)
 
+    def touch(self, keys: pa.RecordBatch) -> None:
+        """Read what `delete` would, and change nothing: raises CorruptionError for a damaged file before anything was done."""
+        if self.below.levels:
+            self._found(keys, None)
+
     def _found(self, keys: pa.RecordBatch, until: int | None) -> pa.BooleanArray:
         """Which of `keys` have a row whose time to live is not over."""
         data = self.data()

@@ -7,6 +7,7 @@ import pytest
 from node.ring import SCHEMA, Ring, expected, write
 
 from marble._core.entry_batch import Proposal
+from marble._core.key_codec import KeyCodec
 from marble.errors import CorruptionError
 from marble.lsm import payload
 from marble.lsm.files import TableFiles
@@ -52,6 +53,11 @@ def rows_in_time(ring: Ring, number: int) -> dict[int, str]:
         except CorruptionError:
             ring.tick(4)
     return ring[number].rows()
+
+
+def key_of(ring: Ring, key: int) -> bytes:
+    info = ring[1].machines[0].tables()[0]
+    return KeyCodec(info.key_schema).encode(pa.record_batch({"k": [key]}, info.key_schema)).to_pylist()[0]
 
 
 def delete(ring: Ring, *keys: int) -> None:
@@ -118,6 +124,36 @@ def test_an_entry_that_needs_a_damaged_file_waits_for_it() -> None:
     ring.tick(60)
     assert driver.snapshots.stalled is None
     assert rows_in_time(ring, 2) == ring[1].rows() == {key: f"value {key}" for key in range(54) if key not in (3, 5)}
+    assert ring[2].applied == ring[1].applied
+
+
+@pytest.mark.parametrize("what", ["range", "transaction"])
+def test_what_does_several_things_does_none_of_them_before_the_file_is_there(what: str) -> None:
+    ring = stored_ring(50)
+    held = True
+    ring.drop = lambda sender, to, envelope: held and envelope.message.kind is MessageKind.SNAPSHOT_PIECE
+    damage_all(ring, 2)
+    other = pa.record_batch({"k": [100, 101], "v": ["a", "b"]}, schema=SCHEMA)
+    keys = pa.record_batch({"k": [3, 100]}, pa.schema([SCHEMA.field("k")]))
+    bounds = payload.encode_range(key_of(ring, 10), key_of(ring, 45))
+    operations = [
+        payload.Operation(EntryKind.WRITE, 1, payload.encode_rows(other)),
+        payload.Operation(EntryKind.DELETE, 1, payload.encode_rows(keys)),
+        payload.Operation(EntryKind.DELETE_RANGE, 1, bounds),
+    ]
+    proposal = (
+        Proposal(EntryKind.DELETE_RANGE, 1, bounds)
+        if what == "range"
+        else Proposal(EntryKind.TRANSACTION, 0, payload.encode_transaction(operations))
+    )
+    ring[1].propose(proposal)
+    ring.tick(3)
+    assert ring[2].driver.snapshots.stalled is not None
+    held = False
+    ring.tick(90)
+    assert ring[2].driver.snapshots.stalled is None
+    assert rows_in_time(ring, 2) == ring[1].rows()
+    assert len(ring[1].rows()) == 15
     assert ring[2].applied == ring[1].applied
 
 
