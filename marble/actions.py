@@ -176,7 +176,7 @@ class Actions:
     def _checked_transaction(self, body: bytes | pa.Buffer) -> pa.Buffer:
         """`body` as a payload, whose operations fit the tables that there are."""
         data = pa.allocate_buffer(len(body))
-        memoryview(data)[:] = memoryview(body)
+        memoryview(data).cast("B")[:] = memoryview(body).cast("B")
         operations = payload.decode_transaction(data)
         confirmed = False
         for operation in operations:

@@ -28,6 +28,9 @@ from marble.types import Role
 WAIT_S = 30.0
 """A test that waits longer has failed. Nothing takes nearly as long, but the machine may be busy."""
 
+PAST_ENTRIES = 50
+"""How far back every server can read."""
+
 SCHEMA = pa.schema([pa.field("id", pa.int64()), pa.field("name", pa.string())])
 
 
@@ -104,7 +107,9 @@ class Cluster:
 
     def start_node(self, node: int) -> RaftServer:
         commands = self.commands[node] = []
-        machine = TableMachine(on_command=lambda index, operation: commands.append((index, operation)))
+        machine = TableMachine(
+            on_command=lambda index, operation: commands.append((index, operation)), retention=PAST_ENTRIES
+        )
         join = self.joined.get(node)
         transport = create_arrow_flight_transport(join or self.config.endpoints[node])
         server = create_raft_server(
