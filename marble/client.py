@@ -222,6 +222,9 @@ class RemoteBackend:
             "a checkpoint is made by the process that has the data: use marble.backup.backup for a cluster"
         )
 
+    def find(self, name: str) -> TableInfo | None:
+        return next((info for info in self.tables() if info.name == name), None)
+
     def status(self) -> dict[str, Any]:
         return as_object(self._call(lambda endpoint, left: self._action(endpoint, "status", b"", left), self._given))
 

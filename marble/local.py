@@ -171,6 +171,15 @@ class LocalBackend:
         known = {info.name: info for info in (*own, *self.machine.tables())}
         return [known[name] for name in sorted(known)]
 
+    def find(self, name: str) -> TableInfo | None:
+        # A table of this node is found without asking others, who may not be there.
+        own = [] if self.own is None else self.own.tables()
+        mine = next((_placed(info, True) for info in own if info.name == name), None)
+        if mine is None or any(info.name == name for info in self.machine.tables()):
+            return next((info for info in self.tables() if info.name == name), None)
+        self._check_open()
+        return mine
+
     def view(self, table: TableInfo, consistency: str, at_index: int | None = None) -> TableView:
         """The table as of now: of the whole cluster ("linearizable") or of what this replica has applied ("local").
 

@@ -49,6 +49,10 @@ class Backend(Protocol):
         """All tables, in order of their names (linearizable)."""
         ...
 
+    def find(self, name: str) -> TableInfo | None:
+        """The table `name`, if there is one (linearizable)."""
+        ...
+
     def write(self, table: TableInfo, batch: pa.RecordBatch) -> Future[int]:
         """Upsert `batch` (of the table's schema). The future gives the index once it is committed, durable and applied.
 

@@ -84,7 +84,7 @@ class Database:
         options = check_options(
             name, stored, key, _options(name, stored, merge, ttl, ttl_column, ttl_stamped, compression)
         )
-        existing = self._find(name)
+        existing = self._backend.find(name)
         same = existing is not None and existing.same_definition(stored, key, options) and existing.local != replicated
         if existing is not None and not (exist_ok and same):
             advice = (
@@ -96,13 +96,10 @@ class Database:
     def table(self, name: str) -> Table:
         """The table `name`. Raises UsageError, with the nearest name, if there is none."""
         check_table_name(name)
-        info = self._find(name)
+        info = self._backend.find(name)
         if info is None:
             raise UsageError(f"there is no table {name!r}{nearest(name, [each.name for each in self.tables()])}")
         return Table(self._backend, info)
-
-    def _find(self, name: str) -> TableInfo | None:
-        return next((info for info in self._backend.tables() if info.name == name), None)
 
     def tables(self) -> list[TableInfo]:
         """All tables, in order of their names."""

@@ -75,7 +75,7 @@ class Table:
             Nothing of the batch that a note on the error names was replicated: retry later, from that batch on.
         OutcomeUnknownError
             That batch may or may not have been written. Writing it again is harmless unless someone else wrote the
-            same keys in between.
+            same keys in between, or the table has merge operators.
 
         Whatever the error, batches before the one named are written, and some after it may be.
         """

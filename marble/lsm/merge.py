@@ -73,6 +73,16 @@ def merge(info: TableInfo, there: pa.RecordBatch, written: pa.RecordBatch) -> pa
     UsageError
         A sum does not fit its column, or lists grow beyond the limits above.
     """
+    try:
+        return _merged(info, there, written)
+    except (pa.ArrowInvalid, pa.ArrowCapacityError):
+        # All else was checked: more than 2 GiB in a column, of which Arrow says so.
+        raise UsageError(
+            f"table {info.name!r}: too much for one column in the rows to merge: write fewer at a time"
+        ) from None
+
+
+def _merged(info: TableInfo, there: pa.RecordBatch, written: pa.RecordBatch) -> pa.RecordBatch:
     operators = dict(info.options.merge)
     columns = []
     for field in info.schema:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 
 from marble._core.entry_batch import decode_payload, encode_payload
@@ -197,7 +198,7 @@ def decode_transaction(payload: pa.Buffer) -> list[Operation]:
         raise UsageError(f"{what}: 1 to {TRANSACTION_OPERATIONS_MAX} operations without nulls expected")
     kinds, tables = batch.column("kind").to_pylist(), batch.column("table").to_pylist()
     _, offsets, values = batch.column("payload").buffers()
-    ends = memoryview(offsets).cast("i")
+    ends = np.frombuffer(offsets, np.int32, batch.num_rows + 1).tolist()
     operations = []
     for row, (kind, table) in enumerate(zip(kinds, tables, strict=True)):
         # Not through scalars, which would copy.

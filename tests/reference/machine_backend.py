@@ -88,6 +88,9 @@ class MachineBackend:
         self.reads.append(request.consistency)
         return scan_view(self.machine.read(table.id, request.at_index), request)
 
+    def find(self, name: str) -> TableInfo | None:
+        return next((info for info in self.tables() if info.name == name), None)
+
     def status(self) -> dict[str, object]:
         return {"applied_index": self.machine.applied_index}
 

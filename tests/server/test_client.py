@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.flight as fl
 import pytest
 
@@ -111,7 +112,7 @@ def test_what_asks_about_one_replica_stays_with_the_nodes_that_were_given(
     backend._locate(client_module.time.monotonic() + DEADLINE_S, False)
     assert backend.status()["role"] == "follower"
     assert backend.scan(TABLE, ScanRequest(consistency="local")).read_all().num_rows == 1
-    assert backend.scan(TABLE, ScanRequest(consistency="linearizable")).read_all().num_rows == 0
+    assert backend.scan(TABLE, ScanRequest()).read_all().num_rows == 0
 
 
 def test_a_node_that_is_gone_is_passed_over(nodes: list[Node], make: Callable[..., RemoteBackend]) -> None:
@@ -133,7 +134,7 @@ def test_a_node_that_hangs_costs_its_share_of_one_read_and_is_then_asked_last(
         if read == "status":
             assert backend.status()["role"] == "leader"
         else:
-            assert backend.scan(TABLE, ScanRequest(consistency="linearizable")).read_all().num_rows == 0
+            assert backend.scan(TABLE, ScanRequest()).read_all().num_rows == 0
     assert hung.asked == 1
 
 
@@ -172,3 +173,14 @@ def test_after_close_it_says_so(nodes: list[Node], make: Callable[..., RemoteBac
     with pytest.raises(UsageError, match="closed"):
         backend.status()
     assert not [thread for thread in threading.enumerate() if thread.name == "marble-client-watch"]
+
+
+def test_a_scan_with_a_limit_behind_a_filter_ends_when_it_has_enough(
+    nodes: list[Node], make: Callable[..., RemoteBackend]
+) -> None:
+    node = nodes[0]
+    node.rows = [pa.record_batch({"k": [number]}, schema=SCHEMA) for number in range(4)]
+    # What follows never comes, and nobody waits for it.
+    node.silent_after = 3
+    request = ScanRequest(filter=pc.field("k") > 0, limit=2, consistency="local")
+    assert make(node.endpoint).scan(TABLE, request).read_all()["k"].to_pylist() == [1, 2]

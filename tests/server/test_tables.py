@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -237,3 +237,15 @@ def test_a_node_has_tables_of_its_own_whoever_leads(shared: Cluster, node: int, 
         own.drop_table(name)
         with pytest.raises(UsageError, match="no table"):
             own.table(name)
+
+
+def test_tables_of_a_node_need_nobody_else(make_cluster: Callable[..., Cluster]) -> None:
+    cluster = make_cluster()
+    node = cluster.follower()
+    with cluster.servers[node].database as own:
+        own.create_table("mine", SCHEMA, ["id"], replicated=False)
+        for other in [each for each in cluster.servers if each != node]:
+            cluster.stop_node(other)
+        made = own.table("mine")
+        made.write(rows(0, 5))
+        assert ids(made.scan(between=(2, 3))) == [2, 3]
