@@ -239,6 +239,8 @@ class RaftServer:
             )
             stack.callback(carrier.stop, STOP_GRACE_S)
             files = SystemFiles(self._data_dir)
+            if self._machine.store is None:
+                self._machine.keep_in(TableFiles(files, GROUP))
             own = TableMachine(files=TableFiles(files, LOCAL_GROUP))
             machines = {GROUP: self._machine, LOCAL_GROUP: own}
             node = Node(self._options, files, machines, carrier, metrics=metrics, alone=(LOCAL_GROUP,))

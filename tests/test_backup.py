@@ -87,8 +87,10 @@ def test_a_checkpoint_is_what_was_there_at_that_moment(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_shares_what_does_not_change(tmp_path: Path) -> None:
-    with marble.open(tmp_path / "data", snapshot_distance=10) as database:
-        fill(database.create_table("t", SCHEMA, ["k"]), 0, 100)
+    with marble.open(tmp_path / "data") as database:
+        # Enough of them that they go to a file of their own.
+        fill(database.create_table("t", SCHEMA, ["k"]), 0, 20_000, 1000)
+        database._backend.node.snapshot().result(60)
         database.checkpoint(tmp_path / "copy")
         shared = {path.name for path in (tmp_path / "copy").rglob("*") if path.is_file() and path.stat().st_nlink > 1}
     assert {name.rpartition(".")[2] for name in shared} == {"arrow", "arrows"}
