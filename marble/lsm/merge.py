@@ -47,6 +47,8 @@ _Places = npt.NDArray[np.int64]
 
 def first_places(keys: pa.RecordBatch) -> pa.Int64Array:
     """Where each distinct one of `keys` stands first."""
+    if keys.num_rows == 1:
+        return pa.array([0])
     groups = _grouped(keys, [("place", "min")])
     return groups.column("place_min").combine_chunks()
 
@@ -92,10 +94,12 @@ def _merged(info: TableInfo, there: pa.RecordBatch, written: pa.RecordBatch) -> 
             given = pa.repeat(pa.scalar(1, field.type), len(given))
         columns.append(pa.concat_arrays([mine.cast(field.type), given]))
     rows = pa.RecordBatch.from_arrays(columns, schema=pa.schema([field.with_nullable(True) for field in info.schema]))
-    groups = _grouped(rows.select(list(info.key)), [("place", "list")]).column("place_list").combine_chunks()
-    order = groups.flatten()
-    ends = np.cumsum(groups.value_lengths().to_numpy(zero_copy_only=False), dtype=np.int64)
-    ordered = rows.take(order)
+    if written.num_rows == 1:
+        ordered, ends = rows, np.array([rows.num_rows])
+    else:
+        groups = _grouped(rows.select(list(info.key)), [("place", "list")]).column("place_list").combine_chunks()
+        ordered = rows.take(groups.flatten())
+        ends = np.cumsum(groups.value_lengths().to_numpy(zero_copy_only=False), dtype=np.int64)
     merged = []
     for field, column in zip(info.schema, ordered.columns, strict=True):
         where = f"table {info.name!r}, column {field.name!r}"
@@ -147,7 +151,7 @@ def _append(column: pa.ListArray, ends: _Places, where: str) -> pa.Array:
             f"{where}: a list that is appended to has at most {LIST_ITEMS_MAX:,} items: delete the row first"
         )
     values = column.drop_null().flatten()
-    if pt.is_string(type_.value_type) or pt.is_binary(type_.value_type):
+    if type_.value_type in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
         nbytes = pc.sum(pc.binary_length(values).cast(pa.int64())).as_py() or 0
         if nbytes > MERGED_BYTES_MAX:
             raise UsageError(f"{where}: {nbytes:,} bytes in lists after one write: write fewer rows at a time")
@@ -176,14 +180,24 @@ def _sum(column: pa.Array, ends: _Places, where: str) -> pa.Array:
         summed = _aggregated("sum", column, ends)
         # Which NaN comes out of an addition is up to the processor.
         return pc.if_else(summed.is_nan(), pa.scalar(float("nan"), summed.type), summed).cast(type_, safe=False)
-    if pt.is_decimal(type_):
-        column = column.cast(pa.decimal256(76, type_.scale))
-    elif not _certainly_fits(column):
-        column = column.cast(pa.decimal128(38, 0))
     try:
-        return _aggregated("sum", column, ends).cast(type_)
+        if pt.is_decimal(type_):
+            return _aggregated("sum", column.cast(pa.decimal256(76, type_.scale)), ends).cast(type_)
+        if not _certainly_fits(column):
+            return _aggregated("sum", column.cast(pa.decimal128(38, 0)), ends).cast(type_)
+        return _whole_sum(column.cast(pa.int64()), ends).cast(type_)
     except pa.ArrowInvalid:
         raise UsageError(f"{where}: a sum is too large for {type_}") from None
+
+
+def _whole_sum(column: pa.Int64Array, ends: _Places) -> pa.Int64Array:
+    """Sums that fit: whole numbers may be added in any order."""
+    starts = _starts(ends)
+    sums = np.add.reduceat(pc.fill_null(column, 0).to_numpy(zero_copy_only=False), starts)
+    if column.null_count == 0:
+        return pa.array(sums)
+    valid = np.maximum.reduceat(column.is_valid().to_numpy(zero_copy_only=False), starts)
+    return pa.array(sums, mask=~valid)
 
 
 def _certainly_fits(column: pa.Array) -> bool:
