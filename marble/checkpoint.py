@@ -24,7 +24,7 @@ from marble.identity import IDENTITY_FILE, seal, unseal
 from marble.logstore import contents, segment, snapshots
 from marble.logstore.log import Log
 from marble.logstore.snapshots import SnapshotStore, snapshot_path
-from marble.logstore.writing import SYNC_BYTES
+from marble.writing import SYNC_BYTES
 
 MANIFEST: Final = "backup.json"
 CHECKPOINTS: Final = "checkpoints"

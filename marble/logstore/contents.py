@@ -24,8 +24,9 @@ from typing import Final
 from marble._core.checksum import Xxh3Name
 from marble.env import AppendFile, Files
 from marble.errors import CorruptionError, ProtocolError, UnavailableError, check
-from marble.logstore.writing import SYNC_BYTES, write_paced
+from marble.logstore.receiving import PartialFile
 from marble.machine import FileRef, file_key
+from marble.writing import SYNC_BYTES, write_paced
 
 DIRECTORY: Final = "tables"
 
@@ -216,7 +217,7 @@ class ContentFiles:
         return self._files.create(path)
 
 
-class ContentReceiver:
+class ContentReceiver(PartialFile):
     """A file on its way in. One thread.
 
     - The bytes below ``offset`` are written and synced.
@@ -224,50 +225,10 @@ class ContentReceiver:
     """
 
     def __init__(self, contents: ContentFiles, ref: FileRef, path: str, file: AppendFile, total: Xxh3Name) -> None:
+        super().__init__(path, file, total, ref.nbytes, "a file")
         self.ref = ref
-        self.path = path
         self._contents = contents
-        self._file = file
         self._total = total
-        self._offset = file.size
-        self._open = True
-
-    @property
-    def offset(self) -> int:
-        """Where the bytes start that are wanted next."""
-        return self._offset
-
-    @property
-    def complete(self) -> bool:
-        """Whether all bytes are there: it is time for `finish`."""
-        return self._offset == self.ref.nbytes
-
-    def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Take in a piece and sync it. What is there already is passed over.
-
-        Raises
-        ------
-        ProtocolError
-            The piece leaves a gap, or goes beyond the end. Nothing was written.
-        OSError
-            The disk failed or is full.
-        """
-        check(self._open, "a receiver was used after it was closed")
-        if not 0 <= offset <= self._offset or offset + len(data) > self.ref.nbytes:
-            raise ProtocolError(
-                f"a piece of {len(data)} bytes at {offset} of a file of {self.ref.nbytes} bytes of which "
-                f"{self._offset} are there"
-            )
-        fresh = memoryview(data)[self._offset - offset :]
-        if not len(fresh):
-            return
-        try:
-            write_paced(self._file, [fresh], None)
-        except BaseException:
-            self.close()
-            raise
-        self._total.update(fresh)
-        self._offset += len(fresh)
 
     def finish(self) -> None:
         """Verify the whole and give it its name. When this returns it is durable.
@@ -282,8 +243,7 @@ class ContentReceiver:
             The disk failed.
         """
         check(self._open, "a receiver was used after it was closed")
-        if not self.complete:
-            raise ProtocolError(f"{self.ref.nbytes - self._offset} bytes of a file are missing")
+        self._check_complete()
         self.close()
         if self._total.name() != self.ref.name:
             self._contents._files.remove(self.path)
@@ -292,10 +252,8 @@ class ContentReceiver:
 
     def close(self) -> None:
         """Stop receiving; what is there stays, to be gone on with. Idempotent."""
-        if self._open:
-            self._open = False
-            self._file.close()
-            self._contents._forget(self)
+        super().close()
+        self._contents._forget(self)
 
 
 def _windows(files: Files, path: str, size: int) -> Iterator[bytes]:

@@ -30,10 +30,11 @@ from marble._core.checksum import Xxh3
 from marble.env import AppendFile, Files
 from marble.errors import CorruptionError, ProtocolError, UnavailableError, check
 from marble.logstore.contents import ContentFiles
+from marble.logstore.receiving import PartialFile
 from marble.logstore.snapshot_file import WINDOW_BYTES, Encoder, FileReader, SnapshotInfo
-from marble.logstore.writing import SYNC_BYTES, write_paced
 from marble.machine import FileRef
 from marble.types import SnapshotMeta
+from marble.writing import SYNC_BYTES, write_paced
 
 __all__ = ["DIRECTORY", "SYNC_BYTES", "Receiver", "SnapshotInfo", "SnapshotStore"]
 
@@ -384,7 +385,7 @@ class SnapshotStore:
         return total
 
 
-class Receiver:
+class Receiver(PartialFile):
     """A snapshot on its way in. One thread.
 
     - The bytes below ``offset`` are written and synced.
@@ -392,51 +393,11 @@ class Receiver:
     """
 
     def __init__(self, store: SnapshotStore, info: SnapshotInfo, path: str, file: AppendFile, total: Xxh3) -> None:
+        super().__init__(path, file, total, info.nbytes, "a snapshot")
         self.info = info
-        self.path = path
         self._store = store
-        self._file = file
         self._total = total
-        self._offset = file.size
         self._refs: tuple[FileRef, ...] | None = None
-        self._open = True
-
-    @property
-    def offset(self) -> int:
-        """Where the bytes start that are wanted next."""
-        return self._offset
-
-    @property
-    def complete(self) -> bool:
-        """Whether all bytes are there: it is time for `finish`."""
-        return self._offset == self.info.nbytes
-
-    def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Take in a piece and sync it. What is there already is passed over.
-
-        Raises
-        ------
-        ProtocolError
-            The piece leaves a gap, or goes beyond the end. Nothing was written.
-        OSError
-            The disk failed or is full.
-        """
-        check(self._open, "a receiver was used after it was closed")
-        if not 0 <= offset <= self._offset or offset + len(data) > self.info.nbytes:
-            raise ProtocolError(
-                f"a piece of {len(data)} bytes at {offset} of a snapshot of {self.info.nbytes} bytes of which "
-                f"{self._offset} are there"
-            )
-        fresh = memoryview(data)[self._offset - offset :]
-        if not len(fresh):
-            return
-        try:
-            write_paced(self._file, [fresh], None)
-        except BaseException:
-            self.close()
-            raise
-        self._total.update(fresh)
-        self._offset += len(fresh)
 
     def check(self) -> tuple[FileRef, ...]:
         """Verify the whole file, and return the files that it refers to: the snapshot is whole only with them.
@@ -450,8 +411,7 @@ class Receiver:
         OSError
             The disk failed.
         """
-        if not self.complete:
-            raise ProtocolError(f"{self.info.nbytes - self._offset} bytes of a snapshot are missing")
+        self._check_complete()
         if self._refs is None:
             check(self._open, "a receiver was used after it was closed")
             try:
@@ -477,10 +437,8 @@ class Receiver:
 
     def close(self) -> None:
         """Stop receiving; what is there stays, to be gone on with. Idempotent."""
-        if self._open:
-            self._open = False
-            self._file.close()
-            self._store._forget(self)
+        super().close()
+        self._store._forget(self)
 
 
 def snapshot_paths(files: Files) -> list[tuple[str, int]]:

@@ -25,16 +25,13 @@ import pyarrow as pa
 
 from marble._core.checksum import Xxh3Name
 from marble._core.sstable import BlockCache, SSTable, SSTableInfo, SSTableWriter
-from marble.env import AppendFile, Files
+from marble.env import Files
 from marble.errors import CorruptionError
 from marble.machine import FILES_SCHEMA, FileRef, Pace
 from marble.schema import TableInfo
+from marble.writing import SYNC_BYTES, write_paced
 
 DIRECTORY: Final = "tables"
-
-SYNC_BYTES: Final = 1024 * 1024
-"""A file is synced each time that so many bytes were written: unsynced, they would gather and then hold up the sync of the
-log on the same disk."""
 
 CACHE_BYTES_MAX: Final = 64 * 1024 * 1024
 """Decoded blocks kept by default."""
@@ -289,7 +286,7 @@ class TableFiles:
         file = self._files.create(temporary)
         try:
             with contextlib.closing(file):
-                _write_paced(file, pieces, pace)
+                write_paced(file, pieces, pace)
             info = pieces.info
             assert info is not None
             self.hold([info.name])
@@ -330,27 +327,3 @@ class _Pieces:
             versions = following
         rest, self.info = writer.finish()
         yield rest
-
-
-def _write_paced(file: AppendFile, pieces: Iterable[pa.Buffer], pace: Pace | None) -> None:
-    """Write and sync all `pieces`, with a sync at least every `SYNC_BYTES` and `pace` called after each."""
-    unsynced = 0
-
-    def sync() -> None:
-        nonlocal unsynced
-        file.sync()
-        if pace is not None:
-            pace(unsynced)
-        unsynced = 0
-
-    for piece in pieces:
-        view = memoryview(piece)
-        while len(view):
-            part = view[: SYNC_BYTES - unsynced]
-            file.write(part)
-            unsynced += len(part)
-            view = view[len(part) :]
-            if unsynced == SYNC_BYTES:
-                sync()
-    if unsynced:
-        sync()
