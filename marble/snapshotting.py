@@ -120,7 +120,7 @@ class Snapshots:
 
     def want(self) -> bool:
         """Take one now, whatever the policy. False if that would be the one that is there."""
-        if self._raft.applied_index in (0, self.index):
+        if self._raft.applied_index in (0, self.index) or not self._raft.members.voters:
             return False
         self._wanted = True
         return True
@@ -134,8 +134,11 @@ class Snapshots:
         return self._raft.applied_index >= due.index or due.nbytes <= 0
 
     def due(self) -> Due:
-        """When the next apply job is to capture the state: never while the last one is still being written."""
-        if self._write is not None:
+        """When the next apply job is to capture the state: never while the last one is still being written.
+
+        Nor before a node that joins has applied who the members are: a snapshot tells them to whoever starts from it.
+        """
+        if self._write is not None or not self._raft.members.voters:
             return Due()
         if self._wanted:
             return Due(0)

@@ -145,7 +145,7 @@ class Ring:
         self.down: set[int] = set()
         self.drop: Callable[[int, int, Envelope], bool] = lambda sender, to, envelope: False
         self.peers: dict[int, Peer] = {}
-        self._make = lambda number, voters: Peer(self, number, voters, groups, policy, machine, **config)
+        self._make = lambda number, voters, policy=policy: Peer(self, number, voters, groups, policy, machine, **config)
         for number in range(1, size + 1):
             self.peers[number] = self._make(number, range(1, size + 1))
         self.elect(1)
@@ -153,9 +153,9 @@ class Ring:
     def __getitem__(self, number: int) -> Peer:
         return self.peers[number]
 
-    def add_empty(self, number: int) -> Peer:
+    def add_empty(self, number: int, policy: SnapshotPolicy = POLICY) -> Peer:
         """A node that waits to be added."""
-        peer = self.peers[number] = self._make(number, ())
+        peer = self.peers[number] = self._make(number, (), policy)
         return peer
 
     def elect(self, number: int) -> None:

@@ -6,6 +6,7 @@ import pytest
 from node.ring import Ring, expected
 
 from marble.errors import NotLeaderError, UnavailableError, UsageError
+from marble.snapshotting import SnapshotPolicy
 from marble.types import Change, ChangeKind, Members, Role, Transition
 
 ADD, LEARN, REMOVE = ChangeKind.ADD_VOTER, ChangeKind.ADD_LEARNER, ChangeKind.REMOVE
@@ -51,6 +52,20 @@ def test_an_empty_node_is_brought_there_by_a_snapshot_and_knows_who_is_who() -> 
     ring.restart(4)
     ring.tick(4)
     assert ring[4].raft.members == Members((1, 2, 4), (), (9,))
+
+
+def test_an_empty_node_takes_no_snapshot_before_it_knows_the_members() -> None:
+    ring = Ring(policy=SnapshotPolicy(distance=1000))
+    ring.create()
+    ring.write(60)
+    ring.add_empty(4, SnapshotPolicy(distance=10, tail=5))
+    taken = []
+    ring.drop = lambda sender, to, envelope: bool(taken.extend(ring[4].stores[0].infos()))
+    change(ring, (LEARN, 4))
+    ring.tick(4)
+    assert ring[4].rows() == expected(60)
+    assert ring[4].raft.snapshot is not None
+    assert all(info.members == Members((1, 2, 3), (), (4,)) for info in [*taken, *ring[4].stores[0].infos()])
 
 
 def test_members_and_endpoints_outlive_the_log_in_a_snapshot() -> None:
