@@ -30,7 +30,7 @@ from marble.logstore.snapshots import SnapshotStore
 from marble.machine import StateMachine
 from marble.metrics import Metrics
 from marble.options import NodeOptions
-from marble.promises import Committed, Lane, Offer, promise
+from marble.promises import Committed, Lane, Offer, check_proposal, promise
 from marble.raft.core import Raft, RaftConfig
 from marble.recovery import recover
 from marble.snapshotting import SnapshotPolicy
@@ -230,11 +230,7 @@ class Node:
         applying it gave on every replica.
         """
         self._desk(group)
-        size = proposal.nbytes
-        if size > self.options.entry_bytes_max:
-            raise UsageError(
-                f"the entry takes {size} bytes, more than max_entry_size ({self.options.entry_bytes_max}): write smaller batches"
-            )
+        check_proposal(proposal, self.options.entry_bytes_max)
         future: Future[Committed] = promise()
         self._engine.offer(group, Offer(proposal, future, term, lane))
         return future

@@ -13,12 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from marble._core.entry_batch import Proposal
-from marble.errors import MarbleError, OutcomeUnknownError, UnavailableError
+from marble.errors import MarbleError, OutcomeUnknownError, UnavailableError, UsageError
 from marble.machine import Result
 from marble.raft.messages import ReadState
+from marble.types import EntryKind
+
+_DRIVERS_KINDS: Final = (EntryKind.HARD_STATE, EntryKind.NOOP, EntryKind.MEMBERSHIP, EntryKind.SNAPSHOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,20 @@ class Lane:
 
     def __init__(self) -> None:
         self.refusal: MarbleError | None = None
+
+
+def check_proposal(proposal: Proposal, bytes_max: int) -> None:
+    """Raise UsageError unless a user may propose `proposal`, of at most `bytes_max` bytes.
+
+    Who the members are, and where leadership begins, is in entries that only the driver makes: an entry of such a kind from
+    elsewhere would take effect without the core's checks.
+    """
+    if proposal.kind in _DRIVERS_KINDS:
+        raise UsageError(f"entries of kind {proposal.kind.name} are made by the node alone")
+    if proposal.nbytes > bytes_max:
+        raise UsageError(
+            f"the entry takes {proposal.nbytes} bytes, more than max_entry_size ({bytes_max}): write smaller batches"
+        )
 
 
 class Offer(NamedTuple):

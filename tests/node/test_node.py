@@ -9,17 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from marble._core.entry_batch import Proposal
 from marble.env import SystemFiles
 from marble.errors import InvariantError, NotLeaderError, OutcomeUnknownError, UnavailableError, UsageError
 from marble.local import LocalBackend
 from marble.lsm import payload
 from marble.lsm.machine import TableMachine
+from marble.members import encode_members
 from marble.node import Node
 from marble.options import NodeOptions
 from marble.promises import Committed
 from marble.raft.messages import Message, MessageKind
 from marble.transport.codec import Envelope
-from marble.types import EntryKind, Role
+from marble.types import EntryKind, Members, Role
 
 DEADLINE_S = 20.0
 
@@ -314,6 +316,18 @@ def test_waiting_for_a_leader_ends_with_its_time_or_with_the_node(tmp_path: Path
         node.stop(DEADLINE_S)
     with pytest.raises(UnavailableError, match="has stopped"):
         node.wait_for_leader(DEADLINE_S)
+
+
+@pytest.mark.parametrize("kind", [EntryKind.NOOP, EntryKind.MEMBERSHIP])
+def test_entries_that_only_the_node_makes_cannot_be_proposed(tmp_path: Path, kind: EntryKind) -> None:
+    node = make(tmp_path)
+    try:
+        members = encode_members(Members((9,)), {9: "h:1"}) if kind is EntryKind.MEMBERSHIP else None
+        with pytest.raises(UsageError, match="made by the node alone"):
+            node.propose(Proposal(kind, 0, members))
+        assert node.members() == Members((1,))
+    finally:
+        node.stop(DEADLINE_S)
 
 
 def test_a_call_that_is_refused_is_the_caller_s_and_does_no_harm(tmp_path: Path) -> None:
