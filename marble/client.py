@@ -108,6 +108,7 @@ class RemoteBackend:
     def __init__(self, endpoints: Sequence[str], options: ClientOptions) -> None:
         self._given = tuple(endpoints)
         self._learnt: tuple[str, ...] = ()
+        self._gather_bytes_max = 0
         self._options = options
         self._lock = threading.Lock()
         self._clients = ClientPool()
@@ -139,6 +140,8 @@ class RemoteBackend:
                     self._locate,
                     self._options.timeout_s,
                     open_session=open_session,
+                    # A value that does not fit what is there already must not fail the writes of others.
+                    gather_bytes_max=(lambda: 0) if table.options.merge else (lambda: self._gather_bytes_max),
                 )
                 self._puts[table.id, verb] = stream
             self._start_watch()
@@ -186,6 +189,7 @@ class RemoteBackend:
 
     def _learn(self, status: dict[str, Any]) -> None:
         self._learnt = tuple(each for each in status["nodes"].values() if each not in self._given)
+        self._gather_bytes_max = status.get("max_entry_size", 0) // 2
 
     # -- catalog and actions -------------------------------------------------------------------------------------------
 

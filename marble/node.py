@@ -466,6 +466,7 @@ class Node:
             "term": raft.term,
             "leader_id": raft.leader,
             "leader_endpoint": endpoints.get(raft.leader),
+            "max_entry_size": self.options.entry_bytes_max,
             "transferee": raft.transferee,
             "members": list(members.voters),
             "outgoing": list(members.outgoing),

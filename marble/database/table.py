@@ -97,7 +97,9 @@ class Table:
                     raise
 
     def write_async(self, data: object) -> Future[int]:
-        """Upsert the rows of `data` as one entry, without waiting for it.
+        """Upsert the rows of `data`, all of them at one index, without waiting for it.
+
+        From afar, small writes to a table without merge operators that are under way together may share an entry and its index.
 
         Parameters
         ----------

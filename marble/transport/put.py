@@ -8,10 +8,14 @@ Rule 3: with a session, it is sent again under the same number until its deadlin
 changed while an attempt under it may still take effect. The other end helps with rule 1: after one write of a stream whose outcome it
 cannot tell, it refuses all that follow in that stream (`marble.transport.intake`), so that they come again in order.
 
+Rule 4: nothing waits while the stream owes few answers. Above that, small writes are gathered and go out as one batch, under one number,
+as soon as an answer comes: they take effect at one index, or none of them does. What was gathered once stays so.
+
 It is a DoExchange and not a DoPut because only an exchange can be cancelled, which is what makes deadlines hold when a server
 falls silent. The acknowledgements are the same.
 
-Threads: any thread may `write`. One thread of the stream's own ("marble-put-…") opens it, reads acknowledgements and mends it.
+Threads: any thread may `write`. One thread of the stream's own ("marble-put-…") opens it, reads acknowledgements and mends it; another
+("marble-gather-…"), begun when first needed, sends what was gathered.
 """
 
 from __future__ import annotations
@@ -22,7 +26,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Final
 
 import pyarrow as pa
@@ -39,6 +42,7 @@ from marble.errors import (
     check,
 )
 from marble.transport.faults import from_flight_error
+from marble.transport.gathering import Item, gather
 from marble.transport.wire import Ack, Stamp, decode_acks, encode_stamp
 
 STREAM_ERRORS: Final = (pa.ArrowException, OSError)
@@ -54,31 +58,11 @@ REFUSED_PAUSE_MIN_S: Final = 0.01
 REFUSED_PAUSE_MAX_S: Final = 0.5
 """Before what was refused, or could not be sent, is sent again; doubling while that goes on."""
 
+GATHER_AFTER: Final = 3
+"""A stream that owes so many answers gathers what else is written until one comes."""
+
 SILENCE_MAX_S: Final = 8.0
 """A stream with a session that owes answers and gives none for so long is given up, and its writes go to whoever leads then."""
-
-
-@dataclass(slots=True, eq=False)
-class _Item:
-    """One batch on its way.
-
-    - ``refusal``: the server said that the last attempt was not replicated; None while that is not known.
-    - ``open``: some attempt under ``stamp`` may have taken effect, or may do so still.
-    """
-
-    batch: pa.RecordBatch
-    size: int
-    future: Future[Ack]
-    deadline: float
-    stamp: Stamp | None = None
-    refusal: MarbleError | None = None
-    open: bool = False
-
-    def give_up(self, why: MarbleError) -> None:
-        """End it with what is known: `why` if nothing was replicated."""
-        if self.open:
-            why = OutcomeUnknownError(f"the write was sent and its answer was lost ({why})")
-        self.future.set_exception(why)
 
 
 def _longer(pause_s: float) -> float:
@@ -89,7 +73,7 @@ class PutStream:
     """Writes to one place (a table, or its deletes), acknowledged in order. Thread-safe.
 
     - Writes are sent in the order in which `write` was called, and answered in that order.
-    - ``_sent`` holds what the current stream owes an answer for, ``_backlog`` what the next stream has to send.
+    - ``_sent`` holds what the current stream owes an answer for; ``_backlog`` what waits for a stream, or to be gathered.
     - ``_order`` is held while sending, so that order on the wire is order in ``_sent``; never take it while holding ``_state``.
     - ``_order`` is never waited for by the thread that reads: a sender that holds it may wait for the other end, which waits for
       its acknowledgements to be read.
@@ -112,6 +96,9 @@ class PutStream:
     open_session
         Opens a session at the node that it is given, until the given moment. None: writes are not repeated, or carry
         the stamps of somebody who repeats them himself.
+    gather_bytes_max
+        How large a batch may become by gathering, in bytes of its IPC message; 0: nothing is gathered. It needs a session,
+        and writes that cannot fail for what one of them has in it.
     """
 
     def __init__(
@@ -122,6 +109,7 @@ class PutStream:
         timeout_s: float,
         options: fl.FlightCallOptions | None = None,
         open_session: Callable[[fl.FlightClient, float], int] | None = None,
+        gather_bytes_max: Callable[[], int] = lambda: 0,
     ) -> None:
         self._path = path
         self._schema = schema
@@ -129,6 +117,7 @@ class PutStream:
         self._timeout_s = timeout_s
         self._options = options
         self._open_session = open_session
+        self._gather_bytes_max = gather_bytes_max
         self._session = 0
         self._sequence = 0
         self._dead: MarbleError | None = None
@@ -136,8 +125,8 @@ class PutStream:
         self._progressed = False
         self._order = threading.Lock()
         self._state = threading.Condition()
-        self._backlog: deque[_Item] = deque()
-        self._sent: deque[_Item] = deque()
+        self._backlog: deque[Item] = deque()
+        self._sent: deque[Item] = deque()
         self._bytes = 0
         self._count = 0
         self._writer: fl.FlightStreamWriter | None = None
@@ -145,6 +134,7 @@ class PutStream:
         self._closing = False
         self._aborted = False
         self._thread: threading.Thread | None = None
+        self._gatherer: threading.Thread | None = None
 
     @property
     def session(self) -> int:
@@ -160,7 +150,7 @@ class PutStream:
         """
         future: Future[Ack] = Future()
         future.set_running_or_notify_cancel()
-        item = _Item(batch, batch.nbytes, future, time.monotonic() + self._timeout_s, stamp)
+        item = Item(batch, batch.nbytes, (future,), time.monotonic() + self._timeout_s, stamp)
         with self._state:
             self._admit(item)
         with self._order:
@@ -168,11 +158,11 @@ class PutStream:
                 if self._dead is not None or self._closing:
                     self._leave(item)
                     raise self._dead or UsageError("the connection is closed")
-                if self._writer is None:
+                writer = self._writer
+                if writer is None or self._waits(item):
                     self._backlog.append(item)
                     self._state.notify_all()
                     return future
-                writer = self._writer
                 self._owe(item)
             self._send(writer, item)
         return future
@@ -204,14 +194,17 @@ class PutStream:
             # First, so that a `write` that waits for room gives up.
             self._closing = True
             self._state.notify_all()
-        with self._order:
-            with self._state:
-                writer, thread = self._writer, self._thread
-            if writer is not None:
-                try:
-                    writer.done_writing()
-                except STREAM_ERRORS:
-                    pass  # The stream broke at the same moment: its thread finds out and ends all the same.
+        if self._order.acquire(timeout=max(0.0, timeout_s)):
+            try:
+                self._end_writing()
+            finally:
+                self._order.release()
+        else:
+            self.abort()  # A server that does not read holds whoever sends.
+        with self._state:
+            thread, gatherer = self._thread, self._gatherer
+        if gatherer is not None:
+            gatherer.join(timeout_s)
         if thread is None:
             return
         try:
@@ -224,7 +217,7 @@ class PutStream:
 
     # -- under the caller's thread -----------------------------------------------------------------------------------
 
-    def _admit(self, item: _Item) -> None:
+    def _admit(self, item: Item) -> None:
         def room() -> bool:
             fits = self._count < IN_FLIGHT_BATCHES_MAX and self._bytes + item.size <= IN_FLIGHT_BYTES_MAX
             return fits or not self._count or self._closing
@@ -240,7 +233,53 @@ class PutStream:
             self._thread = threading.Thread(target=self._run, name=name, daemon=True)
             self._thread.start()
 
-    def _owe(self, item: _Item) -> None:
+    def _waits(self, item: Item) -> bool:
+        """Whether `item` is to be gathered although a stream is open. Called under ``_state``."""
+        if self._backlog:
+            return True  # It must not overtake what waits.
+        if len(self._sent) < GATHER_AFTER or not item.fresh or not self._gather_bytes_max():
+            return False
+        if self._gatherer is None:
+            name = "marble-gather-" + "/".join(self._path)
+            self._gatherer = threading.Thread(target=self._send_gathered, name=name, daemon=True)
+            self._gatherer.start()
+        return True
+
+    def _flush(self, owed_max: int) -> None:
+        """Send what waits, in order, while fewer than `owed_max` answers are owed. Called under ``_order``."""
+        while True:
+            with self._state:
+                writer = self._writer
+                if writer is None or not self._backlog or len(self._sent) >= owed_max:
+                    return
+                item = gather(self._backlog, self._gather_bytes_max())
+                self._owe(item)
+            self._send(writer, item)
+
+    def _end_writing(self) -> None:
+        """The last of what waits goes out, if a stream is open. Called under ``_order``."""
+        self._flush(IN_FLIGHT_BATCHES_MAX + 1)
+        if (writer := self._writer) is not None:
+            try:
+                writer.done_writing()
+            except STREAM_ERRORS:
+                pass  # The stream broke at the same moment: its thread finds out and ends all the same.
+
+    def _send_gathered(self) -> None:
+        """What the gathering thread does until `close`, which sends the rest itself."""
+
+        def ready() -> bool:
+            return self._closing or bool(self._writer and self._backlog and len(self._sent) < GATHER_AFTER)
+
+        while True:
+            with self._state:
+                self._state.wait_for(ready)
+                if self._closing:
+                    return
+            with self._order:
+                self._flush(GATHER_AFTER)
+
+    def _owe(self, item: Item) -> None:
         """`item` is about to be sent; number it if this is the first time. Called under ``_state``."""
         if item.stamp is None and self._open_session is not None:
             self._sequence += 1
@@ -249,7 +288,7 @@ class PutStream:
             self._heard_s = time.monotonic()
         self._sent.append(item)
 
-    def _send(self, writer: fl.FlightStreamWriter, item: _Item) -> None:
+    def _send(self, writer: fl.FlightStreamWriter, item: Item) -> None:
         """Write `item`. Called under ``_order``."""
         try:
             if item.stamp is None:
@@ -318,25 +357,19 @@ class PutStream:
             with self._state:
                 self._writer, self._reader = writer, reader
                 self._progressed = False
-                waiting = list(self._backlog)
-                self._backlog.clear()
-                for item in waiting:
-                    self._owe(item)
-                closing = self._closing
-            for item in waiting:
-                self._send(writer, item)
-            if closing:
+            self._flush(IN_FLIGHT_BATCHES_MAX + 1)
+            if self._closing:
                 writer.done_writing()
         return writer
 
-    def _read_acks(self) -> tuple[list[_Item], BaseException | None]:
+    def _read_acks(self) -> tuple[list[Item], BaseException | None]:
         """Answer writes until the stream ends, or until it takes no more and owes nothing.
 
         Returns what is to be sent again, in order, and what broke the stream.
         """
         reader = self._reader
         assert reader is not None
-        again: list[_Item] = []
+        again: list[Item] = []
         while True:
             try:
                 acks = decode_acks(reader.read_chunk().app_metadata)
@@ -356,7 +389,7 @@ class PutStream:
                     reader.cancel()
                     return again, None
 
-    def _take_ack(self, item: _Item, ack: Ack, again: list[_Item]) -> None:
+    def _take_ack(self, item: Item, ack: Ack, again: list[Item]) -> None:
         """Answer `item`, or keep it in `again` to be sent again."""
         answer = ack.error()
         if self._may_repeat(item, answer):
@@ -375,16 +408,17 @@ class PutStream:
         self._progressed = True
         self._done(item)
         if answer is None:
-            item.future.set_result(ack)
+            for future in item.futures:
+                future.set_result(ack)
             return
         unknown = isinstance(answer, OutcomeUnknownError) and not isinstance(answer, SessionExpiredError)
         if unknown and item.stamp is not None and self._open_session is None:
             with self._state:
                 self._writer = None
                 self._die()
-        item.future.set_exception(answer)
+        item.fail(answer)
 
-    def _may_repeat(self, item: _Item, answer: MarbleError | None) -> bool:
+    def _may_repeat(self, item: Item, answer: MarbleError | None) -> bool:
         """Whether `item` may be sent again after `answer`; notes what is known of it now."""
         if isinstance(answer, NotLeaderError | UnavailableError):
             item.refusal = answer
@@ -405,7 +439,7 @@ class PutStream:
         item.stamp, item.refusal = None, UnavailableError(f"nothing was written: {answer}")
         return True
 
-    def _settle(self, again: list[_Item], why: BaseException | None) -> None:
+    def _settle(self, again: list[Item], why: BaseException | None) -> None:
         """The stream has ended: decide about everything that it still owed."""
         reason = from_flight_error(why) if isinstance(why, STREAM_ERRORS) else why
         lost = UnavailableError(str(reason or "the server ended the stream"))
@@ -432,7 +466,7 @@ class PutStream:
             self._done(item)
             item.give_up(dead)
 
-    def _kept(self, again: list[_Item], unknown: list[_Item]) -> list[_Item]:
+    def _kept(self, again: list[Item], unknown: list[Item]) -> list[Item]:
         """What goes out once more, in order. Called under ``_state``."""
         if self._dead is not None or (self._open_session is None and (unknown or self._closing)) or self._aborted:
             return []
@@ -453,13 +487,13 @@ class PutStream:
             self._done(item)
             item.give_up(error)
 
-    def _done(self, item: _Item) -> None:
+    def _done(self, item: Item) -> None:
         with self._state:
             self._leave(item)
 
-    def _leave(self, item: _Item) -> None:
+    def _leave(self, item: Item) -> None:
         """`item` is on its way no more. Called under ``_state``."""
-        self._count -= 1
+        self._count -= len(item.futures)
         self._bytes -= item.size
         check(self._count >= 0, "more writes ended than began")
         self._state.notify_all()
