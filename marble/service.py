@@ -87,7 +87,7 @@ def _answering(method: _Method) -> _Method:
 
 
 class TablesService:
-    """Answers Flight clients out of a node in this process: a `marble.transport.flight.FlightService`. Thread-safe.
+    """Answers Flight clients out of a node in this process: a `marble.transport.port.FlightService`. Thread-safe.
 
     Parameters
     ----------

@@ -4,7 +4,7 @@ Rule 1: handlers run on gRPC's threads. They check what came, hand it to the rec
 Rule 2: what a stranger sends ends that stranger's call and is counted; it does nothing else.
 Rule 3: `FlightTransport.stop` returns within its deadline, whoever keeps a stream open.
 
-Calls other than the nodes' own streams (DoExchange of the command `RAFT_COMMAND`) go to a `FlightService`, so that one
+Calls other than the nodes' own streams (`marble.transport.port`) go to a `FlightService`, so that one
 port serves peers and clients.
 """
 
@@ -16,8 +16,8 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.flight as fl
@@ -25,11 +25,13 @@ import pyarrow.flight as fl
 from marble.env import Clock, Random, SystemClock, SystemRandom
 from marble.errors import InvariantError, ProtocolError, UnavailableError, UsageError
 from marble.metrics import Metrics
-from marble.transport import _shutdown, wire
+from marble.transport import _shutdown
+from marble.transport.carrier import Arrival, Carrier, FlightCarrier
 from marble.transport.codec import Codec, Envelope
 from marble.transport.faults import to_flight_error
 from marble.transport.handshake import Acquaintances, Handshake
-from marble.transport.link import RAFT_COMMAND, Link, TransportOptions
+from marble.transport.link import Link, TransportOptions
+from marble.transport.port import FlightService, Port
 
 VISITORS_MAX: Final = 32
 """Nodes that are answered although `FlightTransport.set_peers` has not named them."""
@@ -37,35 +39,6 @@ VISITORS_MAX: Final = 32
 _log = logging.getLogger("marble.transport")
 _CANCEL_RESERVE_S: Final = 0.25
 """Part of a stop's deadline that is kept for cancelling calls that did not end by themselves."""
-
-
-class FlightService(Protocol):
-    """What answers clients. Methods are those of `pyarrow.flight.FlightServerBase` and run on gRPC's threads.
-
-    A `MarbleError` that one raises reaches the client as such (`marble.transport.faults`). `context` and the reader and
-    writer are valid only until the method returns. Batches that a reader gives are not validated.
-    """
-
-    def list_flights(self, context: fl.ServerCallContext, criteria: bytes) -> Iterable[fl.FlightInfo]: ...
-    def get_flight_info(self, context: fl.ServerCallContext, descriptor: fl.FlightDescriptor) -> fl.FlightInfo: ...
-    def get_schema(self, context: fl.ServerCallContext, descriptor: fl.FlightDescriptor) -> fl.SchemaResult: ...
-    def do_get(self, context: fl.ServerCallContext, ticket: fl.Ticket) -> fl.FlightDataStream: ...
-    def do_put(
-        self,
-        context: fl.ServerCallContext,
-        descriptor: fl.FlightDescriptor,
-        reader: fl.MetadataRecordBatchReader,
-        writer: fl.FlightMetadataWriter,
-    ) -> None: ...
-    def do_exchange(
-        self,
-        context: fl.ServerCallContext,
-        descriptor: fl.FlightDescriptor,
-        reader: fl.MetadataRecordBatchReader,
-        writer: fl.MetadataRecordBatchWriter,
-    ) -> None: ...
-    def do_action(self, context: fl.ServerCallContext, action: fl.Action) -> Iterable[bytes | fl.Result]: ...
-    def list_actions(self, context: fl.ServerCallContext) -> Iterable[fl.ActionType | tuple[str, str]]: ...
 
 
 Receiver = Callable[[list[Envelope]], None]
@@ -84,6 +57,8 @@ class FlightTransport:
         ``host:port`` where others reach this node, if that is not `endpoint`.
     options, random, clock, metrics
         Limits; jitter; time; where everything is counted (names begin with ``transport_``).
+    carrier
+        What opens streams to peers. None: Flight.
 
     Raises
     ------
@@ -104,6 +79,7 @@ class FlightTransport:
         random: Random | None = None,
         clock: Clock | None = None,
         metrics: Metrics | None = None,
+        carrier: Carrier | None = None,
     ) -> None:
         self.options = options or TransportOptions()
         self.metrics = metrics or Metrics()
@@ -111,6 +87,7 @@ class FlightTransport:
         self._codec = Codec(cluster_id, node_id, self.options.entry_bytes_max)
         self._random = random or SystemRandom()
         self._clock = clock or SystemClock()
+        self._carrier = carrier or FlightCarrier()
         self._host = _host_of(endpoint)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
@@ -129,7 +106,7 @@ class FlightTransport:
         self._refused = self.metrics.counter("transport_calls_refused")
         self._faults = self.metrics.counter("transport_internal_errors")
         try:
-            self._server = _Server(f"grpc://{endpoint}", self)
+            self._server = Port(f"grpc://{endpoint}", self)
             self._port = int(self._server.port)
         except (fl.FlightError, pa.ArrowException, OSError) as error:
             raise UnavailableError(f"cannot listen on {endpoint}: {error}") from None
@@ -228,6 +205,7 @@ class FlightTransport:
             peer,
             endpoint,
             self._codec,
+            carrier=self._carrier,
             handshake=self._handshake,
             options=self.options,
             random=self._random,
@@ -345,24 +323,25 @@ class FlightTransport:
             _log.error("a call failed", exc_info=error)
         return told
 
-    def take_messages(self, reader: fl.MetadataRecordBatchReader, writer: fl.MetadataRecordBatchWriter) -> None:
+    def take_messages(self, arrival: Arrival) -> None:
         """A stream of messages from a peer, until it ends."""
         try:
             receiver = self._receiver
             if receiver is None or self._stopped:
                 self._refused.add()
                 raise UnavailableError(f"node {self.node_id} does not take messages now")
-            hello = self._handshake.greet(reader)
+            chunks = iter(arrival)
+            hello = self._handshake.greet(chunks)
             if hello is None:
                 return
             sender = hello.sender
             with self._visit(sender, hello.endpoint):
-                if not _write(writer, self._handshake.hello(sender)):
+                if not arrival.answer(self._handshake.hello(sender)):
                     return
-                for chunk in reader:
-                    if chunk.app_metadata is None:
+                for metadata, batch in chunks:
+                    if metadata is None:
                         raise ProtocolError(f"entries without messages from node {sender}")
-                    envelopes = self._codec.decode(sender, chunk.app_metadata.to_pybytes(), chunk.data)
+                    envelopes = self._codec.decode(sender, metadata.to_pybytes(), batch)
                     if envelopes:
                         self._received.add(len(envelopes))
                         receiver(envelopes)
@@ -412,67 +391,11 @@ class FlightTransport:
                 _log.warning("node %d refused a stream (%d so far): %s", self.node_id, count, error)
 
 
-class _Server(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow has no type hints
-    """Hands each method of Flight on; all decisions are in `FlightTransport`."""
-
-    def __init__(self, location: str, transport: FlightTransport) -> None:
-        self._transport = transport
-        super().__init__(location, middleware={wire.CallHeaders.KEY: wire.CallHeadersFactory()})
-
-    def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        if descriptor.command == RAFT_COMMAND:
-            self._transport.take_messages(reader, writer)
-            return
-        with self._transport.serve() as service:
-            service.do_exchange(context, descriptor, reader, writer)
-
-    def list_flights(self, context: Any, criteria: bytes) -> Iterator[fl.FlightInfo]:
-        with self._transport.serve() as service:
-            yield from service.list_flights(context, criteria)
-
-    def get_flight_info(self, context: Any, descriptor: Any) -> fl.FlightInfo:
-        with self._transport.serve() as service:
-            return service.get_flight_info(context, descriptor)
-
-    def get_schema(self, context: Any, descriptor: Any) -> fl.SchemaResult:
-        try:
-            with self._transport.serve() as service:
-                return service.get_schema(context, descriptor)
-        except fl.FlightError as error:
-            # From this one method pyarrow passes no Flight error on: the client gets an ArrowInvalid with the message.
-            raise ValueError(str(error)) from None
-
-    def do_get(self, context: Any, ticket: Any) -> fl.FlightDataStream:
-        with self._transport.serve() as service:
-            return service.do_get(context, ticket)
-
-    def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        with self._transport.serve() as service:
-            service.do_put(context, descriptor, reader, writer)
-
-    def do_action(self, context: Any, action: Any) -> Iterator[Any]:
-        with self._transport.serve() as service:
-            yield from service.do_action(context, action)
-
-    def list_actions(self, context: Any) -> list[Any]:
-        with self._transport.serve() as service:
-            return list(service.list_actions(context))
-
-
 def _host_of(endpoint: str) -> str:
     host, colon, port = endpoint.rpartition(":")
     if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise UsageError(f"{endpoint!r} is not an endpoint: expected host:port")
     return host
-
-
-def _write(writer: fl.MetadataRecordBatchWriter, metadata: bytes) -> bool:
-    """Whether `metadata` could be sent; if not, the caller has gone, and has done nothing wrong."""
-    try:
-        writer.write_metadata(metadata)
-    except (fl.FlightError, pa.ArrowException, OSError):
-        return False
-    return True
 
 
 def _ignore(_: object) -> None:

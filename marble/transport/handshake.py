@@ -11,13 +11,18 @@ other until the leader is gone, and then it matters.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Protocol
 
-import pyarrow.flight as fl
+import pyarrow as pa
 
 from marble.errors import ProtocolError, UnavailableError
 from marble.metrics import Metrics
+from marble.transport.carrier import NO_HELLO, Stream
 from marble.transport.codec import Codec, Hello
+
+Chunk = tuple[pa.Buffer | None, pa.RecordBatch | None]
+"""As an `Arrival` gives it."""
 
 
 class Acquaintances(Protocol):
@@ -70,7 +75,7 @@ class Handshake:
         """What this node says to `to`, whoever of the two has called."""
         return self._codec.hello(to, self._advertised, self.acquaintances.incarnation)
 
-    def greet(self, reader: fl.MetadataRecordBatchReader) -> Hello | None:
+    def greet(self, chunks: Iterator[Chunk]) -> Hello | None:
         """Find out who opened this stream; None if it ended at once.
 
         Raises ProtocolError unless it is a node of this cluster, with the directory that it always had.
@@ -84,25 +89,28 @@ class Handshake:
                 f"too many streams to node {self._codec.node_id} that do not say where they come from"
             )
         try:
-            chunk = next(reader, None)
+            chunk = next(chunks, None)
             # A peer that stops while it connects sends none.
-            return None if chunk is None else self._check(chunk)
+            return None if chunk is None else self._check(*chunk)
         finally:
             with self._lock:
                 self._strangers -= 1
 
-    def call(self, peer: int, stream: fl.FlightStreamReader) -> None:
+    def call(self, peer: int, stream: Stream) -> None:
         """Wait for the answer to this node's hello to `peer`. Raises ProtocolError as `greet`, and what the stream raises."""
-        try:
-            hello = self._check(stream.read_chunk())
-        except StopIteration:
-            raise ProtocolError(f"node {peer} ends the stream without a hello") from None
+        answer = stream.answer()
+        if answer is None:
+            raise ProtocolError(f"node {peer} ends the stream without a hello")
+        hello = self._know(answer)
         if hello.sender != peer:
             raise ProtocolError(f"node {hello.sender} answers at the endpoint of node {peer}")
 
-    def _check(self, chunk: fl.FlightStreamChunk) -> Hello:
-        if chunk.app_metadata is None or chunk.data is not None:
-            raise ProtocolError("the stream does not open with a hello")
-        hello = self._codec.check_hello(chunk.app_metadata.to_pybytes())
+    def _check(self, metadata: pa.Buffer | None, batch: pa.RecordBatch | None) -> Hello:
+        if metadata is None or batch is not None:
+            raise ProtocolError(NO_HELLO)
+        return self._know(metadata.to_pybytes())
+
+    def _know(self, metadata: bytes) -> Hello:
+        hello = self._codec.check_hello(metadata)
         self.acquaintances.meet(hello.sender, hello.incarnation)
         return hello

@@ -17,23 +17,18 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
 
-import pyarrow as pa
 import pyarrow.flight as fl
 
 from marble._core.entry_batch import ENTRY_SCHEMA
 from marble.env import Clock, Random
 from marble.errors import ProtocolError, UsageError
 from marble.metrics import Metrics
+from marble.transport.carrier import STREAM_ERRORS, Carrier, Stream
 from marble.transport.codec import MESSAGES_PER_PACKET_MAX, Codec, Envelope
 from marble.transport.faults import from_flight_error
 from marble.transport.handshake import Handshake
 
-RAFT_COMMAND: Final = b"marble.raft/1"
-"""The Flight descriptor's command that opens a stream of messages."""
-
-_LINK_ERRORS: Final = (fl.FlightError, pa.ArrowException, OSError)
 _log = logging.getLogger("marble.transport")
 
 
@@ -70,22 +65,6 @@ class TransportOptions:
             raise UsageError("backoff_min_s must not be above backoff_max_s")
 
 
-class _Stream(NamedTuple):
-    client: fl.FlightClient
-    writer: fl.FlightStreamWriter
-    reader: fl.FlightStreamReader
-
-    def close(self) -> None:
-        """Give everything back at once; what the peer has not read yet may be lost."""
-        self.reader.cancel()
-        try:
-            self.writer.close()
-        except _LINK_ERRORS as error:
-            # A cancelled stream ends with the error that it was cancelled, or that it had broken before.
-            _log.debug("closed a stream: %s", error)
-        self.client.close()
-
-
 class Link:
     """Messages from this node to `peer`.
 
@@ -95,8 +74,10 @@ class Link:
         Who is there (``host:port``).
     codec
         Of this node.
+    carrier
+        What opens streams.
     handshake
-        How this node opens streams.
+        What is said on a stream before the first message.
     options, random, clock, metrics
         Limits; jitter; what tells how long a stream has lasted; where sent, dropped and broken are counted.
     unreachable
@@ -111,6 +92,7 @@ class Link:
         endpoint: str,
         codec: Codec,
         *,
+        carrier: Carrier,
         handshake: Handshake,
         options: TransportOptions,
         random: Random,
@@ -122,6 +104,7 @@ class Link:
         self.peer = peer
         self.endpoint = endpoint
         self._codec = codec
+        self._carrier = carrier
         self._handshake = handshake
         self._options = options
         self._random = random
@@ -135,7 +118,7 @@ class Link:
         self._accepting = True
         self._connected = threading.Event()
         self._stopping = threading.Event()
-        self._stream: _Stream | None = None
+        self._stream: Stream | None = None
         self._unsent: Sequence[Envelope] = ()
         self._refusal = ""
         self._sent = metrics.counter("transport_messages_sent")
@@ -179,7 +162,7 @@ class Link:
             stream = self._stream
         self._queue.put(None)
         if stream is not None:
-            stream.reader.cancel()
+            stream.cancel()
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the thread's end after `request_stop`; whether it has ended."""
@@ -209,7 +192,7 @@ class Link:
                     with self._lock:
                         self._stream = None
                     stream.close()
-            except (*_LINK_ERRORS, ProtocolError) as error:
+            except (*STREAM_ERRORS, ProtocolError) as error:
                 if self._stopping.is_set():
                     break
                 self._broken.add()
@@ -236,32 +219,21 @@ class Link:
     def _jitter(self, pause_s: float) -> float:
         return pause_s * self._random.randrange(500, 1001) / 1000
 
-    def _open(self) -> _Stream:
-        options = self._options
-        client = fl.FlightClient(
-            f"grpc://{self.endpoint}",
-            generic_options=[
-                # Without its own pool a channel shares the connection, and the reconnect pauses, of an earlier one.
-                ("grpc.use_local_subchannel_pool", 1),
-                # gRPC's name for the time that one attempt to connect may take.
-                ("grpc.min_reconnect_backoff_ms", max(1, round(options.connect_timeout_s * 1000))),
-                # Keepalive pings are off in effect (servers refuse more than one in five minutes), but they make gRPC
-                # set TCP_USER_TIMEOUT, so that a machine that has vanished is noticed.
-                ("grpc.keepalive_time_ms", 600_000),
-                ("grpc.keepalive_timeout_ms", max(1, round(options.silent_peer_s * 1000))),
-            ],
+    def _open(self) -> Stream:
+        stream = self._carrier.open(
+            self.endpoint,
+            ENTRY_SCHEMA,
+            connect_timeout_s=self._options.connect_timeout_s,
+            silent_peer_s=self._options.silent_peer_s,
         )
-        writer, reader = client.do_exchange(fl.FlightDescriptor.for_command(RAFT_COMMAND))
-        stream = _Stream(client, writer, reader)
         with self._lock:
             self._stream = stream
         try:
-            writer.begin(ENTRY_SCHEMA)
-            writer.write_metadata(self._handshake.hello(self.peer))
             if self._stopping.is_set():
                 # request_stop may have looked for a stream before there was one.
                 raise fl.FlightCancelledError("the link stops")
-            self._handshake.call(self.peer, reader)
+            stream.write(self._handshake.hello(self.peer), None)
+            self._handshake.call(self.peer, stream)
         except BaseException:
             stream.close()
             raise
@@ -271,7 +243,7 @@ class Link:
         self._opened.add()
         return stream
 
-    def _pump(self, stream: _Stream) -> None:
+    def _pump(self, stream: Stream) -> None:
         """Write what is queued until the link stops. Raises when the stream breaks."""
         while True:
             if not self._unsent:
@@ -280,10 +252,7 @@ class Link:
                     return
                 self._unsent = taken
             for metadata, batch in self._codec.encode(self.peer, self._unsent):
-                if batch is None:
-                    stream.writer.write_metadata(metadata)
-                else:
-                    stream.writer.write_with_metadata(batch, metadata)
+                stream.write(metadata, batch)
                 self._packets.add()
             self._sent.add(len(self._unsent))
             self._release(self._unsent)

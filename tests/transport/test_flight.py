@@ -19,10 +19,11 @@ from marble._core import entry_batch
 from marble._core.entry_batch import ENTRY_SCHEMA, Proposal
 from marble.errors import NotLeaderError, UnavailableError, UsageError
 from marble.raft.messages import Message, MessageKind
+from marble.transport.carrier import RAFT_COMMAND
 from marble.transport.codec import Codec, Envelope
 from marble.transport.faults import from_flight_error
 from marble.transport.flight import FlightTransport
-from marble.transport.link import RAFT_COMMAND, TransportOptions
+from marble.transport.link import TransportOptions
 from marble.types import EntryKind
 
 DEADLINE_S = 30.0

@@ -17,6 +17,7 @@ from marble.env import SystemClock, SystemRandom
 from marble.errors import UsageError
 from marble.metrics import Metrics
 from marble.raft.messages import Message, MessageKind
+from marble.transport.carrier import FlightCarrier
 from marble.transport.codec import Codec, Envelope
 from marble.transport.flight import FlightTransport
 from marble.transport.handshake import Handshake
@@ -183,6 +184,7 @@ def link_to(endpoint: str, options: TransportOptions, metrics: Metrics) -> tuple
         2,
         endpoint,
         codec,
+        carrier=FlightCarrier(),
         handshake=Handshake(codec, "127.0.0.1:1", 1, metrics),
         options=options,
         random=SystemRandom(1),
