@@ -29,7 +29,7 @@ import pyarrow as pa
 
 from marble._core.entry_batch import Proposal
 from marble.actions import check_endpoints
-from marble.config import NodeConfig, RaftClusterConfig, format_endpoint, parse_endpoint
+from marble.config import NodeConfig, RaftClusterConfig, SecurityConfig, format_endpoint, parse_endpoint
 from marble.database import Database
 from marble.env import SystemFiles
 from marble.errors import OutcomeUnknownError, UnavailableError, UsageError
@@ -85,6 +85,7 @@ def create_raft_server(
     node_id: int | None = None,
     priority: int = 0,
     join: str | None = None,
+    security: SecurityConfig | None = None,
 ) -> RaftServer:
     """Make a server, to be initialized and started.
 
@@ -105,8 +106,10 @@ def create_raft_server(
         ``host:port`` where others will find this node, if it is to be added to a cluster that runs already. It then needs a
         `node_id` that no node of the cluster has ever had, starts without members, and waits for `RaftServer.add_node` on
         another one.
+    security
+        Certificates, tokens and the cluster's secret. None: whoever reaches the port may do anything.
     """
-    return RaftServer(transport, data_dir, machine or TableMachine(), node_id, priority, join)
+    return RaftServer(transport, data_dir, machine or TableMachine(), node_id, priority, join, security)
 
 
 def server_from_config(config: NodeConfig) -> RaftServer:
@@ -117,6 +120,7 @@ def server_from_config(config: NodeConfig) -> RaftServer:
         node_id=config.id,
         priority=config.priority,
         join=config.endpoint if config.join else None,
+        security=config.security,
     )
     server.initialize(config.cluster)
     return server
@@ -152,6 +156,7 @@ class RaftServer:
         node_id: int | None,
         priority: int = 0,
         join: str | None = None,
+        security: SecurityConfig | None = None,
     ) -> None:
         self._listen = transport
         self._data_dir = data_dir
@@ -159,6 +164,7 @@ class RaftServer:
         self._node_id = node_id
         self._priority = priority
         self._join = join
+        self._security = security or SecurityConfig()
         self._endpoint = ""
         self._phase = _Phase.MADE
         self._config: RaftClusterConfig | None = None
@@ -182,6 +188,7 @@ class RaftServer:
             raise UsageError("initialize was called before: a server belongs to one cluster")
         if not isinstance(config, RaftClusterConfig):
             raise UsageError(f"initialize takes a RaftClusterConfig, not a {type(config).__name__}")
+        config.check_security(self._security)
         node_id, self._endpoint = self._find_node(config)
         endpoints = config.endpoints if self._join is None else {**config.endpoints, node_id: self._endpoint}
         self._options = options_of(config, node_id, endpoints, priority=self._priority, join=self._join is not None)

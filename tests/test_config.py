@@ -118,7 +118,6 @@ def test_a_message_may_hold_a_full_append_or_one_large_entry() -> None:
         ({"segment_bytes_max": 1}, "segment_bytes_max is 1"),
         ({"cache_bytes_max": -1}, "cache_bytes_max is -1"),
         ({"enable_pre_vote": 1}, "enable_pre_vote must be true or false, not int"),
-        ({"enable_ssl": True}, "enable_ssl .* not built yet"),
         ({"enable_ssl": "no"}, "enable_ssl must be true or false"),
         ({"lease_reads": "on"}, "lease_reads must be true or false, not str 'on'"),
         ({"snapshot_distance": 0}, "snapshot_distance is 0: it must be within 1"),
@@ -349,3 +348,72 @@ def test_switches_are_off_unless_asked_for() -> None:
     assert not config.lease_reads
     assert dataclasses.replace(config, lease_reads=True, snapshot_distance=1).lease_reads
     assert NodeConfig(1, Path("d"), config).priority == 0
+
+
+SECURE = """
+[cluster]
+cluster_id = "orders"
+node_endpoints = ["127.0.0.1:5001"]
+enable_ssl = true
+
+[node]
+id = 1
+data_dir = "data"
+secret_file = "secret"
+
+[node.tls]
+certificate = "tls/node.pem"
+key = "/keys/node.key"
+ca = "tls/ca.pem"
+client_ca = "tls/clients.pem"
+client_certificates = true
+peer_names = ["node-*.example"]
+reload_s = 2.5
+
+[node.tokens]
+file = "tokens.toml"
+"""
+
+
+def test_the_files_of_security_start_at_the_directory_of_the_config(tmp_path: Path) -> None:
+    security = parse_config(SECURE, tmp_path).security
+    assert security.tls is not None
+    assert security.tokens is not None
+    assert (security.tls.certificate, security.tls.key) == (tmp_path / "tls/node.pem", Path("/keys/node.key"))
+    assert (security.tls.client_ca, security.tls.reload_s) == (tmp_path / "tls/clients.pem", 2.5)
+    assert security.tls.peer_names == ("node-*.example",)
+    assert (security.tokens.file, security.tokens.reload_s) == (tmp_path / "tokens.toml", 10.0)
+    assert security.secret_file == tmp_path / "secret"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("enable_ssl = true", "", r"\[node.tls\] is given, but not \[cluster\] enable_ssl"),
+        ('key = "/keys/node.key"', "", r"\[node.tls\] has no 'key'"),
+        ('key = "/keys/node.key"', "key = 3", r"\[node.tls\] key must name a file"),
+        ('key = "/keys/node.key"', 'key = ""', r"\[node.tls\] key must name a file"),
+        ("client_certificates = true", "", "client_ca is of use only with client_certificates"),
+        ('secret_file = "secret"', "", r"client_ca needs \[node\] secret_file"),
+        ('secret_file = "secret"', "secret_file = 1", "secret_file must name a file"),
+        ("reload_s = 2.5", "reload_s = true", "reload_s must be 0.05 to 86400 seconds"),
+        ("reload_s = 2.5", "reload_s = 0", "reload_s must be"),
+        ('["node-*.example"]', '"node-1"', "peer_names must be a list"),
+        ('["node-*.example"]', '["a b"]', "is not the name of a node"),
+        ('file = "tokens.toml"', 'fil = "tokens.toml"', r"unknown key 'fil' in \[node.tokens\]: did you mean 'file'"),
+        ('[node.tokens]\nfile = "tokens.toml"', "", ""),
+    ],
+)
+def test_wrong_security_is_refused_by_name(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in SECURE
+    text = SECURE.replace(old, new)
+    if not message:
+        assert parse_config(text, tmp_path).security.tokens is None
+        return
+    with pytest.raises(UsageError, match=message):
+        parse_config(text, tmp_path)
+
+
+def test_encryption_needs_certificates(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"needs \[node.tls\]"):
+        NodeConfig(1, tmp_path, RaftClusterConfig("c", THREE, enable_ssl=True))
