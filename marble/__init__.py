@@ -14,7 +14,7 @@ The floors; imports only run downwards, and modules of one floor never import ea
 3   transport                                                                                                   messages over Flight
 2   raft | logstore | lsm | database | members                                                                  decisions; log; tables
 1   _core                                                                                                       kernels in Cython and C++
-0   types errors table_options schema requests filters env metrics machine config sessions writing              words and seams
+0   types errors table_options schema requests filters env metrics sampling machine config sessions writing     words and seams
 ==  ==========================================================================================================  ==========================
 
 ``testing`` stands beside them: it imports floors 0 to 4, and nothing but ``simulate`` imports it.
