@@ -18,9 +18,11 @@ from typing import NamedTuple
 from marble.driver import Driver, Outcome
 from marble.errors import MarbleError, NotLeaderError, UnavailableError, UsageError
 from marble.machine import StoredMachine
+from marble.metrics import Metrics
 from marble.options import NodeOptions
 from marble.promises import Committed, Offer, Promises
 from marble.raft.messages import RoleChanged
+from marble.stopwatch import Stopwatch
 from marble.types import NO_NODE, Change, ChangeKind, Members, Role, Transition
 
 logger = logging.getLogger("marble.node")
@@ -49,6 +51,8 @@ class Desk:
         How large the log is.
     now_us
         The monotonic clock, for leases.
+    metrics
+        Where counters go.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Desk:
         release: Callable[[int], None],
         log_bytes: Callable[[], int],
         now_us: Callable[[], int],
+        metrics: Metrics | None = None,
     ) -> None:
         self.driver = driver
         self.promises = Promises(
@@ -74,6 +79,10 @@ class Desk:
         self._options = options
         self._release_bytes = release
         self._log_bytes = log_bytes
+        self._now_us = now_us
+        metrics = metrics or Metrics()
+        self._watch = Stopwatch(metrics)
+        self._leaders = metrics.counter("leader_changes")
         self._stored = driver.machine if isinstance(driver.machine, StoredMachine) else None
         self._offers: list[Offer] = []
         self._stalled_since: float | None = None
@@ -126,6 +135,7 @@ class Desk:
                 self._refuse(batch, full)
         else:
             self._release(batch)
+            self._watch.took(first.index, batch, now)
             self.promises.add_writes(first.index, first.term, [offer.future for offer in batch], now)
         return bool(self._offers)
 
@@ -187,7 +197,11 @@ class Desk:
         outcome = self.driver.take_outcome()
         for applied in outcome.applied:
             self.promises.applied(applied.first, applied.terms, applied.results)
-        self.promises.answered(outcome.reads, self.driver.raft.applied_index)
+        raft = self.driver.raft
+        if begun := self.promises.answered(outcome.reads, raft.applied_index):
+            self._watch.confirmed(begun, self._now_us() / 1_000_000)
+        if self._watch.any:
+            self._watch.reached(raft.commit_index, raft.applied_index, self._now_us() / 1_000_000)
         if outcome.members_changed:
             self.members, self.endpoints = self.driver.raft.members, self.driver.endpoints
         for event in outcome.events:
@@ -281,7 +295,12 @@ class Desk:
             event.term,
             leader,
         )
+        if event.leader not in (NO_NODE, self.leader) and len(self.members.all) > 1:
+            self._leaders.add()
         with self._changed:
             self.role, self.leader = event.role, event.leader
-            self.leading_term = event.term if event.role is Role.LEADER else 0
+            leading_term = event.term if event.role is Role.LEADER else 0
+            if leading_term != self.leading_term:
+                self._watch.lost()
+            self.leading_term = leading_term
             self._changed.notify_all()

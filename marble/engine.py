@@ -27,7 +27,7 @@ from marble.desk import Desk
 from marble.env import Clock
 from marble.errors import InvariantError, MarbleError, NotLeaderError, ProtocolError, UnavailableError, UsageError
 from marble.groups import Groups, Write
-from marble.jobs import CompactJob, FileJob, MachineJob
+from marble.jobs import ApplyJob, CompactJob, FileJob, MachineJob, WriteJob
 from marble.logstore.log import Log
 from marble.metrics import Metrics
 from marble.options import NodeOptions
@@ -107,10 +107,19 @@ class Engine:
         self._started = False
         self._process = os.getpid()
         name = options.node_id
-        self._syncer: Worker[SyncJob] = Worker(f"marble-log-{name}", self._inbox.put, self._synced, clock)
-        self._applier: Worker[MachineJob] = Worker(f"marble-apply-{name}", self._inbox.put, groups.finish_apply, clock)
-        self._filer: Worker[FileJob] = Worker(f"marble-snapshot-{name}", self._inbox.put, groups.finish_snapshot, clock)
-        self._compacter: Worker[CompactJob] = Worker(f"marble-compact-{name}", self._inbox.put, self._compacted, clock)
+        seconds = {
+            SyncJob: metrics.histogram("log_sync_seconds"),
+            ApplyJob: metrics.histogram("apply_seconds"),
+            WriteJob: metrics.histogram("flush_seconds"),
+            CompactJob: metrics.histogram("compaction_seconds"),
+        }
+        self._entries_applied = metrics.counter("entries_applied")
+        self._bytes_applied = metrics.counter("bytes_applied")
+        post = self._inbox.put
+        self._syncer: Worker[SyncJob] = Worker(f"marble-log-{name}", post, self._synced, clock, seconds)
+        self._applier: Worker[MachineJob] = Worker(f"marble-apply-{name}", post, self._applied, clock, seconds)
+        self._filer: Worker[FileJob] = Worker(f"marble-snapshot-{name}", post, groups.finish_snapshot, clock, seconds)
+        self._compacter: Worker[CompactJob] = Worker(f"marble-compact-{name}", post, self._compacted, clock, seconds)
         self._threads = [
             threading.Thread(target=self._run, name=f"marble-engine-{name}", daemon=True),
             self._syncer.thread,
@@ -157,6 +166,15 @@ class Engine:
                         f"the {what} of node {self._options.node_id} did not end within {timeout_s} s"
                     )
         self.stopped.set()
+
+    def working(self) -> dict[str, float]:
+        """See `marble.node.Node.working`."""
+        return {
+            "log": self._syncer.busy_s,
+            "apply": self._applier.busy_s,
+            "snapshot": self._filer.busy_s,
+            "compact": self._compacter.busy_s,
+        }
 
     def offer(self, group: int, offer: Offer) -> None:
         """Have `offer` proposed. Raises UnavailableError if too much waits already."""
@@ -329,6 +347,12 @@ class Engine:
 
     def _synced(self, job: SyncJob) -> None:
         self._groups.persisted(job.writes)
+
+    def _applied(self, job: MachineJob) -> None:
+        if isinstance(job, ApplyJob) and job.applied is not None:
+            self._entries_applied.add(len(job.applied.results))
+            self._bytes_applied.add(job.applied_bytes)
+        self._groups.finish_apply(job)
 
     def _compacted(self, job: CompactJob) -> None:
         self._groups.finish_compaction(job)

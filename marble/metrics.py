@@ -148,14 +148,14 @@ class Histogram:
         self._min = math.inf
         self._max = -math.inf
 
-    def observe(self, value: float) -> None:
-        """Take one finite value in; what is not above zero counts with the smallest."""
+    def observe(self, value: float, times: int = 1) -> None:
+        """Take one finite value in, as often as `times` says; what is not above zero counts with the smallest."""
         if not math.isfinite(value):
             raise UsageError(f"{value} cannot be counted in a histogram")
         slot = bisect_left(EDGES, value)
         with self._lock:
-            self._counts[slot] += 1
-            self._sum += value
+            self._counts[slot] += times
+            self._sum += value * times
             if value < self._min:
                 self._min = value
             if value > self._max:

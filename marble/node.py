@@ -34,6 +34,7 @@ from marble.promises import Committed, Lane, Offer, check_proposal, promise
 from marble.raft.core import Raft, RaftConfig
 from marble.recovery import recover
 from marble.snapshotting import SnapshotPolicy
+from marble.status import status_of
 from marble.transport.codec import Envelope
 from marble.types import Change, Members, Role, Transition
 
@@ -135,7 +136,9 @@ class Node:
             for group in sorted(self.machines):
                 driver = self._recover(group, Members((options.node_id,)) if group in self._alone else genesis)
                 self._groups.add(driver)
-                self._desks[group] = Desk(options, driver, self._engine.release, lambda: self._log.nbytes, self._now_us)
+                self._desks[group] = Desk(
+                    options, driver, self._engine.release, lambda: self._log.nbytes, self._now_us, self.metrics
+                )
             self._check_log(
                 any(len(driver.raft.members.all) != 1 or driver.raft.log.changes for driver in self._groups)
             )
@@ -232,7 +235,7 @@ class Node:
         self._desk(group)
         check_proposal(proposal, self.options.entry_bytes_max)
         future: Future[Committed] = promise()
-        self._engine.offer(group, Offer(proposal, future, term, lane))
+        self._engine.offer(group, Offer(proposal, future, term, lane, self._clock.monotonic()))
         return future
 
     def read_index(self, group: int = GROUP, lease: bool = False) -> Future[int]:
@@ -352,6 +355,14 @@ class Node:
         self._desk(group)
         return self._engine.ask(lambda: self._status(self._groups.use(group)))
 
+    def look(self) -> Future[dict[str, Any]]:
+        """The same of group 0, for whoever does not wait but sees how long it takes: the engine answers between turns."""
+        return self._engine.call(lambda: self._status(self._groups.use(GROUP)))
+
+    def working(self) -> dict[str, float]:
+        """For how many seconds each of the threads beside the engine has been at what it does now; 0.0: it does nothing."""
+        return self._engine.working()
+
     def _desk(self, group: int) -> Desk:
         desk = self._desks.get(group)
         if desk is None:
@@ -456,42 +467,4 @@ class Node:
             raise UnavailableError("the node stops")
 
     def _status(self, driver: Driver) -> dict[str, Any]:
-        raft, options, members = driver.raft, self.options, driver.raft.members
-        endpoints = driver.endpoints
-        return {
-            "cluster_id": options.cluster_id,
-            "node_id": options.node_id,
-            "endpoint": endpoints.get(options.node_id, options.endpoints.get(options.node_id, "")),
-            "role": raft.role.value,
-            "term": raft.term,
-            "leader_id": raft.leader,
-            "leader_endpoint": endpoints.get(raft.leader),
-            "max_entry_size": self.options.entry_bytes_max,
-            "transferee": raft.transferee,
-            "members": list(members.voters),
-            "outgoing": list(members.outgoing),
-            "learners": list(members.learners),
-            "learners_next": list(members.learners_next),
-            "joint": members.joint,
-            "last_index": raft.last_index,
-            "persisted_index": raft.persisted_index,
-            "commit_index": raft.commit_index,
-            "applied_index": raft.applied_index,
-            "snapshot_index": 0 if raft.snapshot is None else raft.snapshot.index,
-            "purged_index": raft.log.first_index - 1,
-            "quiesced": raft.quiesced,
-            "sessions": getattr(driver.machine, "session_count", 0),
-            "log_bytes": self._log.nbytes,
-            "memory_bytes": getattr(driver.machine, "memory_bytes", 0),
-            "backlog_bytes": getattr(driver.machine, "backlog_bytes", 0),
-            "peers": {
-                str(peer): {
-                    "match_index": progress.match_index,
-                    "next_index": progress.next_index,
-                    "state": progress.state.value,
-                }
-                for peer, progress in sorted(raft.progress.items())
-            },
-            "nodes": {str(node): endpoint for node, endpoint in sorted(endpoints.items())},
-            "metrics": self.metrics.snapshot(),
-        }
+        return status_of(driver, self.options, self._log.nbytes, self._clock.wall_us(), self.metrics)

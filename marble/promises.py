@@ -63,12 +63,16 @@ def check_proposal(proposal: Proposal, bytes_max: int) -> None:
 
 
 class Offer(NamedTuple):
-    """A proposal on its way to the core; under the leadership of `term` only, and in `lane`, if these are not None."""
+    """A proposal on its way to the core; under the leadership of `term` only, and in `lane`, if these are not None.
+
+    ``came``: when it was made, in seconds of the node's monotonic clock.
+    """
 
     proposal: Proposal
     future: Future[Committed]
     term: int | None
     lane: Lane | None = None
+    came: float | None = None
 
 
 @dataclass(slots=True)
@@ -171,17 +175,24 @@ class Promises:
                 if write.term < term:
                     write.future.set_exception(_overtaken() if index >= first else _skipped(index, write.term))
 
-    def answered(self, reads: Iterable[ReadState], applied_index: int) -> None:
-        """The core answered `reads`, and everything up to `applied_index` is applied here."""
+    def answered(self, reads: Iterable[ReadState], applied_index: int) -> list[float]:
+        """The core answered `reads`, and everything up to `applied_index` is applied here.
+
+        Returns when those were asked for that have their answer now.
+        """
         if not self._reads:
-            return
+            return []
         for answer in reads:
             read = self._reads.get(answer.request)
             if read is not None:
                 # Index 0: the core dropped it. `expire` asks again, perhaps of another leader.
                 read.index = answer.index
+        begun = []
         for request in [request for request, read in self._reads.items() if 0 < read.index <= applied_index]:
-            self._reads.pop(request).future.set_result(applied_index)
+            read = self._reads.pop(request)
+            read.future.set_result(applied_index)
+            begun.append(read.deadline - self._read_timeout_s)
+        return begun
 
     def expire(self, now: float) -> None:
         """Once a tick: end what has waited too long, and repeat questions that were lost."""

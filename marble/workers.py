@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, Generic, NoReturn, Protocol, TypeVar
 
 from marble.env import Clock
+from marble.metrics import Histogram
 
 QUICK_S: Final = 0.005
 """Who posts to the engine meanwhile waits no longer than this, as a rule."""
@@ -42,16 +43,25 @@ class Worker(Generic[J]):
         Called on the engine thread after each job.
     clock
         Measures how long jobs take.
+    seconds
+        Where that goes, by the class of the job.
     """
 
     def __init__(
-        self, name: str, post: Callable[[Callable[[], None]], None], done: Callable[[J], None], clock: Clock
+        self,
+        name: str,
+        post: Callable[[Callable[[], None]], None],
+        done: Callable[[J], None],
+        clock: Clock,
+        seconds: Mapping[type, Histogram] | None = None,
     ) -> None:
         self.outstanding = 0
         """Jobs that were put and have not come back."""
         self._post = post
         self._done = done
         self._clock = clock
+        self._seconds = {} if seconds is None else dict(seconds)
+        self._begun: float | None = None
         self._wary = 0
         self._queue: queue.SimpleQueue[J | None] = queue.SimpleQueue()
         self.thread: Final = threading.Thread(target=self._loop, name=name, daemon=True)
@@ -60,6 +70,12 @@ class Worker(Generic[J]):
     def quick(self) -> bool:
         """Whether a job may be done on the spot: nothing is out, and the last ones took no time."""
         return self.outstanding == 0 and self._wary == 0
+
+    @property
+    def busy_s(self) -> float:
+        """For how long the job that runs now has been running; 0.0 if there is none. On any thread."""
+        begun = self._begun
+        return 0.0 if begun is None else self._clock.monotonic() - begun
 
     def run_here(self, job: J) -> None:
         """Do `job` on the spot."""
@@ -76,9 +92,15 @@ class Worker(Generic[J]):
         self._queue.put(None)
 
     def _run(self, job: J) -> None:
-        begun = self._clock.monotonic()
-        job.run()
-        slow = self._clock.monotonic() - begun > QUICK_S
+        begun = self._begun = self._clock.monotonic()
+        try:
+            job.run()
+        finally:
+            self._begun = None
+        took = self._clock.monotonic() - begun
+        if (histogram := self._seconds.get(type(job))) is not None:
+            histogram.observe(took)
+        slow = took > QUICK_S
         # Written by the engine only while nothing is out, and by the thread only while something is.
         self._wary = QUICK_AFTER if slow else max(0, self._wary - 1)
 

@@ -1,0 +1,74 @@
+"""How long the callers of one group wait: for a majority, for their writes to take effect here, for their reads to be confirmed.
+
+Rule 1: the cost is per batch that the core took, never per write: the writes of one batch share their times.
+Rule 2: what a leader had under way when it lost its post is not measured: its callers are told elsewhere, if at all.
+
+Not thread-safe: the engine thread owns it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from marble.metrics import Metrics
+from marble.promises import Offer
+
+
+class _Batch(NamedTuple):
+    last: int
+    came: float
+    taken: float
+    writes: int
+    nbytes: int
+
+
+class Stopwatch:
+    """Measures the writes and reads of one group; times are of the engine's monotonic clock, in seconds."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._write_seconds = metrics.histogram("write_seconds")
+        self._commit_seconds = metrics.histogram("commit_seconds")
+        self._read_seconds = metrics.histogram("read_index_seconds")
+        self._writes = metrics.counter("writes_committed")
+        self._bytes = metrics.counter("write_bytes_committed")
+        self._reads = metrics.counter("reads_confirmed")
+        self._committing: deque[_Batch] = deque()
+        self._applying: deque[_Batch] = deque()
+
+    @property
+    def any(self) -> bool:
+        """Whether a batch is under way."""
+        return bool(self._applying)
+
+    def took(self, first: int, offers: list[Offer], now: float) -> None:
+        """The core took `offers`, which are not none, at `first` and the indexes after it."""
+        # All count from when the first of them came: the others came in the same turn, or waited behind it.
+        came = now if offers[0].came is None else offers[0].came
+        nbytes = sum(offer.proposal.nbytes for offer in offers)
+        batch = _Batch(first + len(offers) - 1, came, now, len(offers), nbytes)
+        self._committing.append(batch)
+        self._applying.append(batch)
+
+    def reached(self, commit_index: int, applied_index: int, now: float) -> None:
+        """A majority has the log up to `commit_index`, and up to `applied_index` it has taken effect here."""
+        while self._committing and self._committing[0].last <= commit_index:
+            batch = self._committing.popleft()
+            self._commit_seconds.observe(now - batch.taken, batch.writes)
+        while self._applying and self._applying[0].last <= applied_index:
+            batch = self._applying.popleft()
+            self._write_seconds.observe(now - batch.came, batch.writes)
+            self._writes.add(batch.writes)
+            self._bytes.add(batch.nbytes)
+
+    def confirmed(self, begun: Iterable[float], now: float) -> None:
+        """Reads that were asked for at the times `begun` may be answered."""
+        for each in begun:
+            self._read_seconds.observe(now - each)
+            self._reads.add()
+
+    def lost(self) -> None:
+        """This node leads no longer: what is under way may be replaced by other entries."""
+        self._committing.clear()
+        self._applying.clear()
