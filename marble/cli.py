@@ -90,13 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--no-kill", action="store_true", help="do not kill the leader")
     demo.set_defaults(command=_demo)
 
-    serve = commands.add_parser("serve", help="run one node", description="Run one node until SIGTERM or Ctrl-C.")
-    serve.add_argument("--config", type=Path, required=True, metavar="FILE", help="the node's config (TOML)")
-    serve.add_argument(
-        "--exit-with-parent", type=int, metavar="PID", help="let the kernel end this node when its parent PID ends"
-    )
-    serve.set_defaults(command=_serve)
-
+    _add_serve(commands)
     log = commands.add_parser(
         "log",
         help="print the log of a node as a table",
@@ -138,6 +132,22 @@ def _parser() -> argparse.ArgumentParser:
     version = commands.add_parser("version", help="print the versions of marble, pyarrow and Python")
     version.set_defaults(command=_version)
     return parser
+
+
+def _add_serve(commands: Any) -> None:
+    serve = commands.add_parser("serve", help="run one node", description="Run one node until SIGTERM or Ctrl-C.")
+    serve.add_argument("--config", type=Path, required=True, metavar="FILE", help="the node's config (TOML)")
+    serve.add_argument(
+        "--log-level",
+        default="INFO",
+        metavar="LEVEL",
+        help="debug, info, warning, error or critical (default: %(default)s)",
+    )
+    serve.add_argument("--log-json", action="store_true", help="log one JSON object a line")
+    serve.add_argument(
+        "--exit-with-parent", type=int, metavar="PID", help="let the kernel end this node when its parent PID ends"
+    )
+    serve.set_defaults(command=_serve)
 
 
 def _add_operator_commands(commands: Any) -> None:
@@ -238,13 +248,13 @@ def _signals_raise() -> Iterator[None]:
 def _serve(options: argparse.Namespace) -> int:
     if options.exit_with_parent is not None:
         _die_with_parent(options.exit_with_parent)
-    import logging
-
     from marble.config import load_config
+    from marble.logs import check_level, initialize_logging
     from marble.server import server_from_config
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    check_level(options.log_level, "--log-level")
     config = load_config(options.config)
+    initialize_logging(options.log_level, json_lines=options.log_json, node=config.id)
     server = server_from_config(config)
     # Until the server runs, a signal ends the process at once: that is a crash, and a crash is safe at any moment.
     server.start()

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from marble.driver import Driver, Outcome
 from marble.errors import MarbleError, NotLeaderError, UnavailableError, UsageError
+from marble.logs import fields
 from marble.machine import StoredMachine
 from marble.metrics import Metrics
 from marble.options import NodeOptions
@@ -25,7 +26,7 @@ from marble.raft.messages import RoleChanged
 from marble.stopwatch import Stopwatch
 from marble.types import NO_NODE, Change, ChangeKind, Members, Role, Transition
 
-logger = logging.getLogger("marble.node")
+logger = logging.getLogger("marble.raft")
 
 
 class _Handover(NamedTuple):
@@ -294,6 +295,7 @@ class Desk:
             self.driver.group,
             event.term,
             leader,
+            extra=fields(node=self._options.node_id, group=self.driver.group, term=event.term, role=event.role.value),
         )
         if event.leader not in (NO_NODE, self.leader) and len(self.members.all) > 1:
             self._leaders.add()

@@ -28,6 +28,7 @@ from marble.env import Clock
 from marble.errors import InvariantError, MarbleError, NotLeaderError, ProtocolError, UnavailableError, UsageError
 from marble.groups import Groups, Write
 from marble.jobs import ApplyJob, CompactJob, FileJob, MachineJob, WriteJob
+from marble.logs import fields
 from marble.logstore.log import Log
 from marble.metrics import Metrics
 from marble.options import NodeOptions
@@ -36,6 +37,8 @@ from marble.transport.codec import Envelope
 from marble.workers import Worker
 
 logger = logging.getLogger("marble.node")
+_files_log = logging.getLogger("marble.lsm")
+_messages_log = logging.getLogger("marble.transport")
 
 QUICK_APPLY_BYTES_MAX: Final = 256 * 1024
 """More than this is never applied on the engine's own thread."""
@@ -143,6 +146,8 @@ class Engine:
     def start(self) -> None:
         """Start the threads."""
         self._started = True
+        own = self._options.node_id
+        logger.info("node %d of cluster %s starts", own, self._options.cluster_id, extra=fields(node=own))
         for thread in reversed(self._threads):
             thread.start()
 
@@ -154,6 +159,7 @@ class Engine:
         UnavailableError
             If one of them does not end in time (a disk that hangs).
         """
+        first = not self.closing.is_set()
         self.closing.set()
         if self._started:
             self._inbox.put(lambda: None)
@@ -165,6 +171,8 @@ class Engine:
                     raise UnavailableError(
                         f"the {what} of node {self._options.node_id} did not end within {timeout_s} s"
                     )
+            if first:
+                logger.info("node %d has stopped", self._options.node_id, extra=fields(node=self._options.node_id))
         self.stopped.set()
 
     def working(self) -> dict[str, float]:
@@ -270,7 +278,9 @@ class Engine:
             self._loop()
         except BaseException as error:
             self.failure = error
-            logger.exception("the engine of node %d stops", self._options.node_id)
+            logger.exception(
+                "the engine of node %d stops", self._options.node_id, extra=fields(node=self._options.node_id)
+            )
         finally:
             self._syncer.end()
             self._applier.end()
@@ -358,7 +368,12 @@ class Engine:
         self._groups.finish_compaction(job)
         if job.error is not None and not self.closing.is_set():
             self._metrics.counter("compactions_failed").add(1)
-            logger.warning("node %d could not compact files: %s", self._options.node_id, job.error)
+            _files_log.warning(
+                "node %d could not compact files: %s",
+                self._options.node_id,
+                job.error,
+                extra=fields(node=self._options.node_id),
+            )
 
     def _offer(self, group: int, offer: Offer) -> None:
         self._desks[group].offer(offer)
@@ -378,7 +393,12 @@ class Engine:
             except ProtocolError as error:
                 # A peer's fault, and it changed nothing here.
                 self._metrics.counter("messages_refused").add(1)
-                logger.warning("node %d drops a message: %s", self._options.node_id, error)
+                _messages_log.warning(
+                    "node %d drops a message: %s",
+                    self._options.node_id,
+                    error,
+                    extra=fields(node=self._options.node_id),
+                )
 
     def _abandon(self) -> None:
         """The engine has ended: answer everyone who still waits."""

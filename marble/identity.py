@@ -37,7 +37,7 @@ FORMAT_VERSION: Final = 1
 ACQUAINTANCES_MAX: Final = 4096
 """More ids than a cluster uses up; bounds what a stranger who invents some can make a node keep."""
 
-_log = logging.getLogger("marble.identity")
+_log = logging.getLogger("marble.transport")
 
 
 def seal(value: Mapping[str, Any]) -> bytes:

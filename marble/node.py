@@ -38,7 +38,7 @@ from marble.status import status_of
 from marble.transport.codec import Envelope
 from marble.types import Change, Members, Role, Transition
 
-logger = logging.getLogger("marble.node")
+logger = logging.getLogger("marble.raft")
 
 GROUP: Final = 0
 """The group of a node that has only one."""
@@ -382,7 +382,7 @@ class Node:
                     report.cut_path,
                     report.cut_offset,
                 )
-            logger.error("the log ended %d bytes before what was durable; they are lost", report.lost_durable_bytes)
+            logging.getLogger("marble.log").error("%d durable bytes are lost", report.lost_durable_bytes)
 
     def _recover(self, group: int, genesis: Members) -> Driver:
         options, machine = self.options, self.machines[group]

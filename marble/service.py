@@ -51,7 +51,7 @@ from marble.transport.intake import Intake, StreamEndedError, Ways
 from marble.transport.relay import Relays
 from marble.transport.tickets import decode_ticket, encode_ticket
 
-logger = logging.getLogger("marble.service")
+logger = logging.getLogger("marble.server")
 
 T = TypeVar("T")
 _Method = TypeVar("_Method", bound=Callable[..., Any])

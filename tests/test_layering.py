@@ -27,6 +27,7 @@ FLOORS = [
         "config",
         "sessions",
         "writing",
+        "logs",
     ),
     ("_core",),
     ("raft", "logstore", "lsm", "database", "members"),
@@ -54,7 +55,7 @@ FLOORS = [
 STEPS = {
     **{
         part: {"types", "errors"}
-        for part in ("table_options", "schema", "filters", "env", "metrics", "machine", "config")
+        for part in ("table_options", "schema", "filters", "env", "metrics", "machine", "config", "logs")
     },
     "schema": {"types", "errors", "table_options"},
     "requests": {"types", "schema"},

@@ -23,6 +23,7 @@ import pyarrow.flight as fl
 from marble._core.entry_batch import ENTRY_SCHEMA
 from marble.env import Clock, Random
 from marble.errors import ProtocolError, UsageError
+from marble.logs import fields
 from marble.metrics import Metrics
 from marble.transport.carrier import STREAM_ERRORS, Carrier, Stream
 from marble.transport.codec import MESSAGES_PER_PACKET_MAX, Codec, Envelope
@@ -214,7 +215,16 @@ class Link:
         if lasting:
             self._refusal = str(told)
         level = logging.WARNING if lasting else logging.INFO
-        _log.log(level, "node %d lost node %d at %s: %s", self._codec.node_id, self.peer, self.endpoint, told)
+        own = self._codec.node_id
+        _log.log(
+            level,
+            "node %d lost node %d at %s: %s",
+            own,
+            self.peer,
+            self.endpoint,
+            told,
+            extra=fields(node=own, peer=self.peer),
+        )
 
     def _jitter(self, pause_s: float) -> float:
         return pause_s * self._random.randrange(500, 1001) / 1000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -44,6 +45,7 @@ def test_version_names_what_matters_in_a_report(capsys: pytest.CaptureFixture[st
         (["demo", "--key", "id"], "--file and --key belong together"),
         (["demo", "--file", "/nowhere/x.csv", "--key", "id"], "/nowhere/x.csv: no such file"),
         (["serve", "--config", "/nowhere/node.toml"], "/nowhere/node.toml: cannot be read"),
+        (["serve", "--config", "/nowhere/node.toml", "--log-level", "loud"], "--log-level must be one of DEBUG, INFO"),
         (["status", "127.0.0.1:5001"], "is not the address of a cluster"),
         (["log", "/nowhere"], "not a node's data directory"),
         (["members", "127.0.0.1:5001"], "is not the address of a cluster"),
@@ -148,7 +150,8 @@ def test_a_node_serves_says_so_answers_and_ends_in_order(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, number: signal.Signals
 ) -> None:
     endpoint = f"127.0.0.1:{find_free_ports(1)[0]}"
-    process = NodeProcess("node 1", serve_command(write_config(tmp_path, 1, [endpoint])), tmp_path / "err")
+    command = [*serve_command(write_config(tmp_path, 1, [endpoint])), "--log-json"]
+    process = NodeProcess("node 1", command, tmp_path / "err")
     with Nodes({1: process}) as nodes:
         nodes.start()
         assert process.ready_line == f"marble: node 1 listens on {endpoint}, data in {tmp_path / 'node-1'}"
@@ -163,7 +166,11 @@ def test_a_node_serves_says_so_answers_and_ends_in_order(
         assert process.pid is not None
         os.kill(process.pid, number)
         assert process.wait_stopped() == 0
-    assert "Traceback" not in (tmp_path / "err").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "err").read_text().splitlines()]
+    assert "node 1 of cluster test starts" in [line["message"] for line in lines]
+    assert lines[-1]["message"] == "node 1 has stopped"
+    assert {line["node"] for line in lines} == {1}
+    assert all("error" not in line for line in lines)
 
 
 def test_a_node_whose_port_is_taken_is_status_1_with_the_reason(tmp_path: Path) -> None:

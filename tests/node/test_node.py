@@ -215,7 +215,7 @@ def test_a_node_alone_goes_on_with_what_its_log_has_left_and_says_what_it_lost(
     segment.write_bytes(segment.read_bytes()[:-64])
     node = make(tmp_path)
     try:
-        assert "they are lost" in caplog.text
+        assert "durable bytes are lost" in caplog.text
         assert propose(node).result(DEADLINE_S).index > 0
         assert node.status()["last_index"] <= last + 2
     finally:
