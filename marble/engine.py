@@ -46,6 +46,10 @@ QUICK_APPLY_BYTES_MAX: Final = 256 * 1024
 T = TypeVar("T")
 
 
+class NodeStoppedError(InvariantError):
+    """The engine had ended by itself when the call came, or before it was taken: nothing was replicated, and nothing will be by this node."""
+
+
 class SyncJob:
     """One sync of the log, for all writes that had begun before it; with `purge`, what that made superfluous goes."""
 
@@ -262,7 +266,7 @@ class Engine:
     def gone(self) -> MarbleError:
         """Why this engine answers nothing any more."""
         if self.failure is not None:
-            return InvariantError(f"node {self._options.node_id} has stopped: {self.failure}")
+            return NodeStoppedError(f"node {self._options.node_id} has stopped: {self.failure}")
         return UnavailableError(f"node {self._options.node_id} has stopped")
 
     def _check_running(self) -> None:

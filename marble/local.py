@@ -43,14 +43,20 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
-def then(future: Future[A], function: Callable[[A], B]) -> Future[B]:
-    """A future of `function` applied to the result of `future`; errors pass through."""
+def _same(error: BaseException) -> BaseException:
+    return error
+
+
+def then(
+    future: Future[A], function: Callable[[A], B], told: Callable[[BaseException], BaseException] = _same
+) -> Future[B]:
+    """A future of `function` applied to the result of `future`, or of `told` applied to its error."""
     answer: Future[B] = promise()
 
     def done(source: Future[A]) -> None:
         error = source.exception()
         if error is not None:
-            answer.set_exception(error)
+            answer.set_exception(told(error))
         else:
             answer.set_result(function(source.result()))
 

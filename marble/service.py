@@ -36,6 +36,7 @@ import pyarrow.flight as flight
 from marble.actions import ACTIONS, Actions, may_forward
 from marble.config import parse_endpoint
 from marble.database import check_scan
+from marble.engine import NodeStoppedError
 from marble.errors import (
     MarbleError,
     UnavailableError,
@@ -54,6 +55,7 @@ from marble.transport.tickets import decode_ticket, encode_ticket
 logger = logging.getLogger("marble.server")
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 STREAMS_MAX: Final = 256
@@ -75,7 +77,7 @@ def _answering(method: _Method) -> _Method:
             self.check_running()
             return method(self, *arguments)
         except (MarbleError, pa.ArrowException, flight.FlightError) as error:
-            raise to_flight_error(error) from None
+            raise to_flight_error(_abroad(error)) from None
         except OSError as error:
             # So says Arrow of a stream whose client has gone.
             raise flight.FlightUnavailableError(f"the stream broke: {error}") from None
@@ -169,7 +171,10 @@ class TablesService:
                 term, lane = self._node.leading_term, Lane()
             if not term:
                 raise self._actions.not_leader()
-            return then(write(self._table(name), batch, term, stamp, lane), _ack)
+            try:
+                return then(write(self._table(name), batch, term, stamp, lane), _ack, _abroad)
+            except NodeStoppedError as error:
+                raise _abroad(error) from None
 
         ways = Ways(
             offer=offer,
@@ -238,7 +243,7 @@ class TablesService:
                         self.check_running()
                         yield batch.slice(first, rows)
         except MarbleError as error:
-            raise to_flight_error(error) from None
+            raise to_flight_error(_abroad(error)) from None
 
     # -- tables ------------------------------------------------------------------------------------------------------
 
@@ -353,6 +358,11 @@ def _chunks(reader: Any) -> Iterator[Any]:
             yield reader.read_chunk()
         except StopIteration:
             return
+
+
+def _abroad(error: E) -> E | UnavailableError:
+    """What a client is told of `error`: that a node stopped by itself is nothing to give up for while there are others."""
+    return UnavailableError(f"{error}: ask another node") if isinstance(error, NodeStoppedError) else error
 
 
 def _ack(committed: Committed) -> wire.Ack:

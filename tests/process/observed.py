@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from process.netns import Net, SmallDisk, network
+
 from marble.demo.processes import NodeProcess, Nodes, serve_command
 from marble.testing.history import History, check
-from process.netns import Net, SmallDisk, network
 
 CLIENTS = "clients"
 PORT = 5001
@@ -76,6 +77,7 @@ class Clients:
         self._replies: dict[int, dict[str, Any]] = {}
         self._commands = itertools.count(1)
         self._changed = threading.Condition()
+        self._log = log
         self._failure = ""
         self._ended = False
         with log.open("ab") as errors:
@@ -103,6 +105,8 @@ class Clients:
                 self._changed.notify_all()
         with self._changed:
             self._ended = True
+            if 0 not in self._replies:
+                self._failure = self._failure or f"the clients ended: {self._log.read_text(errors='replace')[-2000:]}"
             self._changed.notify_all()
 
     def _note(self, line: dict[str, Any]) -> None:
@@ -143,7 +147,7 @@ class Clients:
             found = self._changed.wait_for(lambda: condition() or self._failure or self._ended, deadline_s)
             assert not self._failure, self._failure
             done = condition()
-            assert done, f"{what} did not happen {'before the clients ended' if self._ended else 'in time'}: {found}"
+            assert done, f"{what} did not happen in time: {found}"
             return done
 
     def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
@@ -166,8 +170,10 @@ class Clients:
         """Return when so many writes and reads that were called after `since` have been answered."""
         account = self.account
         self.wait(
-            lambda: sum(called > since for called in list(account.acknowledged.values())[-500:]) >= writes
-            and sum(called > since for called in account.read_calls[-500:]) >= reads,
+            lambda: (
+                sum(called > since for called in list(account.acknowledged.values())[-500:]) >= writes
+                and sum(called > since for called in account.read_calls[-500:]) >= reads
+            ),
             f"{writes} answered writes and {reads} answered reads",
         )
 
@@ -205,6 +211,7 @@ class Cluster:
         self.net = net
         self.endpoints = dict(endpoints)
         self._directory = directory
+        self._scenes = itertools.count(1)
         processes = {}
         for node in endpoints:
             host, disk = net.hosts[str(node)], (disks or {}).get(node)
@@ -237,6 +244,7 @@ class Cluster:
         """Clients at work."""
         settings = {
             "url": "grpc://" + ",".join(self.endpoints.values()),
+            "table": f"scene_{next(self._scenes)}",
             "timeout_s": timeout_s,
             "writers": writers,
             "readers": readers,

@@ -24,7 +24,6 @@ import pyarrow as pa
 import marble
 from marble.errors import MarbleError, OutcomeUnknownError, UnavailableError
 
-TABLE = "t"
 SCHEMA = pa.schema([pa.field("id", pa.int64()), pa.field("value", pa.int64())])
 FIRST_ROW = 1000
 THINK_S = 0.03
@@ -33,7 +32,7 @@ THINK_S = 0.03
 class _Clients:
     """All of them.
 
-    - ``settings``: ``url``, ``endpoints`` (node -> ``host:port``), ``timeout_s``, ``writers``, ``readers``, ``keys``, ``seed``.
+    - ``settings``: ``url``, ``table``, ``endpoints`` (node -> ``host:port``), ``timeout_s``, ``writers``, ``readers``, ``keys``, ``seed``.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -51,7 +50,7 @@ class _Clients:
     def run(self) -> None:
         """Create the table, start everybody, and obey until the input ends or says so."""
         with marble.connect(self._settings["url"], timeout_s=60.0) as db:
-            db.create_table(TABLE, SCHEMA, key=["id"])
+            db.create_table(self._settings["table"], SCHEMA, key=["id"])
         threads = [
             threading.Thread(target=self._guarded, args=(action, f"{action.__name__[1:]}-{number}"))
             for action, count in ((self._writer, self._settings["writers"]), (self._reader, self._settings["readers"]))
@@ -68,7 +67,7 @@ class _Clients:
         for thread in threads:
             thread.join()
         with marble.connect(self._settings["url"], timeout_s=60.0) as db:
-            self._finish(db.table(TABLE))
+            self._finish(db.table(self._settings["table"]))
         self.say(reply=0, done=True)
 
     def _guarded(self, action: Any, *arguments: Any) -> None:
@@ -116,7 +115,9 @@ class _Clients:
         key = random.randrange(self._settings["keys"])
         number = self._begin(client, "write", key=key, value=value)
         try:
-            db.table(TABLE).write(pa.record_batch({"id": [key, value], "value": [value, value]}, schema=SCHEMA))
+            db.table(self._settings["table"]).write(
+                pa.record_batch({"id": [key, value], "value": [value, value]}, schema=SCHEMA)
+            )
         except OutcomeUnknownError as error:
             self.say(end=number, unknown=type(error).__name__, text=str(error))
             return type(error).__name__
@@ -134,7 +135,7 @@ class _Clients:
     def _read(self, client: str, db: marble.Database, key: int) -> None:
         number = self._begin(client, "read", key=key)
         try:
-            row = db.table(TABLE).get(key)
+            row = db.table(self._settings["table"]).get(key)
         except UnavailableError as error:
             self.say(end=number, refused=type(error).__name__, text=str(error))
         else:

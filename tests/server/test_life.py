@@ -11,8 +11,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
-from server.cluster import SCHEMA, WAIT_S, Cluster, eventually, free_endpoints, options, rows
+from server.cluster import SCHEMA, WAIT_S, Cluster, eventually, free_endpoints, options, refused, rows
 
+from marble.client import connect as marble_connect
 from marble.config import ENTRY_BYTES_MAX, NodeConfig, RaftClusterConfig
 from marble.errors import NotLeaderError, OutcomeUnknownError, UnavailableError, UsageError
 from marble.local import open as marble_open
@@ -405,3 +406,27 @@ def test_no_config_admits_an_entry_that_the_log_could_not_hold() -> None:
         RaftClusterConfig("c", ["h:1"], max_entry_size=ENTRY_BYTES_MAX + 1)
     with pytest.raises(UsageError, match="max_entry_size"):
         marble_open("unused", max_entry_size=LogOptions().entry_bytes_max + 1)
+
+
+def test_clients_of_a_node_that_stopped_by_itself_go_to_another(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster()
+    cluster.create_table("t")
+    broken = cluster.leader()
+    first = sorted(cluster.servers, key=lambda node: node != broken)
+    with marble_connect("grpc://" + ",".join(cluster.config.endpoints[node] for node in first), timeout_s=WAIT_S) as db:
+        table = db.table("t")
+        table.write(rows(0, 1))
+        cluster.servers[broken]._node.fail(OSError("no space left"))
+        eventually(lambda: not cluster.servers[broken].is_running(), "the end of the engine")
+        # What the node itself says, to reads and writes alike: nothing was done.
+        with refused(UnavailableError, "has stopped: no space left: ask another node"):
+            cluster.get(broken, encode_ticket("t"))
+        with refused(UnavailableError, "ask another node"):
+            cluster.create_table("u", node=broken)
+        ack = cluster.put(broken, ("t",), [rows(5, 6)], forward=False)[0]
+        assert isinstance(ack.error(), UnavailableError)
+        # And so a client of all of them never hears of it.
+        table.write(rows(1, 2))
+        assert [info.name for info in db.tables()] == ["t"]
+        assert table.count_rows() == 2
+        assert table.get(1) == {"id": 1, "name": "x1"}
