@@ -42,7 +42,7 @@ from marble.node import GROUP, Node
 from marble.options import NodeOptions, options_of
 from marble.service import TablesService
 from marble.transport.flight import FlightTransport
-from marble.transport.link import TransportOptions
+from marble.transport.options import TransportOptions
 from marble.types import Change, ChangeKind, EntryKind, Members, Role, Transition
 
 T = TypeVar("T")

@@ -16,6 +16,7 @@ Invariants:
 
 from __future__ import annotations
 
+import enum
 import struct
 from collections.abc import Sequence
 from typing import Final, NamedTuple
@@ -41,8 +42,9 @@ _HEADER: Final = struct.Struct("<4sHHQQIIII")
 _COVERED: Final = 16
 _MESSAGE: Final = struct.Struct("<IBBHQQQQQQ")
 """group, kind, flags, priority, term, log_index, log_term, commit, reject_hint, context."""
-_HELLO: Final = struct.Struct("<4sHHQIIQHH")
-"""magic, version, zero, checksum; sender, to, incarnation, lengths of cluster id and sender's endpoint: UTF-8, which follow."""
+_HELLO: Final = struct.Struct("<4sHHQIIQIHHH")
+"""magic, version, zero, checksum; sender, to, incarnation, features, lane, lengths of cluster id and sender's endpoint: UTF-8,
+which follow."""
 _PACKET_MAGIC: Final = b"MBLP"
 _HELLO_MAGIC: Final = b"MBLH"
 _REJECT: Final = 1
@@ -50,6 +52,17 @@ _ROWS: Final = 2
 _KINDS: Final = {int(kind): kind for kind in MessageKind}
 _SNAPSHOTS: Final = frozenset({MessageKind.INSTALL_SNAPSHOT, MessageKind.SNAPSHOT_PIECE})
 MESSAGE_BYTES: Final = _MESSAGE.size
+
+
+class Lane(enum.IntEnum):
+    """What a stream between nodes is for. The numbers are on the wire: never reuse one."""
+
+    CONTROL = 0
+    LOG = 1
+    BULK = 2
+
+
+_LANES: Final = {int(lane): lane for lane in Lane}
 
 
 class Envelope(NamedTuple):
@@ -75,6 +88,9 @@ class Hello(NamedTuple):
     """Where it takes answers; may be empty."""
     incarnation: int
     """Of its data directory (`marble.identity`); 0 if it has none."""
+    lane: Lane
+    features: int
+    """What it understands beyond what every node does, a bit each."""
 
 
 class Packet(NamedTuple):
@@ -110,12 +126,14 @@ class Codec:
         self.entry_bytes_max = entry_bytes_max
         self._cluster = int(xxh3_64(name))
 
-    def hello(self, to: int, endpoint: str = "", incarnation: int = 0) -> bytes:
+    def hello(
+        self, to: int, endpoint: str = "", incarnation: int = 0, lane: Lane = Lane.CONTROL, features: int = 0
+    ) -> bytes:
         """The metadata that opens a stream with `to`, or answers the one that did; the rest as in `Hello`."""
         name, place = self.cluster_id.encode(), endpoint.encode()
         if len(place) > ENDPOINT_BYTES_MAX:
             raise UsageError(f"the endpoint {endpoint[:80]!r}... has more than {ENDPOINT_BYTES_MAX} bytes")
-        fields = (self.node_id, to, incarnation, len(name), len(place))
+        fields = (self.node_id, to, incarnation, features, lane, len(name), len(place))
         head = _HELLO.pack(_HELLO_MAGIC, PROTOCOL_VERSION, 0, 0, *fields)
         digest = int(xxh3_64(head[_COVERED:] + name + place))
         return _HELLO.pack(_HELLO_MAGIC, PROTOCOL_VERSION, 0, digest, *fields) + name + place
@@ -124,7 +142,8 @@ class Codec:
         """What a hello says that is meant for this node of this cluster. Raises ProtocolError for any other hello."""
         if len(metadata) < _HELLO.size:
             raise ProtocolError("the stream does not open with a hello")
-        magic, version, zero, digest, sender, to, incarnation, length, place_length = _HELLO.unpack_from(metadata)
+        magic, version, zero, digest, *fields = _HELLO.unpack_from(metadata)
+        sender, to, incarnation, features, lane, length, place_length = fields
         if magic != _HELLO_MAGIC:
             raise ProtocolError("the stream does not open with a hello")
         if version != PROTOCOL_VERSION:
@@ -142,7 +161,9 @@ class Codec:
             raise ProtocolError(f"this is node {self.node_id}, not {to}: two nodes have each other's endpoint")
         if sender == self.node_id or not 1 <= sender <= NODE_ID_MAX:
             raise ProtocolError(f"{sender} cannot be the id of a peer of node {self.node_id}")
-        return Hello(sender, place.decode(errors="replace"), incarnation)
+        if lane not in _LANES:
+            raise ProtocolError(f"node {sender} opens a stream for an unknown purpose, {lane}")
+        return Hello(sender, place.decode(errors="replace"), incarnation, _LANES[lane], features)
 
     def encode(self, to: int, envelopes: Sequence[Envelope]) -> list[Packet]:
         """Pack `envelopes`, all from this node to `to`, in order. None at all give one packet without messages."""

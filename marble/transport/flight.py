@@ -30,8 +30,10 @@ from marble.transport.carrier import Arrival, Carrier, FlightCarrier
 from marble.transport.codec import Codec, Envelope
 from marble.transport.faults import to_flight_error
 from marble.transport.handshake import Acquaintances, Handshake
-from marble.transport.link import Link, TransportOptions
+from marble.transport.link import Link
+from marble.transport.options import TransportOptions
 from marble.transport.port import FlightService, Port
+from marble.transport.pump import Surroundings
 
 VISITORS_MAX: Final = 32
 """Nodes that are answered although `FlightTransport.set_peers` has not named them."""
@@ -85,9 +87,7 @@ class FlightTransport:
         self.metrics = metrics or Metrics()
         self.node_id = node_id
         self._codec = Codec(cluster_id, node_id, self.options.entry_bytes_max)
-        self._random = random or SystemRandom()
         self._clock = clock or SystemClock()
-        self._carrier = carrier or FlightCarrier()
         self._host = _host_of(endpoint)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
@@ -111,6 +111,16 @@ class FlightTransport:
         except (fl.FlightError, pa.ArrowException, OSError) as error:
             raise UnavailableError(f"cannot listen on {endpoint}: {error}") from None
         self._handshake = Handshake(self._codec, advertised or self.endpoint, self.options.strangers_max, self.metrics)
+        self._around = Surroundings(
+            carrier or FlightCarrier(),
+            self._handshake,
+            self.options,
+            random or SystemRandom(),
+            self._clock,
+            self.metrics,
+            unreachable=lambda peer: self._unreachable(peer),
+            failed=lambda error: self._failed(error),
+        )
         _live.add(self)
         # At exit pyarrow would wait for every open call; this runs before that.
         atexit.register(self.stop, 1.0)
@@ -201,19 +211,7 @@ class FlightTransport:
                 link.start()
 
     def _link(self, peer: int, endpoint: str) -> Link:
-        return Link(
-            peer,
-            endpoint,
-            self._codec,
-            carrier=self._carrier,
-            handshake=self._handshake,
-            options=self.options,
-            random=self._random,
-            clock=self._clock,
-            metrics=self.metrics,
-            unreachable=lambda peer: self._unreachable(peer),
-            failed=lambda error: self._failed(error),
-        )
+        return Link(peer, endpoint, self._codec, self._around)
 
     def send(self, to: int, envelopes: Sequence[Envelope]) -> bool:
         """Queue `envelopes`, in order, for node `to`, or drop all of them; never waits.
@@ -336,7 +334,7 @@ class FlightTransport:
                 return
             sender = hello.sender
             with self._visit(sender, hello.endpoint):
-                if not arrival.answer(self._handshake.hello(sender)):
+                if not arrival.answer(self._handshake.hello(sender, hello.lane)):
                     return
                 for metadata, batch in chunks:
                     if metadata is None:

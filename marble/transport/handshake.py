@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Final, Protocol
 
 import pyarrow as pa
 
 from marble.errors import ProtocolError, UnavailableError
 from marble.metrics import Metrics
 from marble.transport.carrier import NO_HELLO, Stream
-from marble.transport.codec import Codec, Hello
+from marble.transport.codec import Codec, Hello, Lane
+
+FEATURES: Final = 0
+"""What this node understands beyond what every node does, a bit each."""
 
 Chunk = tuple[pa.Buffer | None, pa.RecordBatch | None]
 """As an `Arrival` gives it."""
@@ -71,9 +74,9 @@ class Handshake:
         self._lock = threading.Lock()
         self._refused = metrics.counter("transport_calls_refused")
 
-    def hello(self, to: int) -> bytes:
-        """What this node says to `to`, whoever of the two has called."""
-        return self._codec.hello(to, self._advertised, self.acquaintances.incarnation)
+    def hello(self, to: int, lane: Lane) -> bytes:
+        """What this node says to `to`, whoever of the two has called, on a stream for `lane`."""
+        return self._codec.hello(to, self._advertised, self.acquaintances.incarnation, lane, FEATURES)
 
     def greet(self, chunks: Iterator[Chunk]) -> Hello | None:
         """Find out who opened this stream; None if it ended at once.
@@ -96,14 +99,18 @@ class Handshake:
             with self._lock:
                 self._strangers -= 1
 
-    def call(self, peer: int, stream: Stream) -> None:
-        """Wait for the answer to this node's hello to `peer`. Raises ProtocolError as `greet`, and what the stream raises."""
+    def call(self, peer: int, stream: Stream) -> int:
+        """Wait for the answer to this node's hello to `peer`; return which features both have.
+
+        Raises ProtocolError as `greet`, and what the stream raises.
+        """
         answer = stream.answer()
         if answer is None:
             raise ProtocolError(f"node {peer} ends the stream without a hello")
         hello = self._know(answer)
         if hello.sender != peer:
             raise ProtocolError(f"node {hello.sender} answers at the endpoint of node {peer}")
+        return hello.features & FEATURES
 
     def _check(self, metadata: pa.Buffer | None, batch: pa.RecordBatch | None) -> Hello:
         if metadata is None or batch is not None:

@@ -17,7 +17,7 @@ from marble.errors import InvariantError, ProtocolError, UsageError
 from marble.members import encode_members
 from marble.raft.messages import PRIORITY_MAX, Message, MessageKind
 from marble.schema import ENTRY_SCHEMA
-from marble.transport.codec import MESSAGES_PER_PACKET_MAX, Codec, Envelope, Packet
+from marble.transport.codec import MESSAGES_PER_PACKET_MAX, Codec, Envelope, Lane, Packet
 from marble.transport.snapshot_rows import Offer, Piece, offer_of, offer_row, piece_of, piece_row
 from marble.types import INDEX_MAX, EntryKind, Members, Position, SnapshotMeta
 
@@ -261,8 +261,14 @@ def test_a_packet_without_its_entries_is_our_fault() -> None:
 
 def test_hello_names_sender_and_is_for_one_node_of_one_cluster() -> None:
     hello = ONE.hello(2)
-    assert TWO.check_hello(hello) == (1, "", 0)
-    assert TWO.check_hello(ONE.hello(2, "h:1", 2**64 - 1)) == (1, "h:1", 2**64 - 1)
+    assert TWO.check_hello(hello) == (1, "", 0, Lane.CONTROL, 0)
+    full = ONE.hello(2, "h:1", 2**64 - 1, Lane.BULK, 2**32 - 1)
+    assert TWO.check_hello(full) == (1, "h:1", 2**64 - 1, Lane.BULK, 2**32 - 1)
+    unknown = bytearray(full)
+    unknown[36] = 200
+    unknown[8:16] = xxh3_64(bytes(unknown[16:])).to_bytes(8, "little")
+    with pytest.raises(ProtocolError, match="unknown purpose, 200"):
+        TWO.check_hello(bytes(unknown))
     for codec, message in (
         (Codec("other", 2, 1), "of cluster 'other', not 'cluster'"),
         (Codec("cluster", 3, 1), "this is node 3, not 2"),

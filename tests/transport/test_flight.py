@@ -23,7 +23,7 @@ from marble.transport.carrier import RAFT_COMMAND
 from marble.transport.codec import Codec, Envelope
 from marble.transport.faults import from_flight_error
 from marble.transport.flight import FlightTransport
-from marble.transport.link import TransportOptions
+from marble.transport.options import TransportOptions
 from marble.types import EntryKind
 
 DEADLINE_S = 30.0

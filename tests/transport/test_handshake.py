@@ -15,7 +15,7 @@ from marble.errors import InvariantError, ProtocolError
 from marble.raft.messages import Message, MessageKind
 from marble.transport.codec import Codec, Envelope
 from marble.transport.flight import FlightTransport
-from marble.transport.link import TransportOptions
+from marble.transport.options import TransportOptions
 
 QUICK = TransportOptions(backoff_min_s=0.01, backoff_max_s=0.02, idle_check_s=0.05)
 DEADLINE_S = 30.0

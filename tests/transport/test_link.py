@@ -21,7 +21,9 @@ from marble.transport.carrier import FlightCarrier
 from marble.transport.codec import Codec, Envelope
 from marble.transport.flight import FlightTransport
 from marble.transport.handshake import Handshake
-from marble.transport.link import Link, TransportOptions
+from marble.transport.link import Link
+from marble.transport.options import TransportOptions
+from marble.transport.pump import Surroundings
 from marble.types import EntryKind
 
 DEADLINE_S = 30.0
@@ -99,11 +101,14 @@ def test_messages_and_entries_arrive_in_order(pair: Pair) -> None:
     sent = [append(at, rows=2) if at % 3 == 0 else heartbeat(at) for at in range(1, 200)]
     for at in range(0, len(sent), 7):
         assert pair.one.send(2, sent[at : at + 7])
-    for envelope in sent:
-        got = pair.inbox.take()
-        assert got.message == envelope.message
-        assert (got.batch is None) == (envelope.batch is None)
-        assert got.batch is None or got.batch.equals(envelope.batch)
+    got = [pair.inbox.take() for _ in sent]
+    for kind in (MessageKind.HEARTBEAT, MessageKind.APPEND_ENTRIES):
+        theirs = [envelope for envelope in got if envelope.message.kind is kind]
+        ours = [envelope for envelope in sent if envelope.message.kind is kind]
+        assert [envelope.message for envelope in theirs] == [envelope.message for envelope in ours]
+        for one, other in zip(theirs, ours, strict=True):
+            assert (one.batch is None) == (other.batch is None)
+            assert one.batch is None or one.batch.equals(other.batch)
     assert pair.one.connected(2)
     assert pair.two.metrics.counter("transport_messages_received").value == len(sent)
 
@@ -180,19 +185,17 @@ def link_to(endpoint: str, options: TransportOptions, metrics: Metrics) -> tuple
     broken: queue.SimpleQueue[int] = queue.SimpleQueue()
     failures: list[BaseException] = []
     codec = Codec("c", 1, 1 << 20)
-    link = Link(
-        2,
-        endpoint,
-        codec,
-        carrier=FlightCarrier(),
-        handshake=Handshake(codec, "127.0.0.1:1", 1, metrics),
-        options=options,
-        random=SystemRandom(1),
-        clock=SystemClock(),
-        metrics=metrics,
+    around = Surroundings(
+        FlightCarrier(),
+        Handshake(codec, "127.0.0.1:1", 1, metrics),
+        options,
+        SystemRandom(1),
+        SystemClock(),
+        metrics,
         unreachable=broken.put,
         failed=failures.append,
     )
+    link = Link(2, endpoint, codec, around)
     return link, broken
 
 
@@ -208,7 +211,10 @@ def test_queue_is_bounded_by_messages_and_by_bytes() -> None:
     link, _ = link_to("127.0.0.1:1", TransportOptions(queue_bytes_max=10_000), metrics)
     # An empty queue takes any one send, or a large entry could never leave.
     assert link.send([append(1, bytes_=64_000)])
-    assert not link.send([heartbeat(1)])
+    assert not link.send([append(2)])
+    # What is full keeps nothing else from being sent.
+    assert link.send([heartbeat(1)])
+    assert not link.send([heartbeat(2), append(2)])
     link, _ = link_to("127.0.0.1:1", TransportOptions(queue_bytes_max=10_000), metrics)
     assert link.send([append(1, rows=100)])
     assert not link.send([append(101, rows=100)])
@@ -261,6 +267,50 @@ def test_link_whose_peer_does_not_read_stops_and_drops() -> None:
     assert pair.one.stop(5.0)
     release.set()
     assert pair.two.stop(5.0)
+
+
+def test_large_batches_delay_no_heartbeat() -> None:
+    """The peer takes no entries any more, and all that lies between is full: what is small and urgent passes them."""
+    entered, release = threading.Event(), threading.Event()
+    beats: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def receive(envelopes: list[Envelope]) -> None:
+        for envelope in envelopes:
+            if envelope.message.kind is MessageKind.HEARTBEAT:
+                beats.put(envelope.message.commit)
+            else:
+                entered.set()
+                release.wait(DEADLINE_S)
+
+    pair = Pair(TransportOptions(queue_bytes_max=1 << 20), receive)
+    large = append(1, bytes_=1 << 20)
+    assert pair.one.send(2, [large])
+    assert entered.wait(DEADLINE_S)
+    wait_until(lambda: not pair.one.send(2, [large]))
+    for number in range(10):
+        # Together with more of what does not get through, queued or dropped.
+        pair.one.send(2, [large, heartbeat(number)])
+        assert beats.get(timeout=DEADLINE_S) == number
+    assert not release.is_set()
+    release.set()
+    pair.stop()
+
+
+def test_streams_for_entries_are_opened_when_needed_and_closed_when_idle() -> None:
+    pair = Pair(TransportOptions(backoff_min_s=0.01, idle_check_s=0.01, idle_close_s=0.02))
+    opened = pair.one.metrics.counter("transport_streams_opened")
+    assert pair.one.send(2, [heartbeat(1)])
+    pair.inbox.take()
+    assert opened.value == 1
+    for at in (1, 2):
+        assert pair.one.send(2, [append(at)])
+        assert pair.inbox.take().message.log_index == at - 1
+        assert opened.value == 1 + at
+        wait_until(lambda: pair.two._visitors == {1: 1})
+    # Closing one is no news about the peer.
+    assert pair.broken.empty()
+    assert pair.one.connected(2)
+    pair.stop()
 
 
 def test_error_of_our_own_is_reported() -> None:

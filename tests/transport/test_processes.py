@@ -12,7 +12,7 @@ import time
 
 from marble.transport.codec import Codec
 from marble.transport.flight import FlightTransport
-from marble.transport.link import TransportOptions
+from marble.transport.options import TransportOptions
 
 DEADLINE_S = 30.0
 CODEC = Codec("c", 2, 1 << 20)

@@ -1,0 +1,42 @@
+"""The limits of a transport, all in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from marble.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class TransportOptions:
+    """Limits of a transport.
+
+    - ``entry_bytes_max``: buffers of the entries in one packet; above the largest append that a node makes.
+    - ``queue_bytes_max``, ``queue_messages_max``: per peer and lane. A queue that is empty takes any one send.
+    - ``connect_timeout_s``: one attempt to reach a peer; also how long `Link.join` may have to wait for one.
+    - ``backoff_min_s``, ``backoff_max_s``: pause between attempts, doubling, of which a random half is taken off.
+    - ``idle_check_s``: after this long without a message an empty packet shows whether the stream still lives.
+    - ``idle_close_s``: after this long without a message a stream for anything but control is closed until it is needed.
+    - ``silent_peer_s``: a connection on which the peer's kernel acknowledges nothing for so long is given up.
+    - ``calls_max``: calls of clients served at once; the next one is refused.
+    - ``strangers_max``: streams that have not yet said who they are; the next one is refused.
+    """
+
+    entry_bytes_max: int = 256 << 20
+    queue_bytes_max: int = 64 << 20
+    queue_messages_max: int = 4096
+    connect_timeout_s: float = 1.0
+    backoff_min_s: float = 0.02
+    backoff_max_s: float = 1.0
+    idle_check_s: float = 1.0
+    idle_close_s: float = 60.0
+    silent_peer_s: float = 5.0
+    calls_max: int = 1024
+    strangers_max: int = 64
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) <= 0:
+                raise UsageError(f"{name} must be above 0, it is {getattr(self, name)}")
+        if self.backoff_min_s > self.backoff_max_s:
+            raise UsageError("backoff_min_s must not be above backoff_max_s")

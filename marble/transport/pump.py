@@ -1,0 +1,293 @@
+"""One stream to one peer: a thread that keeps it open, writes what a load has gathered, and reopens it when it breaks.
+
+Rule 1: what is written together is what has gathered while the last packet was being written; nobody waits for more to come.
+Rule 2: a stream that is not always needed (all but the one for control) is opened for the first message, only while the
+control stream stands, and closed again after a while without messages.
+
+Invariants:
+- Only the pump's own thread touches the stream, except that `request_stop` cancels it.
+- While the peer cannot be reached the load takes nothing: what would be delivered later would be of no use then.
+- What was taken and not written is written again after a break if the stream had worked until then; the rest is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import pyarrow as pa
+import pyarrow.flight as fl
+
+from marble.env import Clock, Random
+from marble.errors import ProtocolError
+from marble.logs import fields
+from marble.metrics import Metrics
+from marble.transport.carrier import STREAM_ERRORS, Carrier, Stream
+from marble.transport.codec import Lane, Packet
+from marble.transport.faults import from_flight_error
+from marble.transport.handshake import Handshake
+from marble.transport.options import TransportOptions
+
+_log = logging.getLogger("marble.transport")
+
+
+class Load(Protocol):
+    """What a pump sends. `accept`, `wake` and whatever fills it are thread-safe; the rest is the pump's."""
+
+    def accept(self) -> None:
+        """Take messages from now on; so it is at first, until `give_up`."""
+        ...
+
+    def refuse(self) -> None:
+        """Take no more, for good."""
+        ...
+
+    def wake(self) -> None:
+        """Let a `take` that waits return."""
+        ...
+
+    def take(self, timeout_s: float) -> bool:
+        """Gather what is to be written next, unless something taken before is not written yet; whether there is anything."""
+        ...
+
+    def packets(self, features: int) -> Iterable[Packet]:
+        """What was taken, for a peer that understands `features`; one empty packet if that is nothing."""
+        ...
+
+    def written(self) -> None:
+        """All that was taken has been written."""
+        ...
+
+    def give_up(self) -> int:
+        """Drop everything, and take no more until `accept`; how many messages that were."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What all streams of a transport share.
+
+    - ``carrier``: what opens streams. ``handshake``: what is said on one before the first message.
+    - ``options``, ``random``, ``clock``, ``metrics``: limits; jitter; what tells how long a stream has lasted; where sent,
+      dropped and broken are counted.
+    - ``unreachable``: called with the peer's id, on a pump's thread, whenever a stream broke or could not be opened.
+    - ``failed``: called on a pump's thread with an error that is ours; the thread ends after it.
+    """
+
+    carrier: Carrier
+    handshake: Handshake
+    options: TransportOptions
+    random: Random
+    clock: Clock
+    metrics: Metrics
+    unreachable: Callable[[int], None]
+    failed: Callable[[BaseException], None]
+
+
+class Pump:
+    """Sends `load` to node `peer` on a stream of its own.
+
+    Parameters
+    ----------
+    node, peer, endpoint
+        From whom to whom, and where that is.
+    lane
+        What the stream is for.
+    schema
+        Of its record batches.
+    around
+        What all streams share.
+    gate
+        None for a stream that is always open. Else it is opened when needed and while this returns True.
+    opened
+        Called on the pump's thread when a stream stands.
+    """
+
+    def __init__(
+        self,
+        node: int,
+        peer: int,
+        endpoint: str,
+        lane: Lane,
+        schema: pa.Schema,
+        load: Load,
+        around: Surroundings,
+        *,
+        gate: Callable[[], bool] | None = None,
+        opened: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.peer = peer
+        self.endpoint = endpoint
+        self.load = load
+        self.trouble = ""
+        """Why there is no stream, when there was none at the last look."""
+        self._node = node
+        self._lane = lane
+        self._schema = schema
+        self._around = around
+        self._options = around.options
+        self._gate = gate
+        self._on_open = opened
+        self._lock = threading.Lock()
+        self._connected = threading.Event()
+        self._stopping = threading.Event()
+        self._poked = threading.Event()
+        self._stream: Stream | None = None
+        self._features = 0
+        self._refusal = ""
+        self._packets = around.metrics.counter("transport_packets_sent")
+        self._broken = around.metrics.counter("transport_streams_broken")
+        self._opened = around.metrics.counter("transport_streams_opened")
+        suffix = "" if lane is Lane.CONTROL else f"-{lane.name.lower()}"
+        self._thread = threading.Thread(target=self._run, name=f"marble-link-{node}-{peer}{suffix}", daemon=True)
+        self._started = False
+
+    @property
+    def connected(self) -> bool:
+        """Whether a stream is open, as far as this node knows."""
+        return self._connected.is_set()
+
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Wait until a stream is open; whether one is."""
+        return self._connected.wait(timeout_s)
+
+    def start(self) -> None:
+        """Begin, unless it has begun or ended before."""
+        if self._started:
+            return
+        with self._lock:
+            if self._started or self._stopping.is_set():
+                return
+            self._started = True
+            self._thread.start()
+
+    def poke(self) -> None:
+        """Try again now instead of after the pause: something says that the peer is back."""
+        self._poked.set()
+
+    def request_stop(self) -> None:
+        """Let the thread end as soon as it can, whatever is queued. Returns at once."""
+        self._stopping.set()
+        self._poked.set()
+        self.load.refuse()
+        with self._lock:
+            stream = self._stream
+        self.load.wake()
+        if stream is not None:
+            stream.cancel()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread's end after `request_stop`; whether it has ended."""
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(max(0.0, timeout_s))
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:
+            # A broken invariant here must stop the node, not only this thread.
+            self._around.failed(error)
+
+    def _serve(self) -> None:
+        pause_s = self._options.backoff_min_s
+        while not self._stopping.is_set():
+            if self._gate is not None and not self._wait_until_needed(self._gate):
+                continue
+            lasted_s = 0.0
+            try:
+                stream = self._open()
+                opened_at = self._around.clock.monotonic()
+                try:
+                    self._pump(stream)
+                finally:
+                    self._connected.clear()
+                    lasted_s = self._around.clock.monotonic() - opened_at
+                    with self._lock:
+                        self._stream = None
+                    stream.close()
+            except (*STREAM_ERRORS, ProtocolError) as error:
+                if self._stopping.is_set():
+                    break
+                self._broken.add()
+                self._report(error)
+                self._around.unreachable(self.peer)
+                if lasted_s >= self._options.backoff_max_s and not getattr(error, "extra_info", b""):
+                    # It worked until now, and no server said why it ended: most likely the peer was restarted. Try at
+                    # once, and send again what it missed.
+                    pause_s = self._options.backoff_min_s
+                    continue
+                self.load.give_up()
+                self._pause(pause_s)
+                pause_s = min(2 * pause_s, self._options.backoff_max_s)
+
+    def _wait_until_needed(self, gate: Callable[[], bool]) -> bool:
+        """Whether there is something to send, and a peer that could be reached; if not, look again."""
+        if not gate():
+            # While the control stream is only just being opened, what waits here is soon of use.
+            self._pause(self._options.connect_timeout_s, unless=gate)
+        if not gate():
+            if self.load.give_up():
+                self._around.unreachable(self.peer)
+            return False
+        self.load.accept()
+        return self.load.take(self._options.idle_check_s)
+
+    def _pause(self, pause_s: float, unless: Callable[[], bool] = lambda: False) -> None:
+        """Wait for some of `pause_s`, with jitter, or until somebody pokes."""
+        self._poked.clear()
+        if not self._stopping.is_set() and not unless():
+            self._poked.wait(pause_s * self._around.random.randrange(500, 1001) / 1000)
+
+    def _report(self, error: BaseException) -> None:
+        told = from_flight_error(error) if getattr(error, "extra_info", b"") else error
+        self.trouble = str(told)
+        # A peer that is away comes back; one that refuses this node, or is not who it should be, needs somebody's help.
+        lasting = isinstance(told, ProtocolError) and str(told) != self._refusal
+        if lasting:
+            self._refusal = str(told)
+        level = logging.WARNING if lasting else logging.INFO
+        where = fields(node=self._node, peer=self.peer)
+        _log.log(level, "node %d lost node %d at %s: %s", self._node, self.peer, self.endpoint, told, extra=where)
+
+    def _open(self) -> Stream:
+        stream = self._around.carrier.open(
+            self.endpoint,
+            self._schema,
+            connect_timeout_s=self._options.connect_timeout_s,
+            silent_peer_s=self._options.silent_peer_s,
+        )
+        with self._lock:
+            self._stream = stream
+        try:
+            if self._stopping.is_set():
+                # request_stop may have looked for a stream before there was one.
+                raise fl.FlightCancelledError("the link stops")
+            stream.write(self._around.handshake.hello(self.peer, self._lane), None)
+            self._features = self._around.handshake.call(self.peer, stream)
+        except BaseException:
+            stream.close()
+            raise
+        self.load.accept()
+        self._connected.set()
+        self.trouble = ""
+        self._opened.add()
+        self._on_open()
+        return stream
+
+    def _pump(self, stream: Stream) -> None:
+        """Write what is taken until the link stops, or has been idle for long. Raises when the stream breaks."""
+        clock = self._around.clock
+        used_at = clock.monotonic()
+        while not self._stopping.is_set():
+            if self.load.take(self._options.idle_check_s):
+                used_at = clock.monotonic()
+            elif self._gate is not None and clock.monotonic() - used_at >= self._options.idle_close_s:
+                return
+            for metadata, batch in self.load.packets(self._features):
+                stream.write(metadata, batch)
+                self._packets.add()
+            self.load.written()
