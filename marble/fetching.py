@@ -4,8 +4,9 @@ Of a snapshot the file itself comes first; it says which other files the state c
 not here: they are named by their content, so a file of this name is this file, whoever has made or sent it. What was
 fetched for one snapshot serves the next one as well, of another leader, too, and after a restart.
 
-Rule 1: one piece is under way at a time, and it is asked for again when no answer came: a lost message costs a wait, a slow
-receiver slows nobody else, and what has arrived before a restart need not come again.
+Rule 1: the receiver asks for each piece, for as many ahead as the way takes (`marble.transport.window`), and again when no
+answer came: a lost message costs a wait, a slow receiver slows nobody else, and what has arrived before a restart need not
+come again.
 Rule 2: a file is asked for at one peer after the other, the one that offered the snapshot first. What does not match its name
 when it is whole is thrown away, and the next peer is asked: a damaged file spreads to nobody.
 Rule 3: a snapshot is complete, and gets its name, only when all files that it refers to have theirs.
@@ -17,6 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import pyarrow as pa
+
 from marble.errors import ProtocolError, check
 from marble.jobs import DiscardJob, ReceiveJob
 from marble.logstore.snapshots import SnapshotInfo, SnapshotStore
@@ -24,10 +27,14 @@ from marble.machine import FileRef
 from marble.raft.messages import Message, MessageKind
 from marble.transport.codec import Envelope
 from marble.transport.snapshot_rows import piece_of
+from marble.transport.window import Window
 from marble.types import Position
 
 ASKED_MAX: Final = 4
 """How often a piece is asked for at one peer."""
+
+AHEAD_FILES_MAX: Final = 16
+"""Files that pieces are asked for of at once, the one that is being written included."""
 
 HEAL_AGAIN_FACTOR: Final = 10
 """After so many times the patience with one answer, all peers are asked once more for a file that none of them had."""
@@ -38,8 +45,8 @@ class _Asking:
     """The file that is being fetched: `ref`, or the snapshot's own.
 
     - ``sources[0]`` is being asked, those behind it are next; never empty.
-    - ``offset`` of the piece that is on its way, -1 while none is.
-    - ``ticks`` since it was asked for; ``times`` it was asked for in vain.
+    - ``offset`` of the bytes that no job has yet; -1 before the first job has seen what is there.
+    - ``ticks`` since anything of what was asked for came; ``times`` it was asked for in vain.
     - ``resumed``: it goes on from what an earlier process, or a crash, has left, which may be at fault if it is wrong.
     """
 
@@ -71,6 +78,8 @@ class Fetching:
         Sends a message.
     patience_ticks
         After so many ticks without an answer a piece is asked for again.
+    window
+        What may be under way at once.
     healed
         Told the name of a damaged file that is sound again, by the job that receives it. None: files are not healed.
     """
@@ -81,6 +90,7 @@ class Fetching:
         store: SnapshotStore,
         post: Callable[[Message], None],
         patience_ticks: int,
+        window: Window,
         healed: Callable[[str], None] | None,
     ) -> None:
         self.info: SnapshotInfo | None = None
@@ -91,6 +101,7 @@ class Fetching:
         self._store = store
         self._post = post
         self._patience_ticks = patience_ticks
+        self._window = window
         self._healed = healed
         self._missing: list[FileRef] = []
         self._asking: _Asking | None = None
@@ -109,7 +120,9 @@ class Fetching:
             asking = self._asking
             if asking is not None:
                 asking.times = 0
-                asking.sources = [message.sender] if asking.ref is None else self._sources()
+                before, asking.sources = asking.sources[0], [message.sender] if asking.ref is None else self._sources()
+                if asking.sources[0] != before:
+                    self._ask_anew(asking)
             return
         if self.info is not None and offer is not None and self.info.index > info.index and offer.term >= message.term:
             return  # An old message.
@@ -126,12 +139,14 @@ class Fetching:
         ready = (ref for ref in refs if ref.name not in self._wait)
         ref = next(ready, None)
         if ref is not None and peers:
+            self._window.reset()
             self._asking = _Asking(ref, list(peers), position)
             self._job = ReceiveJob(self._store, None, ref, healed=self._healed)
 
     def _begin(self) -> None:
         """Ask for what is wanted from the beginning, as soon as no job is out."""
         self._asking, self._missing = None, []
+        self._window.reset()
         if self._job is None and self.info is not None:
             self._ask_for(None)
 
@@ -169,6 +184,7 @@ class Fetching:
             return self._failed(asking, job.error)
         if job.complete:
             offer, self.info, self.offer, self._asking = self.offer, None, None, None
+            self._window.reset()
             return offer
         if job.missing:
             self._missing = job.missing
@@ -177,10 +193,12 @@ class Fetching:
             # Only the job that begins comes back before anything was asked for.
             asking.resumed |= asking.first and job.offset > 0
             asking.first = False
-            self._ask(asking, job.offset)
+            asking.offset, asking.ticks = job.offset, 0
+            self._go_on(asking)
         elif self.info is None:
             self._asking = None  # A file that was damaged is healed.
         else:
+            self._window.forget(asking.key)
             self._missing = self._missing[1:]
             self._ask_for(self._missing[0] if self._missing else None)
         return None
@@ -190,7 +208,9 @@ class Fetching:
             return self._give_up()
         if asking.resumed:
             asking.resumed = False
-            self._ask(asking, 0)
+            asking.offset = 0
+            self._window.reset()
+            self._ask_anew(asking)
             return None
         # It was not the file that its name says, or a piece was not of it.
         return self._next_source(asking, again=True)
@@ -202,16 +222,18 @@ class Fetching:
             return self._give_up()
         asking.times = 0
         if again:
-            healed = self._healed if self.info is None else None
-            self._job = ReceiveJob(self._store, self.info, asking.ref, healed=healed)
+            self._window.reset()
+            asking.offset = -1
+            self._receive(asking, [])
         else:
-            self._ask(asking, asking.offset)
+            self._ask_anew(asking)
         return None
 
     def _give_up(self) -> Message | None:
         """It is not to be had. If that is a snapshot, tell who offered it, who may have a newer one."""
         asking, offer, info = self._asking, self.offer, self.info
         self.offer = self.info = self._asking = None
+        self._window.reset()
         if offer is None or info is None:
             check(asking is not None and asking.ref is not None, "nothing was fetched, and that failed")
             assert asking is not None
@@ -230,8 +252,38 @@ class Fetching:
 
     # -- messages ----------------------------------------------------------------------------------------------------
 
-    def _ask(self, asking: _Asking, offset: int) -> None:
-        asking.offset, asking.ticks = offset, 0
+    def _ask_anew(self, asking: _Asking) -> None:
+        """What is under way comes from somebody else, and is not waited for."""
+        self._window.lost()
+        asking.ticks = 0
+        self._go_on(asking)
+
+    def _go_on(self, asking: _Asking) -> None:
+        """Give what is here to a job, unless one is out, and ask for what is wanted next."""
+        if asking.offset >= 0 and self._job is None:
+            pieces = self._window.take(asking.key, asking.offset)
+            if pieces:
+                offset, data = pieces[-1]
+                asking.offset = offset + data.size
+                self._receive(asking, pieces)
+        if asking.offset < 0:
+            return  # Where the file goes on is not known before its first job has looked.
+        wanted = [(asking.key, asking.offset, self._nbytes(asking))]
+        wanted += [(ref.key, 0, ref.nbytes) for ref in self._missing[1:AHEAD_FILES_MAX]]
+        for key, offset in self._window.plan(wanted):
+            self._ask(asking, key, offset)
+
+    def _receive(self, asking: _Asking, pieces: list[tuple[int, pa.Buffer]]) -> None:
+        healed = self._healed if self.info is None else None
+        self._job = ReceiveJob(self._store, self.info, asking.ref, pieces, healed=healed)
+
+    def _nbytes(self, asking: _Asking) -> int:
+        if asking.ref is not None:
+            return asking.ref.nbytes
+        assert self.info is not None
+        return self.info.nbytes
+
+    def _ask(self, asking: _Asking, key: int, offset: int) -> None:
         message = Message(
             MessageKind.SNAPSHOT_FETCH,
             self._node_id,
@@ -239,7 +291,7 @@ class Fetching:
             0 if self.offer is None else self.offer.term,
             log_index=asking.position.index,
             log_term=asking.position.term,
-            reject_hint=asking.key,
+            reject_hint=key,
             context=offset,
         )
         self._post(message)
@@ -247,37 +299,39 @@ class Fetching:
     def arrived(self, envelope: Envelope) -> Message | None:
         """A SNAPSHOT_PIECE. Returns an answer for the leader if there is nothing to be fetched any more."""
         asking, piece = self._asking, envelope.message
-        if asking is None or self._job is not None or asking.offset < 0:
+        if asking is None or piece.sender != asking.sources[0]:
             return None
-        if (piece.log_index, piece.log_term, piece.reject_hint, piece.context) != (
-            asking.position.index,
-            asking.position.term,
-            asking.key,
-            asking.offset,
-        ):
+        if (piece.log_index, piece.log_term) != (asking.position.index, asking.position.term):
             return None
+        key, offset = piece.reject_hint, piece.context
         if envelope.batch is None:
-            return self._next_source(asking) if piece.sender == asking.sources[0] else None
+            self._window.refused(key, offset)
+            # Of a file whose turn comes later, or while what came before is at work, it is asked for again.
+            needed = self._job is None and (key, offset) == (asking.key, asking.offset)
+            return self._next_source(asking) if needed else None
         part = piece_of(envelope.batch)
-        if part.offset != piece.context:
-            raise ProtocolError(f"a piece at {part.offset} in the answer to a question for {piece.context}")
-        asking.offset = -1
-        healed = self._healed if self.info is None else None
-        self._job = ReceiveJob(self._store, self.info, asking.ref, (part.offset, part.data), healed=healed)
+        if part.offset != offset:
+            raise ProtocolError(f"a piece at {part.offset} in the answer to a question for {offset}")
+        if self._window.keep(key, offset, part.data, (asking.key, asking.offset)):
+            asking.ticks = asking.times = 0
+            self._go_on(asking)
         return None
 
     def tick(self) -> None:
         """A tick has passed."""
         self._wait = {name: ticks - 1 for name, ticks in self._wait.items() if ticks > 1}
+        self._window.tick()
         asking = self._asking
-        if asking is None or asking.offset < 0:
+        if asking is None or self._job is not None:
             return
         asking.ticks += 1
         if asking.ticks <= self._patience_ticks:
             return
         asking.times += 1
         if asking.times < ASKED_MAX:
-            self._ask(asking, asking.offset)
+            asking.ticks = 0
+            self._window.lost()
+            self._go_on(asking)
         elif len(asking.sources) > 1:
             self._next_source(asking)
         elif self.info is None:
@@ -285,3 +339,4 @@ class Fetching:
         else:
             # Its sender is gone. What has arrived stays on the disk: the next leader may offer the same.
             self.offer = self.info = self._asking = None
+            self._window.reset()

@@ -181,7 +181,7 @@ class WriteJob:
 
 
 class ReceiveJob:
-    """One step of receiving: begin or go on with a file, take in a piece, and if that was the last, verify all of it.
+    """One step of receiving: begin or go on with a file, take in pieces, and if they were the last, verify all of it.
 
     After `run` one of these holds: ``offset`` says where the next piece starts; ``missing`` says which files are needed
     yet; ``arrived``: the file asked for is here; ``complete``: the snapshot is, with all its files; or ``error`` says why
@@ -195,8 +195,8 @@ class ReceiveJob:
         The snapshot that is wanted; None if only `ref` is.
     ref
         A file that the snapshot refers to; None for the snapshot's own.
-    piece
-        Offset and bytes.
+    pieces
+        Offsets and bytes, in order and without gaps.
     healed
         Told the name of the file, which stood damaged here, once it has arrived.
     """
@@ -206,7 +206,7 @@ class ReceiveJob:
         store: SnapshotStore,
         info: SnapshotInfo | None,
         ref: FileRef | None = None,
-        piece: tuple[int, pa.Buffer] | None = None,
+        pieces: Sequence[tuple[int, pa.Buffer]] = (),
         healed: Callable[[str], None] | None = None,
     ) -> None:
         self.info = info
@@ -218,28 +218,28 @@ class ReceiveJob:
         self.error: Exception | None = None
         self.group = store.group
         self._store = store
-        self._piece = piece
+        self._pieces = pieces
         self._healed = healed
 
     def run(self) -> None:
         """Raises nothing that a full disk or a wrong piece could cause."""
-        piece, self._piece = self._piece, None
+        pieces, self._pieces = self._pieces, ()
         try:
             if self.ref is not None:
-                self._receive_file(self.ref, piece)
+                self._receive_file(self.ref, pieces)
             else:
-                self._receive_snapshot(piece)
+                self._receive_snapshot(pieces)
         except (OSError, MarbleError) as error:
             if not isinstance(error, OSError | ProtocolError | CorruptionError | UnavailableError):
                 raise
             self.error = error
 
-    def _receive_snapshot(self, piece: tuple[int, pa.Buffer] | None) -> None:
+    def _receive_snapshot(self, pieces: Sequence[tuple[int, pa.Buffer]]) -> None:
         check(self.info is not None, "a job receives neither a snapshot nor a file")
         assert self.info is not None
         receiver = self._store.receive(self.info)
-        if piece is not None:
-            receiver.write(piece[0], memoryview(piece[1]))
+        for offset, data in pieces:
+            receiver.write(offset, memoryview(data))
         self.offset = receiver.offset
         if not receiver.complete:
             return
@@ -250,10 +250,10 @@ class ReceiveJob:
             receiver.finish()
             self.complete = True
 
-    def _receive_file(self, ref: FileRef, piece: tuple[int, pa.Buffer] | None) -> None:
+    def _receive_file(self, ref: FileRef, pieces: Sequence[tuple[int, pa.Buffer]]) -> None:
         receiver = self._store.contents.receive(ref)
-        if piece is not None:
-            receiver.write(piece[0], memoryview(piece[1]))
+        for offset, data in pieces:
+            receiver.write(offset, memoryview(data))
         self.offset = receiver.offset
         if receiver.complete:
             receiver.finish()

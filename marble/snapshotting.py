@@ -42,6 +42,8 @@ class SnapshotPolicy:
     """What one message carries of a snapshot."""
     patience_ticks: int = 10
     """How long an answer may take before a piece is asked for again."""
+    window_bytes_max: int = 16 * 1024 * 1024
+    """What a follower has asked for and not written yet: the product of a way's rate and its round trip fits, or bounds the rate."""
 
 
 class Snapshots:
@@ -81,6 +83,7 @@ class Snapshots:
             policy.piece_bytes_max,
             policy.patience_ticks,
             None if self._healing is None else self._healing.healed,
+            policy.window_bytes_max,
         )
         self.stalled: CorruptionError | None = None
         """What keeps the machine from applying: a file that it needs is damaged."""

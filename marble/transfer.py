@@ -1,8 +1,8 @@
 """Snapshots, and files that they refer to, on their way between the nodes of one group: the side that hands them out.
 
 The leader's core decides that a peer needs a snapshot (INSTALL_SNAPSHOT); what travels with that message describes it. The
-peer's driver asks for one piece after the other (SNAPSHOT_FETCH, answered by SNAPSHOT_PIECE; `marble.fetching`), writes them
-to files, and only when all are whole and verified does its core see the INSTALL_SNAPSHOT.
+peer's driver asks for the pieces (SNAPSHOT_FETCH, each answered by SNAPSHOT_PIECE; `marble.fetching`), writes them in order to
+files, and only when all are whole and verified does its core see the INSTALL_SNAPSHOT.
 
 Rule 1: the receiver drives. A sender keeps nothing of what it has sent.
 Rule 2: a snapshot that is being fetched is pinned at its sender, with all files that it refers to, as is the log behind it, or
@@ -26,6 +26,7 @@ from marble.raft.messages import Message, MessageKind
 from marble.raft.progress import Progress, ProgressState
 from marble.transport.codec import Envelope
 from marble.transport.snapshot_rows import offer_of, offer_row, piece_row
+from marble.transport.window import Window
 from marble.types import Position
 
 
@@ -55,6 +56,8 @@ class Transfer:
         as long for its peer.
     healed
         Told the name of a damaged file that was fetched anew (`marble.machine.HealingMachine`); by a job.
+    window_bytes_max
+        Of pieces that this node has asked for and not written yet.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Transfer:
         piece_bytes_max: int,
         patience_ticks: int,
         healed: Callable[[str], None] | None = None,
+        window_bytes_max: int = 16 << 20,
     ) -> None:
         self._group = group
         self._node_id = node_id
@@ -74,7 +78,10 @@ class Transfer:
         self._piece_bytes_max = piece_bytes_max
         self._patience_ticks = patience_ticks
         self._sending: dict[int, _Sending] = {}
-        self.fetching = Fetching(node_id, store, lambda message: post(Envelope(group, message)), patience_ticks, healed)
+        window = Window(window_bytes_max, piece_bytes_max)
+        self.fetching = Fetching(
+            node_id, store, lambda message: post(Envelope(group, message)), patience_ticks, window, healed
+        )
 
     # -- sending -----------------------------------------------------------------------------------------------------
 

@@ -252,7 +252,7 @@ def run(store: SnapshotStore, ref: FileRef | None) -> ReceiveJob:
         data = (
             SOURCE.piece(INFO, job.offset, PIECE) if ref is None else SOURCE.contents.piece(ref.key, job.offset, PIECE)
         )
-        job = ReceiveJob(store, INFO, ref, (job.offset, data))
+        job = ReceiveJob(store, INFO, ref, [(job.offset, data)])
         job.run()
     if job.error is not None:
         raise job.error
