@@ -21,16 +21,18 @@ The floors; imports only run downwards, and modules of one floor never import ea
 """
 
 from marble.client import connect
-from marble.config import RaftClusterConfig
+from marble.config import RaftClusterConfig, SecurityConfig, TlsConfig, TokensConfig
 from marble.database import Database, Scan, Table, Transaction
 from marble.errors import (
     CorruptionError,
+    ForbiddenError,
     InvariantError,
     MarbleError,
     NotLeaderError,
     OutcomeUnknownError,
     ProtocolError,
     SessionExpiredError,
+    UnauthenticatedError,
     UnavailableError,
     UsageError,
 )
@@ -46,6 +48,7 @@ __all__ = [
     "ChangeKind",
     "CorruptionError",
     "Database",
+    "ForbiddenError",
     "InvariantError",
     "MarbleError",
     "Members",
@@ -55,10 +58,14 @@ __all__ = [
     "RaftClusterConfig",
     "RaftServer",
     "Scan",
+    "SecurityConfig",
     "SessionExpiredError",
     "Table",
+    "TlsConfig",
+    "TokensConfig",
     "Transaction",
     "Transition",
+    "UnauthenticatedError",
     "UnavailableError",
     "UsageError",
     "connect",

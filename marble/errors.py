@@ -64,6 +64,18 @@ class SessionExpiredError(OutcomeUnknownError):
     code = "session_expired"
 
 
+class UnauthenticatedError(MarbleError):
+    """The node does not know who calls: bring a token or a certificate that it takes. Nothing was replicated."""
+
+    code = "unauthenticated"
+
+
+class ForbiddenError(MarbleError):
+    """The node knows who calls, and it may not do this: ask the operator. Nothing was replicated."""
+
+    code = "forbidden"
+
+
 class ProtocolError(MarbleError):
     """A peer or a client broke the protocol. The message is dropped and counted; this node is unharmed."""
 
@@ -107,6 +119,8 @@ ERROR_CODES: dict[str, type[MarbleError]] = {
         UnavailableError,
         OutcomeUnknownError,
         SessionExpiredError,
+        UnauthenticatedError,
+        ForbiddenError,
         ProtocolError,
         CorruptionError,
         InvariantError,

@@ -18,11 +18,13 @@ import pyarrow.flight as fl
 from marble.errors import (
     ERROR_CODES,
     CorruptionError,
+    ForbiddenError,
     InvariantError,
     MarbleError,
     NotLeaderError,
     OutcomeUnknownError,
     ProtocolError,
+    UnauthenticatedError,
     UnavailableError,
     UsageError,
 )
@@ -35,10 +37,14 @@ _FLIGHT_CLASSES: Final[dict[type[MarbleError], type[fl.FlightError]]] = {
     NotLeaderError: fl.FlightUnavailableError,
     UnavailableError: fl.FlightUnavailableError,
     OutcomeUnknownError: fl.FlightServerError,
+    UnauthenticatedError: fl.FlightUnauthenticatedError,
+    ForbiddenError: fl.FlightUnauthorizedError,
     ProtocolError: fl.FlightServerError,
     CorruptionError: fl.FlightInternalError,
     InvariantError: fl.FlightInternalError,
 }
+
+_REFUSALS: Final = (UsageError, NotLeaderError, UnavailableError, UnauthenticatedError, ForbiddenError)
 
 
 def to_flight_error(error: BaseException) -> fl.FlightError:
@@ -83,8 +89,10 @@ def from_flight_error(error: BaseException, *, changes: bool = False) -> MarbleE
     lost: type[MarbleError] = OutcomeUnknownError if changes else UnavailableError
     if isinstance(error, fl.FlightUnavailableError | fl.FlightTimedOutError | fl.FlightCancelledError):
         return lost(f"no answer: {error}")
-    if isinstance(error, fl.FlightUnauthenticatedError | fl.FlightUnauthorizedError):
-        return UsageError(f"refused: {error}")
+    if isinstance(error, fl.FlightUnauthenticatedError):
+        return UnauthenticatedError(f"refused: {error}")
+    if isinstance(error, fl.FlightUnauthorizedError):
+        return ForbiddenError(f"refused: {error}")
     if isinstance(error, OSError):
         return lost(f"the stream broke: {error}")
     if isinstance(error, fl.FlightError):
@@ -96,7 +104,7 @@ def from_flight_error(error: BaseException, *, changes: bool = False) -> MarbleE
 
 def is_refusal(error: BaseException) -> bool:
     """Whether a server itself said that it did nothing of what was asked, so that asking again repeats nothing."""
-    return isinstance(_told(error), UsageError | NotLeaderError | UnavailableError)
+    return isinstance(_told(error), _REFUSALS)
 
 
 def _told(error: BaseException) -> MarbleError | None:

@@ -8,11 +8,13 @@ import pytest
 
 from marble.errors import (
     ERROR_CODES,
+    ForbiddenError,
     InvariantError,
     MarbleError,
     NotLeaderError,
     OutcomeUnknownError,
     ProtocolError,
+    UnauthenticatedError,
     UnavailableError,
     UsageError,
 )
@@ -61,7 +63,8 @@ def test_an_error_that_says_nothing_leaves_the_outcome_open(extra: bytes) -> Non
 
 
 def test_other_errors_on_the_client_side() -> None:
-    assert type(from_flight_error(fl.FlightUnauthenticatedError("who?"))) is UsageError
+    assert type(from_flight_error(fl.FlightUnauthenticatedError("who?"))) is UnauthenticatedError
+    assert type(from_flight_error(fl.FlightUnauthorizedError("you?"))) is ForbiddenError
     assert type(from_flight_error(pa.ArrowInvalid("bad"))) is ProtocolError
     assert type(from_flight_error(ZeroDivisionError())) is InvariantError
     same = UsageError("x")
@@ -70,6 +73,6 @@ def test_other_errors_on_the_client_side() -> None:
 
 def test_only_a_server_can_refuse() -> None:
     refusals = {kind for kind in ERROR_CODES.values() if is_refusal(to_flight_error(kind("no")))}
-    assert refusals == {UsageError, NotLeaderError, UnavailableError}
+    assert refusals == {UsageError, NotLeaderError, UnavailableError, UnauthenticatedError, ForbiddenError}
     assert not is_refusal(fl.FlightUnavailableError("connection lost"))
     assert not is_refusal(UsageError("made here"))
