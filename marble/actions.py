@@ -2,7 +2,8 @@
 
 Rule 1: everything in a body is untrusted and checked here, before the node sees it.
 Rule 2: what changes the replicated state is done by the leader. Another node relays it, one hop, unless the call has the header
-``marble-forward: never``. What concerns one node (``snapshot``, ``campaign``, ``forget_leader``, ``status``) is done by the node asked.
+``marble-forward: never``. What concerns one node (``snapshot``, ``campaign``, ``forget_leader``, ``status``,
+``health``, ``metrics``, ``picture``) is done by the node asked.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from marble.promises import Committed
 from marble.transport import wire
 from marble.transport.relay import Relays
 from marble.types import NODE_ID_MAX, Change, ChangeKind, EntryKind, Members, Role, Transition
+from marble.web.health import as_json
+from marble.web.watch import Watch
 
 E = TypeVar("E", bound=enum.Enum)
 T = TypeVar("T")
@@ -49,8 +52,12 @@ ACTIONS: Final = {
     "drop_table": 'Body {"name"}; answers {"index"}.',
     "end_backup": 'Body {"token"}: the copy is not needed any more.',
     "forget_leader": "Let this follower stop to wait for its leader, so that it grants votes at once. No body.",
+    "health": 'How each component of this node is: {"live", "ready", "healthy", "components": {name: {"healthy", "detail"}}}. No body.',
     "members": 'Who takes part. Body empty or {"consistency": "linearizable" or "local"}.',
+    "metrics": "This node's metrics in Prometheus' text format, and no JSON. No body.",
     "open_session": 'Begin a session, for the stamps of what is to take effect once. No body; answers {"session"}.',
+    "picture": 'What the page of this node shows: node, peers, health, and the moments of the last minutes. Body empty or {"after"}: '
+    "those later than so many seconds after its start.",
     "ping": "Answers {}.",
     "propose": 'Body: any bytes, replicated as one operation; answers {"index", "term"}.',
     "read_backup": 'Body {"token", "path", "offset", "bytes"}; answers these bytes of the copy, at most 4 MiB, and no JSON.',
@@ -82,15 +89,20 @@ class Actions:
         Gives the result of a future; raises an error of the class it is given if there is none in time.
     confirm
         Waits until what was committed anywhere when it was called is applied here.
+    watch
+        Knows how the node is.
     """
 
-    def __init__(self, backend: LocalBackend, relays: Relays, wait: Waiter, confirm: Callable[[], None]) -> None:
+    def __init__(
+        self, backend: LocalBackend, relays: Relays, wait: Waiter, confirm: Callable[[], None], watch: Watch
+    ) -> None:
         self._backend = backend
         self._node = backend.node
         self._machine = backend.machine
         self._relays = relays
         self._wait = wait
         self._confirm = confirm
+        self._watch = watch
         self._timeout_s = backend.node.options.propose_timeout_s
         self._actions: dict[str, Callable[[Any, bytes | pa.Buffer], bytes]] = {
             "begin_backup": self._begin_backup,
@@ -101,8 +113,11 @@ class Actions:
             "drop_table": self._drop_table,
             "end_backup": self._end_backup,
             "forget_leader": self._forget_leader,
+            "health": lambda context, body: wire.encode_json(as_json(watch.health())),
             "members": self._members,
+            "metrics": lambda context, body: watch.metrics_text().encode(),
             "open_session": self._open_session,
+            "picture": self._picture,
             "ping": lambda context, body: b"{}",
             "propose": self._propose,
             "read_backup": self._read_backup,
@@ -252,6 +267,13 @@ class Actions:
     def _snapshot(self, context: Any, body: bytes | pa.Buffer) -> bytes:
         index = self._wait(self._node.snapshot(), SNAPSHOT_TIMEOUT_S, UnavailableError)
         return wire.encode_json({"index": index})
+
+    def _picture(self, context: Any, body: bytes | pa.Buffer) -> bytes:
+        asked = wire.decode_object(body, "picture", wire.TICKET_BYTES_MAX, (), ("after",)) if len(body) else {}
+        after = asked.get("after", -1.0)
+        if isinstance(after, bool) or not isinstance(after, int | float):
+            raise UsageError("picture takes after, a number of seconds")
+        return wire.encode_json(self._watch.picture(after))
 
     # -- backups -----------------------------------------------------------------------------------------------------------
 

@@ -263,6 +263,8 @@ def _serve(options: argparse.Namespace) -> int:
             print(
                 f"marble: node {config.id} listens on {config.listen_endpoint}, data in {config.data_dir}", flush=True
             )
+            if server.page_url is not None:
+                print(f"marble: its page is {server.page_url}", flush=True)
             while not signals.wait(_ALIVE_CHECK_S):
                 if not server.is_running():
                     raise InvariantError(f"node {config.id} has stopped by itself: {server.failure}")

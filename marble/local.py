@@ -6,6 +6,7 @@ the log sees it; what depends on the order of the log (a table dropped meanwhile
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import weakref
@@ -16,6 +17,7 @@ from typing import Any, Final, TypeVar
 import pyarrow as pa
 
 from marble._core.entry_batch import Proposal
+from marble.config import HttpConfig
 from marble.database import Database
 from marble.env import SystemFiles
 from marble.errors import OutcomeUnknownError, UnavailableError, UsageError
@@ -32,6 +34,7 @@ from marble.schema import TableInfo, conform, conform_keys
 from marble.table_options import TableOptions, fill
 from marble.transport.wire import Stamp
 from marble.types import EntryKind
+from marble.web.watch import Watch
 
 ANSWER_MARGIN_S: Final = 2.0
 """How much longer a caller waits than the engine's own deadlines, which give the better error."""
@@ -91,15 +94,24 @@ class LocalBackend:
         The tables that are not replicated, the machine of group `LOCAL_GROUP`. None: there are none.
     lease_reads
         Whether a leader may answer linearizable reads out of its lease.
+    watch
+        What stops with the node, if somebody looks at it.
     """
 
     def __init__(
-        self, node: Node, machine: TableMachine, own: TableMachine | None = None, *, lease_reads: bool = False
+        self,
+        node: Node,
+        machine: TableMachine,
+        own: TableMachine | None = None,
+        *,
+        lease_reads: bool = False,
+        watch: Watch | None = None,
     ) -> None:
         self.node = node
         self.machine = machine
         self.own = own
         self.lease_reads = lease_reads
+        self._watch = watch
         self._closed = False
 
     def propose(
@@ -215,7 +227,7 @@ class LocalBackend:
         return self.own
 
     def status(self) -> dict[str, Any]:
-        return self.node.status()
+        return self.node.status() | ({} if self._watch is None else {"page": self._watch.url})
 
     def checkpoint(self, path: str | os.PathLike[str]) -> int:
         self._check_open()
@@ -223,6 +235,8 @@ class LocalBackend:
 
     def close(self) -> None:
         self._closed = True
+        if self._watch is not None:
+            self._watch.stop()
         self.node.stop()
 
     def _confirm(self, group: int = GROUP) -> None:
@@ -252,6 +266,7 @@ def open(  # noqa: A001
     max_entry_size: int = 16 * 1024 * 1024,
     snapshot_distance: int = 10_000,
     retention: int = 0,
+    http: str | None = None,
 ) -> Database:
     """Open a database in a directory of this machine: a Raft cluster of one, no server.
 
@@ -269,6 +284,9 @@ def open(  # noqa: A001
         Entries between two snapshots, which let the log forget what lies behind them.
     retention
         For how many entries back the tables can be read as they were (``at_index=``). It keeps their memory and files, too.
+    http
+        ``host:port`` for health, metrics and a page in a browser, e.g. ``"127.0.0.1:0"`` for any free port; its URL is the
+        ``page`` of `Database.status`. None: no such port.
 
     Returns
     -------
@@ -299,8 +317,15 @@ def open(  # noqa: A001
         node = Node(options, files, {GROUP: machine, LOCAL_GROUP: own}, alone=(LOCAL_GROUP,))
     except (FileNotFoundError, NotADirectoryError, FileExistsError, PermissionError) as error:
         raise UsageError(f"{os.fspath(path)!r} cannot be a data directory: {error.strerror}") from None
-    node.start()
-    backend = LocalBackend(node, machine, own)
-    # Whoever forgets to close, but drops the database and its tables, gives the directory back all the same.
-    weakref.finalize(backend, node.stop)
+    with contextlib.ExitStack() as stack:
+        stack.callback(node.stop)
+        node.start()
+        watch = None
+        if http is not None:
+            watch = Watch(node, options.node_id, path, http=HttpConfig(http))
+            stack.callback(watch.stop)
+            watch.start()
+        backend = LocalBackend(node, machine, own, watch=watch)
+        # Whoever forgets to close, but drops the database and its tables, gives the directory back all the same.
+        weakref.finalize(backend, stack.pop_all().close)
     return Database(backend)

@@ -18,8 +18,6 @@ import contextlib
 import enum
 import os
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,22 +26,23 @@ from typing import Any, Final, TypeVar
 import pyarrow as pa
 
 from marble._core.entry_batch import Proposal
-from marble.actions import check_endpoints
-from marble.config import NodeConfig, RaftClusterConfig, SecurityConfig, format_endpoint, parse_endpoint
+from marble.config import HttpConfig, NodeConfig, RaftClusterConfig, SecurityConfig, format_endpoint, parse_endpoint
 from marble.database import Database
 from marble.env import SystemFiles
-from marble.errors import OutcomeUnknownError, UnavailableError, UsageError
+from marble.errors import UnavailableError, UsageError
 from marble.local import LOCAL_GROUP, LocalBackend
 from marble.lsm import payload
 from marble.lsm.files import TableFiles
 from marble.lsm.machine import TableMachine
 from marble.metrics import Metrics
 from marble.node import GROUP, Node
+from marble.operating import Operated, wait_for
 from marble.options import NodeOptions, options_of
 from marble.service import TablesService
 from marble.transport.flight import FlightTransport
 from marble.transport.options import TransportOptions
-from marble.types import Change, ChangeKind, EntryKind, Members, Role, Transition
+from marble.types import EntryKind, Members, Role
+from marble.web.watch import Watch, Watched
 
 T = TypeVar("T")
 
@@ -86,6 +85,7 @@ def create_raft_server(
     priority: int = 0,
     join: str | None = None,
     security: SecurityConfig | None = None,
+    http: str | HttpConfig | None = None,
 ) -> RaftServer:
     """Make a server, to be initialized and started.
 
@@ -108,8 +108,11 @@ def create_raft_server(
         another one.
     security
         Certificates, tokens and the cluster's secret. None: whoever reaches the port may do anything.
+    http
+        ``host:port`` for health, metrics and a page in a browser; port 0 takes any free one. None: no such port.
     """
-    return RaftServer(transport, data_dir, machine or TableMachine(), node_id, priority, join, security)
+    shown = HttpConfig(http) if isinstance(http, str) else http
+    return RaftServer(transport, data_dir, machine or TableMachine(), node_id, priority, join, security, shown)
 
 
 def server_from_config(config: NodeConfig) -> RaftServer:
@@ -121,6 +124,7 @@ def server_from_config(config: NodeConfig) -> RaftServer:
         priority=config.priority,
         join=config.endpoint if config.join else None,
         security=config.security,
+        http=config.http,
     )
     server.initialize(config.cluster)
     return server
@@ -142,7 +146,7 @@ class _ServerBackend(LocalBackend):
         """Nothing is held: the server owns the node."""
 
 
-class RaftServer:
+class RaftServer(Operated, Watched):
     """A node that takes part in a cluster. A context manager: leaving it stops the server.
 
     Made by `create_raft_server`. `initialize`, `start` and `stop` belong to one caller; the rest is thread-safe.
@@ -157,6 +161,7 @@ class RaftServer:
         priority: int = 0,
         join: str | None = None,
         security: SecurityConfig | None = None,
+        http: HttpConfig | None = None,
     ) -> None:
         self._listen = transport
         self._data_dir = data_dir
@@ -165,6 +170,7 @@ class RaftServer:
         self._priority = priority
         self._join = join
         self._security = security or SecurityConfig()
+        self._http = http
         self._endpoint = ""
         self._phase = _Phase.MADE
         self._config: RaftClusterConfig | None = None
@@ -173,6 +179,7 @@ class RaftServer:
         self._own: TableMachine | None = None
         self._flight: FlightTransport | None = None
         self._service: TablesService | None = None
+        self._watch: Watch | None = None
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -252,7 +259,9 @@ class RaftServer:
             machines = {GROUP: self._machine, LOCAL_GROUP: own}
             node = Node(self._options, files, machines, carrier, metrics=metrics, alone=(LOCAL_GROUP,))
             stack.callback(node.stop)
-            service = TablesService(LocalBackend(node, self._machine, lease_reads=self._config.lease_reads))
+            watch = Watch(node, self.node_id, self._data_dir, carrier.connected, http=self._http)
+            stack.callback(watch.stop)
+            service = TablesService(LocalBackend(node, self._machine, lease_reads=self._config.lease_reads), watch)
             node.start()
             carrier.start(
                 node.receive,
@@ -261,8 +270,9 @@ class RaftServer:
                 failed=node.fail,
                 acquaintances=node.acquaintances,
             )
+            watch.start()
             stack.pop_all()
-        self._node, self._flight, self._service, self._own = node, carrier, service, own
+        self._node, self._flight, self._service, self._own, self._watch = node, carrier, service, own, watch
         self._phase = _Phase.STARTED
 
     def stop(self, timeout_s: float = 10.0) -> None:
@@ -287,6 +297,8 @@ class RaftServer:
         assert self._node is not None
         assert self._flight is not None
         assert self._service is not None
+        assert self._watch is not None
+        self._watch.stop()
         self._service.stop()
         ended = self._flight.stop(min(STOP_GRACE_S, timeout_s / 2))
         self._node.stop(max(0.1, deadline - time.monotonic()))
@@ -357,85 +369,6 @@ class RaftServer:
         """Who takes part in the cluster, as far as this node has applied it; `get_cluster_status` says where they are."""
         return self._running("get_members").members()
 
-    def add_node(self, node_id: int, endpoint: str, *, learner: bool = False, timeout_s: float = 10.0) -> int:
-        """Add a node that was started with ``join``; like `change_membership`. A learner gets the log and has no vote."""
-        kind = ChangeKind.ADD_LEARNER if learner else ChangeKind.ADD_VOTER
-        return self.change_membership([Change(kind, node_id)], {node_id: endpoint}, timeout_s=timeout_s)
-
-    def remove_node(self, node_id: int, *, timeout_s: float = 10.0) -> int:
-        """Remove a node, this one included; like `change_membership`."""
-        return self.change_membership([Change(ChangeKind.REMOVE, node_id)], timeout_s=timeout_s)
-
-    def change_membership(
-        self,
-        changes: Sequence[Change],
-        endpoints: Mapping[int, str] | None = None,
-        *,
-        transition: Transition = Transition.AUTO,
-        timeout_s: float = 10.0,
-    ) -> int:
-        """Change who takes part, all changes in one step; return the index at which that is committed.
-
-        Parameters
-        ----------
-        changes
-            What to change. None at all: leave a joint group that waits for it.
-        endpoints
-            ``host:port`` of each node that is new.
-        transition
-            Whether, and for how long, two majorities decide (Raft §6).
-        timeout_s
-            How long to wait, in seconds.
-
-        Raises
-        ------
-        NotLeaderError
-            If this node does not lead; it names the leader. Nothing was changed.
-        UnavailableError
-            If another change is under way, or this leader has just begun. Nothing was changed: retry.
-        OutcomeUnknownError
-            If it was not decided in time: look at `get_members`.
-        UsageError
-            If the changes make no sense.
-        """
-        node = self._running("change_membership")
-        places = {each: format_endpoint(*parse_endpoint(where)) for each, where in (endpoints or {}).items()}
-        check_endpoints(changes, places, node.endpoints)
-        return self._wait(node.change_membership(changes, places, transition), timeout_s, "the change").index
-
-    def transfer_leadership(self, to: int, timeout_s: float = 10.0) -> None:
-        """Let voter `to` lead; returns when it does.
-
-        Raises
-        ------
-        NotLeaderError
-            If this node does not lead; it names the leader.
-        UsageError
-            If `to` is no voter.
-        UnavailableError
-            If `to` did not take over within an election timeout; this node leads on.
-        """
-        self._wait(self._running("transfer_leadership").transfer_leadership(to), timeout_s, "the transfer")
-
-    def forget_leader(self) -> None:
-        """Let this follower be free to vote at once, when somebody knows better than its timer that its leader is gone."""
-        self._wait(self._running("forget_leader").forget_leader(), 10.0, "forgetting the leader")
-
-    def take_snapshot(self, timeout_s: float = 600.0) -> int:
-        """Write a snapshot of this node's state now and forget the log behind it; return the index that it covers.
-
-        Raises UnavailableError if it could not be written now.
-        """
-        return self._wait(self._running("take_snapshot").snapshot(), timeout_s, "the snapshot")
-
-    def checkpoint(self, path: str | os.PathLike[str]) -> int:
-        """Copy what this node has on its disk, by links, in milliseconds, while it goes on; returns the bytes in the copy.
-
-        `path` is a new directory on the file system of the data directory. ``marble restore`` makes a node of a new cluster
-        of it. Raises UsageError if it exists or cannot be made.
-        """
-        return self._running("checkpoint").checkpoints.place(path)
-
     def propose_operation(
         self, operation: bytes | bytearray | memoryview | pa.Buffer | Proposal, timeout_s: float = 10.0
     ) -> int:
@@ -464,7 +397,7 @@ class RaftServer:
             if not isinstance(operation, bytes | bytearray | memoryview | pa.Buffer):
                 raise UsageError(f"an operation must be bytes or a Proposal, not a {type(operation).__name__}")
             operation = Proposal(EntryKind.COMMAND, 0, payload.encode_command(bytes(operation)))
-        return self._wait(node.propose(operation), timeout_s, "the operation").index
+        return wait_for(node.propose(operation), timeout_s, "the operation").index
 
     @property
     def database(self) -> Database:
@@ -475,12 +408,10 @@ class RaftServer:
         node = self._running("database")
         return Database(_ServerBackend(node, self._machine, self._own, lease_reads=node.options.lease_reads))
 
-    @staticmethod
-    def _wait(future: Future[T], timeout_s: float, what: str) -> T:
-        try:
-            return future.result(timeout_s)
-        except TimeoutError:
-            raise OutcomeUnknownError(f"{what} was not decided in {timeout_s} s: it may still be") from None
+    def _watching(self, what: str) -> Watch:
+        self._running(what)
+        assert self._watch is not None
+        return self._watch
 
     def _running(self, what: str) -> Node:
         if self._phase is not _Phase.STARTED or self._node is None:

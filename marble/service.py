@@ -51,6 +51,7 @@ from marble.transport.faults import to_flight_error
 from marble.transport.intake import Intake, StreamEndedError, Ways
 from marble.transport.relay import Relays
 from marble.transport.tickets import decode_ticket, encode_ticket
+from marble.web.watch import Watch
 
 logger = logging.getLogger("marble.server")
 
@@ -95,9 +96,11 @@ class TablesService:
     ----------
     backend
         The node and its tables.
+    watch
+        Knows how the node is.
     """
 
-    def __init__(self, backend: LocalBackend) -> None:
+    def __init__(self, backend: LocalBackend, watch: Watch) -> None:
         self._backend = backend
         self._node = backend.node
         self._machine = backend.machine
@@ -107,7 +110,7 @@ class TablesService:
         self._lock = threading.Lock()
         self._intakes: set[Intake] = set()
         self._streams = threading.BoundedSemaphore(STREAMS_MAX)
-        self._actions = Actions(backend, self._relays, self._result, self._confirm)
+        self._actions = Actions(backend, self._relays, self._result, self._confirm, watch)
 
     def stop(self) -> None:
         """End all waits and streams: what is under way is answered with OutcomeUnknownError. Idempotent."""

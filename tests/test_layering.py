@@ -46,9 +46,9 @@ FLOORS = [
         "snapshotting",
         "transfer",
     ),
-    ("node", "engine", "desk", "workers", "verify", "status", "stopwatch"),
+    ("node", "engine", "desk", "workers", "verify", "status", "stopwatch", "web"),
     ("local", "client", "orders", "admin", "backup"),
-    ("server", "service", "actions"),
+    ("server", "service", "actions", "operating"),
     ("cli", "demo", "simulate", "backup_commands"),
 ]
 
@@ -76,7 +76,8 @@ STEPS = {
     "client": {"orders"},
     "admin": {"client"},
     "backup": {"client"},
-    "server": {"service", "actions"},
+    "operating": {"actions"},
+    "server": {"operating", "service", "actions"},
     "cli": {"backup_commands", "demo", "simulate"},
     "service": {"actions"},
 }

@@ -11,6 +11,7 @@ what it may hold and, for a key that does not exist, the nearest one that does.
 
 from marble.config.cluster import ENTRY_BYTES_MAX, HEARTBEAT_TICKS, NODES_MAX, RaftClusterConfig
 from marble.config.endpoints import DEFAULT_PORT, format_endpoint, parse_endpoint, parse_url
+from marble.config.http import HttpConfig
 from marble.config.node import PRIORITY_MAX, NodeConfig, load_config, parse_config
 from marble.config.security import SecurityConfig, TlsConfig, TokensConfig
 
@@ -20,6 +21,7 @@ __all__ = [
     "HEARTBEAT_TICKS",
     "NODES_MAX",
     "PRIORITY_MAX",
+    "HttpConfig",
     "NodeConfig",
     "RaftClusterConfig",
     "SecurityConfig",

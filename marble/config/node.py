@@ -10,15 +10,16 @@ from typing import Final
 
 from marble.config.cluster import RaftClusterConfig
 from marble.config.endpoints import format_endpoint, parse_endpoint
+from marble.config.http import HttpConfig
 from marble.config.security import SecurityConfig
-from marble.config.values import check_bool, check_int, check_keys, shown
+from marble.config.values import check_bool, check_int, check_keys, read_table, shown
 from marble.errors import UsageError
 from marble.types import NODE_ID_MAX
 
 PRIORITY_MAX: Final = 65_535
 """A node's priority travels as uint16."""
 
-_KEYS: Final = ("id", "endpoint", "data_dir", "listen", "priority", "join", "tls", "tokens", "secret_file")
+_KEYS: Final = ("id", "endpoint", "data_dir", "listen", "priority", "join", "tls", "tokens", "secret_file", "http")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ class NodeConfig:
         ``host:port`` where others will find a joining node; needed unless ``node_endpoints`` has it.
     security
         Who may connect: ``[node.tls]``, ``[node.tokens]`` and ``secret_file``.
+    http
+        Health, metrics and a page over HTTP: ``[node.http]``. None: there is no such port.
 
     Raises
     ------
@@ -61,6 +64,7 @@ class NodeConfig:
     join: bool = False
     joining_endpoint: str | None = None
     security: SecurityConfig = field(default_factory=SecurityConfig)
+    http: HttpConfig | None = None
 
     def __post_init__(self) -> None:
         check_int("[node] id", self.id, 1, NODE_ID_MAX)
@@ -140,6 +144,7 @@ def parse_config(text: str, directory: Path) -> NodeConfig:
         join=join,
         joining_endpoint=node.get("endpoint") if join is True else None,
         security=SecurityConfig.from_mapping(node, directory),
+        http=read_table(HttpConfig, node["http"], "node.http") if "http" in node else None,
     )
 
 
