@@ -23,6 +23,12 @@ node_endpoints = {endpoints}
 """
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--bench-rows", type=int, default=2000, help="rows in the benchmarks beside other stores (default: 2000)"
+    )
+
+
 @pytest.fixture(scope="session")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory on the disk that is measured; ``--basetemp`` chooses which."""

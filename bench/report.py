@@ -1,0 +1,171 @@
+"""marble beside RocksDB and LMDB, in one run: ``python bench/report.py``. See ``peers.py`` for what is compared.
+
+Rounds of the stores take turns, and the best of each counts: what else runs on the machine disturbs all of them alike. A
+ratio is how many times as fast marble is. An asterisk stands at what misses its target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import peers
+from amplification import amplification_report
+from peers import PEERS, Form, Marble, installed
+from work import LAYOUTS, READS, WRITES, Layout, Shape, Store
+
+MARBLES = ("marble, Arrow", "marble, bytes")
+
+
+def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = run()
+    return time.perf_counter() - started, result
+
+
+@contextlib.contextmanager
+def directories(base: Path | None) -> Iterator[Callable[[], Path]]:
+    """Makes new directories, all of which go at the end."""
+    with tempfile.TemporaryDirectory(dir=base, prefix="marble-bench-") as root:
+        count = iter(range(1 << 30))
+
+        def make() -> Path:
+            path = Path(root) / str(next(count))
+            path.mkdir()
+            return path
+
+        yield make
+
+
+def writes(shape: Shape, base: Path | None, rounds: int) -> list[tuple[str, dict[str, float], float | None]]:
+    """For each way to write: seconds a row of each store."""
+    lines = []
+    for write in WRITES:
+        best: dict[str, float] = {}
+        for _ in range(rounds):
+            for form, (_, make) in [(f, each) for each in installed().items() for f in forms(each[0])]:
+                with directories(base) as directory:
+                    store = make(directory(), shape, None)
+                    if isinstance(store, Marble) and form is not None:
+                        store = store.other(form)
+                    try:
+                        gc.collect()
+                        took, rows = seconds(lambda store=store, write=write: write.run(store, shape))
+                    finally:
+                        store.close()
+                    best[store.name] = min(best.get(store.name, 1e9), took / rows)
+        lines.append((write.name, best, write.target))
+    return lines
+
+
+def forms(peer: str) -> tuple[Form | None, ...]:
+    return (Form.ARROW, Form.BYTES) if peer == "marble" else (None,)
+
+
+def stores(shape: Shape, layout: Layout, directory: Callable[[], Path]) -> list[Store]:
+    """All stores with the data in them."""
+    opened: list[Store] = []
+    for make in installed().values():
+        store = make(directory(), shape, layout)
+        peers.load(store, shape, layout)
+        opened.append(store)
+        if isinstance(store, Marble):
+            opened.append(store.other(Form.BYTES))
+    return opened
+
+
+def reads(
+    shape: Shape, layout: Layout, base: Path | None, rounds: int
+) -> list[tuple[str, dict[str, float], float | None]]:
+    lines: list[tuple[str, dict[str, float], float | None]] = []
+    with directories(base) as directory:
+        opened = stores(shape, layout, directory)
+        try:
+            for read in READS:
+                best: dict[str, float] = {}
+                for number in range(rounds + 1):
+                    picked = read.pick(shape, number)
+                    counts = set()
+                    for store in opened:
+                        if read.name == "get" and store.name == MARBLES[1]:
+                            continue  # It is the same as the other.
+                        gc.collect()
+                        took, rows = seconds(lambda store=store, picked=picked, read=read: read.run(store, picked))
+                        counts.add(rows)
+                        if number:  # The first round warms the caches up.
+                            best[store.name] = min(best.get(store.name, 1e9), took / rows)
+                    if len(counts) != 1:
+                        raise SystemExit(f"{layout.name}, {read.name}: the stores do not agree: {counts} rows")
+                best.setdefault(MARBLES[1], best[MARBLES[0]])
+                lines.append((read.name, best, read.target))
+        finally:
+            for store in opened:
+                if store.name != MARBLES[1]:
+                    store.close()
+    return lines
+
+
+def show(title: str, lines: list[tuple[str, dict[str, float], float | None]]) -> None:
+    """A table of nanoseconds a row and of ratios."""
+    names = [name for name in (*MARBLES, "rocksdict", "lmdb") if any(name in best for _, best, _ in lines)]
+    print(f"\n### {title}\n")
+    ratios = [f"{form}:{peer}" for peer in names if peer not in MARBLES for form in ("Arrow", "bytes")]
+    print("| ns a row | " + " | ".join(names) + " | " + " | ".join(ratios) + " | at least |")
+    print("|---|" + "---:|" * (len(names) + len(ratios) + 1))
+    for what, best, target in lines:
+        cells = [f"{best[name] * 1e9:,.0f}" for name in names]
+        for peer in names:
+            if peer in MARBLES:
+                continue
+            for marble in MARBLES:
+                ratio = best[peer] / best[marble]
+                missed = target is not None and peer == "rocksdict" and ratio < target
+                cells.append(f"{ratio:.2f}{' *' if missed else ''}")
+        print(f"| {what} | " + " | ".join(cells) + f" | {'' if target is None else target} |", flush=True)
+
+
+def machine() -> str:
+    model = platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"{model}, Python {platform.python_version()}, {datetime.now(UTC):%Y-%m-%d}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of 24 B keys and 100 B (default: 1 million)")
+    parser.add_argument("--large-rows", type=int, default=100_000, help="of 16 B keys and 512 B (default: 100,000)")
+    parser.add_argument("--rounds", type=int, default=5, help="of each measurement; the best counts")
+    parser.add_argument("--only", default="", help="parts whose title has this: writes, reads, memtable, 8 runs, ...")
+    parser.add_argument(
+        "--directory", type=Path, help="where the stores are (default: the system's for temporary files)"
+    )
+    given = parser.parse_args()
+    print(machine())
+    for missing in PEERS.keys() - installed().keys():
+        print(f"{missing} is not installed and is left out: pip install 'marbledb[bench]'")
+    for shape in (Shape(given.rows), Shape(given.large_rows, 16, 512)):
+        if not shape.rows:
+            continue
+        what = f"{shape.rows:,} rows of {shape.key_bytes} B and {shape.value_bytes} B"
+        if given.only in (title := f"writes: {what}"):
+            show(title, writes(shape, given.directory, max(1, given.rounds // 2)))
+        for layout in LAYOUTS:
+            if given.only in (title := f"reads, {layout.name}: {what}"):
+                show(title, reads(shape, layout, given.directory, given.rounds))
+        if given.only in (title := f"amplification: {what}, written 10 times more"):
+            print(f"\n### {title}\n")
+            amplification_report(shape, given.directory)
+
+
+if __name__ == "__main__":
+    main()
