@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 
 class NodeStoppedError(InvariantError):
-    """The engine had ended by itself when the call came, or before it was taken: nothing was replicated, and nothing will be by this node."""
+    """The engine had ended by itself when the call came, or before it was taken: nothing was replicated."""
 
 
 class SyncJob:

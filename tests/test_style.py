@@ -29,6 +29,9 @@ IN_TESTS = {
     r"\bassert True\b": "cannot fail",
 }
 
+MAY_SKIP = "machine.py"
+"""In `tests`: where a test that needs what some machines do not have is left out, with the reason."""
+
 IN_PACKAGE = {
     r"^\s*(import|from)\s+(pickle|marshal|shelve|dill|cloudpickle)\b": "reads code from the wire or the disk",
     r"(?<![\w.])(eval|exec)\(": "runs what it was given",
@@ -148,7 +151,10 @@ def test_only_commands_print() -> None:
 
 def test_tests_can_fail_and_wait_for_events() -> None:
     here = Path(__file__).resolve()
-    found = [fault for path in files("tests", endings=(".py",)) if path != here for fault in faults(IN_TESTS, path)]
+    exempt = (here, here.with_name(MAY_SKIP))
+    found = [
+        fault for path in files("tests", endings=(".py",)) if path not in exempt for fault in faults(IN_TESTS, path)
+    ]
     assert found == []
 
 

@@ -12,6 +12,7 @@ The kernel here has no `netem`, so a delay needs a relay (`marble.testing.relay`
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -67,7 +68,7 @@ class Host:
         )
         if self._holder.stdout is None or not self._holder.stdout.readline():
             _, errors = self._holder.communicate(timeout=_TIMEOUT_S)
-            raise NamespacesForbidden(f"this machine allows no namespaces: {errors.decode(errors='replace').strip()}")
+            raise NamespacesForbidden(f"it allows no namespaces: {errors.decode(errors='replace').strip()}")
 
     @property
     def pid(self) -> int:
@@ -146,7 +147,7 @@ class Net:
     def dropped(self) -> int:
         """How many packets the rules in force have dropped."""
         words = self._bridge.run("nft", "list", "table", "bridge", "faults").split()
-        return sum(int(count) for word, count in zip(words, words[1:], strict=False) if word == "packets")
+        return sum(int(count) for word, count in itertools.pairwise(words) if word == "packets")
 
 
 def cut(one: Sequence[str], other: Sequence[str]) -> list[Drop]:
@@ -159,13 +160,13 @@ def network(names: Sequence[str]) -> Iterator[Net]:
     """A `Net`, or NamespacesForbidden with the reason."""
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if missing:
-        raise NamespacesForbidden(f"this machine has no {', '.join(missing)}")
+        raise NamespacesForbidden(f"there is no {', '.join(missing)}")
     if os.geteuid() != 0:
         raise NamespacesForbidden("network namespaces need root")
     try:
         net = Net(names)
     except CommandFailed as error:
-        raise NamespacesForbidden(f"this machine makes no bridge of namespaces: {error}") from None
+        raise NamespacesForbidden(f"it makes no bridge of namespaces: {error}") from None
     with net:
         yield net
 
@@ -185,7 +186,7 @@ class SmallDisk:
         self._group: Path | None = None
         for tool in ("mkfs.ext4", "fallocate"):
             if shutil.which(tool) is None:
-                raise NamespacesForbidden(f"this machine has no {tool}")
+                raise NamespacesForbidden(f"there is no {tool}")
         directory.mkdir()
         with image.open("wb") as file:
             file.truncate(mib << 20)
@@ -195,7 +196,7 @@ class SmallDisk:
         try:
             host.run("mount", "-o", "loop", str(image), str(directory))
         except CommandFailed as error:
-            raise NamespacesForbidden(f"this machine mounts no file as a disk: {error}") from None
+            raise NamespacesForbidden(f"it mounts no file as a disk: {error}") from None
         self._device = Path(self._of_mount())
 
     def _of_mount(self) -> str:
@@ -223,7 +224,7 @@ class SmallDisk:
         """Let the process and all its threads do so many writes a second to this disk, and no more (cgroup ``blkio``)."""
         root = Path("/sys/fs/cgroup/blkio")
         if not (root / "cgroup.procs").exists():
-            raise NamespacesForbidden("this machine has no blkio controller (cgroup v1) to slow a disk down with")
+            raise NamespacesForbidden("there is no blkio controller (cgroup v1) to slow a disk down with")
         number = self._host.run("cat", f"/sys/block/{self._device.name}/dev").strip()
         self._group = root / f"marble-test-{os.getpid()}-{self._device.name}"
         self._group.mkdir(exist_ok=True)

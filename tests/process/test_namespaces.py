@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from machine import machine_lacks
 from process.netns import Drop, NamespacesForbidden, SmallDisk, cut
 from process.observed import CLIENTS, DEADLINE_S, ELECTION_TIMEOUT_MS, PORT, Clients, Cluster, Watch, running_cluster
 
@@ -39,7 +40,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster,
         ) as found:
             yield found
     except NamespacesForbidden as error:
-        pytest.skip(str(error))
+        machine_lacks(error)
 
 
 class Scene:
@@ -197,7 +198,7 @@ def test_slow_disk(scene: Scene) -> None:
         try:
             disk.slow_down(scene.cluster.pid(scene.leader), writes_per_s=3)
         except NamespacesForbidden as error:
-            pytest.skip(str(error))
+            machine_lacks(error)
         scene.clients.wait_for_more(time.monotonic(), 5, 5)
     finally:
         disk.speed_up()
