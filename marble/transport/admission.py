@@ -37,7 +37,7 @@ from marble.transport.tokens import ANYONE, Access, Principal
 REFUSALS_LOGGED_EVERY_S: Final = 10.0
 """A stranger who tries again and again writes one line in this time."""
 
-_log = logging.getLogger("marble.transport.admission")
+_log = logging.getLogger("marble.server")
 
 
 def _now() -> datetime.datetime:

@@ -20,7 +20,7 @@ from marble.errors import UsageError
 from marble.metrics import Metrics
 from marble.transport.security import Security, files_of, read_security
 
-_log = logging.getLogger("marble.transport.security")
+_log = logging.getLogger("marble.transport")
 
 STOP_TIMEOUT_S: Final = 2.0
 

@@ -43,7 +43,7 @@ from marble.web import exposition
 from marble.web.health import as_json, is_live, is_ready
 from marble.web.observer import Observer
 
-logger = logging.getLogger("marble.web")
+logger = logging.getLogger("marble.server")
 
 Authorize = Callable[[str | None], bool]
 """Whether a request with this ``Authorization`` header may read metrics and the status."""
@@ -227,7 +227,7 @@ class _Listener(http.server.HTTPServer):
 
 
 def _load_static() -> dict[str, tuple[bytes, str]]:
-    folder = importlib.resources.files("marble.web") / "static"
+    folder = importlib.resources.files("marble.server") / "static"
     return {path: ((folder / name).read_bytes(), kind) for path, (name, kind) in _STATIC.items()}
 
 

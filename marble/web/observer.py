@@ -27,7 +27,7 @@ from marble.sampling import History, Moment, take
 from marble.web.health import Check, Limits, Observation, examine
 from marble.web.host import look_at_disk
 
-logger = logging.getLogger("marble.web")
+logger = logging.getLogger("marble.server")
 
 INTERVAL_S: Final = 1.0
 """Between two looks that are remembered."""
