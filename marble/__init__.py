@@ -37,7 +37,8 @@ from marble.errors import (
 )
 from marble.local import open  # noqa: A004
 from marble.logs import initialize_logging
-from marble.server import RaftServer, create_arrow_flight_transport, create_raft_server
+from marble.server import RaftServer, create_raft_server
+from marble.transport.arrow_flight import create_arrow_flight_transport
 from marble.types import Change, ChangeKind, Members, Transition
 
 __version__ = "0.1.0"

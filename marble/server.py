@@ -18,7 +18,6 @@ import contextlib
 import enum
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeVar
@@ -26,7 +25,7 @@ from typing import Any, Final, TypeVar
 import pyarrow as pa
 
 from marble._core.entry_batch import Proposal
-from marble.config import HttpConfig, NodeConfig, RaftClusterConfig, SecurityConfig, format_endpoint, parse_endpoint
+from marble.config import HttpConfig, NodeConfig, RaftClusterConfig, SecurityConfig
 from marble.database import Database
 from marble.env import SystemFiles
 from marble.errors import UnavailableError, UsageError
@@ -39,6 +38,7 @@ from marble.node import GROUP, Node
 from marble.operating import Operated, wait_for
 from marble.options import NodeOptions, options_of
 from marble.service import TablesService
+from marble.transport.arrow_flight import ArrowFlightTransport, create_arrow_flight_transport
 from marble.transport.flight import FlightTransport
 from marble.transport.options import TransportOptions
 from marble.types import EntryKind, Members, Role
@@ -51,29 +51,6 @@ STOP_GRACE_S: Final = 1.0
 
 MESSAGE_OVERHEAD_BYTES: Final = 1024 * 1024
 """What a message between nodes holds beside entries, generously."""
-
-
-@dataclass(frozen=True, slots=True)
-class ArrowFlightTransport:
-    """Where a node is to listen, for peers and clients alike. Nothing is opened before the server starts."""
-
-    endpoint: str
-
-
-def create_arrow_flight_transport(endpoint: str) -> ArrowFlightTransport:
-    """Name the place where a server will listen.
-
-    Parameters
-    ----------
-    endpoint
-        ``host:port``. Port 0 takes any free one, for a server that is told its ``node_id``.
-
-    Raises
-    ------
-    UsageError
-        If `endpoint` is not of that form.
-    """
-    return ArrowFlightTransport(format_endpoint(*parse_endpoint(endpoint, free_port=True)))
 
 
 def create_raft_server(
@@ -271,6 +248,8 @@ class RaftServer(Operated, Watched):
                 acquaintances=node.acquaintances,
             )
             watch.start()
+            if self._listen is not None:
+                self._listen.attach(carrier)
             stack.pop_all()
         self._node, self._flight, self._service, self._own, self._watch = node, carrier, service, own, watch
         self._phase = _Phase.STARTED

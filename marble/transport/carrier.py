@@ -7,13 +7,14 @@ one chunk, the answer to the hello (``docs/transport.md``). All that a carrier m
 Invariants of every carrier:
 - Chunks arrive whole, once and in order, or the stream breaks; a break is an error at both ends, never a gap.
 - `Stream.write` blocks while the other end does not read and what is under way fills the carrier's bounded buffers.
-- `Stream.cancel` may be called from any thread, at any time, several times, and ends a `write` or an `answer` that waits.
+- `Stream.cancel` may be called from any thread, at any time, several times, and ends a `write`, an `answer` or a `finish` that waits.
 - What breaks a stream is raised as one of `STREAM_ERRORS`. A refusal that the other end has put into words is the Flight
   error that `marble.transport.faults` made of it, whatever the carrier is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from typing import Final, Protocol
@@ -47,6 +48,10 @@ class Stream(Protocol):
 
         Raises ProtocolError if the chunk is not metadata alone.
         """
+        ...
+
+    def finish(self) -> None:
+        """Say that no more comes, and wait until the other end has taken all that was written and closed the stream, too."""
         ...
 
     def cancel(self) -> None:
@@ -121,6 +126,12 @@ class FlightStream:
         if chunk.app_metadata is None or chunk.data is not None:
             raise ProtocolError(NO_HELLO)
         return bytes(chunk.app_metadata.to_pybytes())
+
+    def finish(self) -> None:
+        self._writer.done_writing()
+        with contextlib.suppress(StopIteration):
+            # It answers nothing after its hello: this waits for its end.
+            self._reader.read_chunk()
 
     def cancel(self) -> None:
         self._reader.cancel()

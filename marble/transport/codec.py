@@ -29,7 +29,7 @@ from marble._core.term_index import EntrySpan
 from marble.errors import ProtocolError, UsageError, check
 from marble.raft.messages import Message, MessageKind
 from marble.transport.snapshot_rows import offer_of, piece_of
-from marble.types import NODE_ID_MAX, Members, Position
+from marble.types import NO_NODE, NODE_ID_MAX, Members, Position
 
 PROTOCOL_VERSION: Final = 1
 CLUSTER_ID_BYTES_MAX: Final = 255
@@ -60,6 +60,7 @@ class Lane(enum.IntEnum):
     CONTROL = 0
     LOG = 1
     BULK = 2
+    MESSAGES = 3
 
 
 _LANES: Final = {int(lane): lane for lane in Lane}
@@ -91,6 +92,8 @@ class Hello(NamedTuple):
     lane: Lane
     features: int
     """What it understands beyond what every node does, a bit each."""
+    question: bool = False
+    """It is for whoever is there, and wants nothing but the answer."""
 
 
 class Packet(NamedTuple):
@@ -124,7 +127,7 @@ class Codec:
         self.cluster_id = cluster_id
         self.node_id = node_id
         self.entry_bytes_max = entry_bytes_max
-        self._cluster = int(xxh3_64(name))
+        self.cluster_hash = int(xxh3_64(name))
 
     def hello(
         self, to: int, endpoint: str = "", incarnation: int = 0, lane: Lane = Lane.CONTROL, features: int = 0
@@ -157,13 +160,13 @@ class Codec:
         if name != self.cluster_id.encode():
             theirs = name.decode(errors="replace")
             raise ProtocolError(f"this node is of cluster {self.cluster_id!r}, not {theirs!r}")
-        if to != self.node_id:
+        if to != self.node_id and to != NO_NODE:
             raise ProtocolError(f"this is node {self.node_id}, not {to}: two nodes have each other's endpoint")
         if sender == self.node_id or not 1 <= sender <= NODE_ID_MAX:
             raise ProtocolError(f"{sender} cannot be the id of a peer of node {self.node_id}")
         if lane not in _LANES:
             raise ProtocolError(f"node {sender} opens a stream for an unknown purpose, {lane}")
-        return Hello(sender, place.decode(errors="replace"), incarnation, _LANES[lane], features)
+        return Hello(sender, place.decode(errors="replace"), incarnation, _LANES[lane], features, to == NO_NODE)
 
     def encode(self, to: int, envelopes: Sequence[Envelope]) -> list[Packet]:
         """Pack `envelopes`, all from this node to `to`, in order. None at all give one packet without messages."""
@@ -200,7 +203,7 @@ class Codec:
     def _packet(self, to: int, structs: list[bytes], batch: pa.RecordBatch | None) -> Packet:
         rows = 0 if batch is None else batch.num_rows
         seed = 0 if batch is None else entry_batch.places_checksum(batch)
-        fields = (self._cluster, self.node_id, to, len(structs), rows)
+        fields = (self.cluster_hash, self.node_id, to, len(structs), rows)
         body = b"".join(structs)
         digest = xxh3_64(_HEADER.pack(_PACKET_MAGIC, PROTOCOL_VERSION, 0, 0, *fields)[_COVERED:] + body, seed)
         return Packet(_HEADER.pack(_PACKET_MAGIC, PROTOCOL_VERSION, 0, digest, *fields) + body, batch)
@@ -233,7 +236,7 @@ class Codec:
         magic, version, zero, _, cluster, from_, to, count, rows = _HEADER.unpack_from(metadata)
         if magic != _PACKET_MAGIC or version != PROTOCOL_VERSION or zero != 0:
             raise ProtocolError("not a packet of this protocol")
-        if cluster != self._cluster or from_ != sender or to != self.node_id:
+        if cluster != self.cluster_hash or from_ != sender or to != self.node_id:
             raise ProtocolError(f"a packet from {from_} to {to} on the stream from {sender} to {self.node_id}")
         if count > MESSAGES_PER_PACKET_MAX or len(metadata) != _HEADER.size + count * _MESSAGE.size:
             raise ProtocolError(f"a packet with {count} messages in {len(metadata)} bytes")

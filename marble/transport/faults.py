@@ -102,6 +102,12 @@ def from_flight_error(error: BaseException, *, changes: bool = False) -> MarbleE
     return InvariantError(f"{type(error).__name__}: {error}")
 
 
+def cause_of(error: BaseException) -> str:
+    """What a user should read of an error, without what gRPC says to those who work on gRPC."""
+    text = str(from_flight_error(error) if getattr(error, "extra_info", b"") else error)
+    return text.partition(" gRPC client debug context")[0]
+
+
 def is_refusal(error: BaseException) -> bool:
     """Whether a server itself said that it did nothing of what was asked, so that asking again repeats nothing."""
     return isinstance(_told(error), _REFUSALS)

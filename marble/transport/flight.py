@@ -22,23 +22,26 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.flight as fl
 
+from marble._core.entry_batch import ENTRY_SCHEMA
 from marble.env import Clock, Random, SystemClock, SystemRandom
 from marble.errors import InvariantError, ProtocolError, UnavailableError, UsageError
 from marble.metrics import Metrics
 from marble.transport import _shutdown
-from marble.transport.carrier import Arrival, Carrier, FlightCarrier
-from marble.transport.codec import Codec, Envelope
-from marble.transport.faults import to_flight_error
-from marble.transport.handshake import Acquaintances, Handshake
+from marble.transport.carrier import STREAM_ERRORS, Arrival, Carrier, FlightCarrier
+from marble.transport.codec import Codec, Envelope, Lane
+from marble.transport.faults import cause_of, to_flight_error
+from marble.transport.handshake import Acquaintances, Chunk, Handshake
 from marble.transport.link import Link
+from marble.transport.messages import MessageCodec, MessageIntake
+from marble.transport.messaging import SEND_TIMEOUT_S, Messaging, OnMessages, Peer
 from marble.transport.options import TransportOptions
+from marble.transport.peers import Peers, host_of
 from marble.transport.port import FlightService, Port
 from marble.transport.pump import Surroundings
 
-VISITORS_MAX: Final = 32
-"""Nodes that are answered although `FlightTransport.set_peers` has not named them."""
-
 _log = logging.getLogger("marble.transport")
+_FINISH_S: Final = 1.0
+"""How long at most a stop waits for users' messages to leave."""
 _CANCEL_RESERVE_S: Final = 0.25
 """Part of a stop's deadline that is kept for cancelling calls that did not end by themselves."""
 
@@ -46,7 +49,7 @@ _CANCEL_RESERVE_S: Final = 0.25
 Receiver = Callable[[list[Envelope]], None]
 
 
-class FlightTransport:
+class FlightTransport(Messaging):
     """Listens on `endpoint` from construction on; serves and sends from `start` until `stop`.
 
     Parameters
@@ -83,17 +86,14 @@ class FlightTransport:
         metrics: Metrics | None = None,
         carrier: Carrier | None = None,
     ) -> None:
-        self.options = options or TransportOptions()
-        self.metrics = metrics or Metrics()
+        super().__init__(options or TransportOptions(), metrics or Metrics())
         self.node_id = node_id
         self._codec = Codec(cluster_id, node_id, self.options.entry_bytes_max)
         self._clock = clock or SystemClock()
-        self._host = _host_of(endpoint)
+        self._host = host_of(endpoint)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        self._endpoints: dict[int, str] = {}
-        self._visitors: dict[int, int] = {}
-        self._links: dict[int, Link] = {}
+        self._started = False
         self._receiver: Receiver | None = None
         self._service: FlightService | None = None
         self._unreachable: Callable[[int], None] = _ignore
@@ -121,6 +121,13 @@ class FlightTransport:
             unreachable=lambda peer: self._unreachable(peer),
             failed=lambda error: self._failed(error),
         )
+        self._peers = Peers(node_id, lambda peer, endpoint: Link(peer, endpoint, self._codec, self._around))
+        self._messages = MessageIntake(
+            MessageCodec(self._codec, self.options.message_bytes_max),
+            self._deliver,
+            self._mailbox.look_again,
+            self.metrics,
+        )
         _live.add(self)
         # At exit pyarrow would wait for every open call; this runs before that.
         atexit.register(self.stop, 1.0)
@@ -136,20 +143,21 @@ class FlightTransport:
 
     def start(
         self,
-        receiver: Receiver,
+        receiver: Receiver | None = None,
         service: FlightService | None = None,
         *,
         unreachable: Callable[[int], None] | None = None,
         failed: Callable[[BaseException], None] | None = None,
         acquaintances: Acquaintances | None = None,
+        on_messages: OnMessages | None = None,
     ) -> None:
         """Begin to serve and to send.
 
         Parameters
         ----------
         receiver
-            Gets the messages of one packet, checked, in order; called on gRPC's threads, several at once for several
-            peers. It must not block: it puts them where another thread takes them.
+            Gets the Raft messages of one packet, checked, in order; called on gRPC's threads, several at once for several
+            peers and lanes. It must not block: it puts them where another thread takes them. Without one they are refused.
         service
             Answers clients; without one they are refused with UnavailableError.
         unreachable
@@ -158,19 +166,21 @@ class FlightTransport:
             Called with an error that is marble's own; the node should stop.
         acquaintances
             Knows the data directories of this node and the others; without it none is told and none is asked for.
+        on_messages
+            Gets users' messages in the order of each sender, instead of `receive_message`; called on gRPC's threads. While it
+            does not return, that sender is held back.
         """
         self._check_usable()
         with self._lock:
-            if self._receiver is not None:
+            if self._started:
                 raise UsageError("the transport has been started before")
             self._service = service
             self._unreachable = unreachable or _ignore
             self._failed = failed or _log_failure
             self._handshake.acquaintances = acquaintances or self._handshake.acquaintances
-            self._receiver = receiver
-            links = list(self._links.values())
-        for link in links:
-            link.start()
+            self._receiver, self._on_messages = receiver, on_messages
+            self._started = True
+        self._peers.start()
 
     def set_peers(self, endpoints: Mapping[int, str]) -> None:
         """Send to these nodes (id to ``host:port``; this node itself is left out), and to visitors while they stay.
@@ -183,35 +193,7 @@ class FlightTransport:
         """
         if self._forked:
             self._check_usable()
-        wanted = {peer: endpoint for peer, endpoint in sorted(endpoints.items()) if peer != self.node_id}
-        for endpoint in wanted.values():
-            _host_of(endpoint)
-        fresh = []
-        with self._lock:
-            if self._stopped:
-                return
-            gone = [
-                link
-                for peer, link in self._links.items()
-                if wanted.get(peer) != link.endpoint
-                and (peer in wanted or peer in self._endpoints or peer not in self._visitors)
-            ]
-            links = {peer: link for peer, link in self._links.items() if link not in gone}
-            for peer, endpoint in wanted.items():
-                if peer not in links:
-                    links[peer] = self._link(peer, endpoint)
-                    fresh.append(links[peer])
-            self._links = links
-            self._endpoints = wanted
-            started = self._receiver is not None
-        for link in gone:
-            link.request_stop()
-        if started:
-            for link in fresh:
-                link.start()
-
-    def _link(self, peer: int, endpoint: str) -> Link:
-        return Link(peer, endpoint, self._codec, self._around)
+        self._peers.set_members(endpoints)
 
     def send(self, to: int, envelopes: Sequence[Envelope]) -> bool:
         """Queue `envelopes`, in order, for node `to`, or drop all of them; never waits.
@@ -220,13 +202,61 @@ class FlightTransport:
         """
         if self._forked:
             self._check_usable()
-        link = self._links.get(to)
+        link = self._peers.links.get(to)
         return link is not None and link.send(envelopes)
 
     def connected(self, peer: int) -> bool:
         """Whether the stream to `peer` is open, as far as this node knows."""
-        link = self._links.get(peer)
+        link = self._peers.links.get(peer)
         return link is not None and link.connected
+
+    def connect_to_peer(self, peer: Peer, endpoint: str | None = None, *, timeout_s: float = SEND_TIMEOUT_S) -> int:
+        self._check_usable()
+        if not self._started:
+            raise UsageError("connect_to_peer: call start() first")
+        if isinstance(peer, str):
+            known = self._peers.find(peer)
+            endpoint = peer
+            peer = self._ask(endpoint) if known is None else known.peer
+        link = self._peers.add(peer, endpoint or "")
+        if timeout_s > 0 and not link.wait_connected(timeout_s):
+            raise self._not_sent(link, timeout_s)
+        return peer
+
+    def _ask(self, endpoint: str) -> int:
+        """Who is at `endpoint`."""
+        host_of(endpoint)
+        around, timeout_s = self._around, self.options.connect_timeout_s
+        try:
+            stream = around.carrier.open(
+                endpoint, ENTRY_SCHEMA, connect_timeout_s=timeout_s, silent_peer_s=self.options.silent_peer_s
+            )
+            alarm = threading.Timer(timeout_s, stream.cancel)
+            alarm.name = f"marble-ask-{self.node_id}"
+            alarm.daemon = True
+            alarm.start()
+            try:
+                return self._handshake.ask(stream, endpoint)
+            finally:
+                alarm.cancel()
+                stream.close()
+        except STREAM_ERRORS as error:
+            raise UnavailableError(f"nobody at {endpoint} says who it is: {cause_of(error)}") from None
+
+    def disconnect_from_peer(self, peer: Peer) -> None:
+        link = self._find_link(peer)
+        if link is not None:
+            self._peers.remove(link.peer)
+
+    def _find_link(self, peer: Peer) -> Link | None:
+        if self._forked or self._stopped:
+            self._check_usable()
+        return self._peers.find(peer)
+
+    def get_health_status(self) -> dict[str, bool]:
+        serving = self._started and not self._stopped and not self._forked
+        peers = {f"peer:{peer}": link.connected for peer, link in sorted(self._peers.links.items())}
+        return {"transport": serving, "server": not self._stopped and not self._forked, **peers}
 
     def stop(self, deadline_s: float = 5.0) -> bool:
         """Refuse new calls, end links and streams, free the port. Idempotent.
@@ -246,8 +276,15 @@ class FlightTransport:
             if self._stopped:
                 return True
             self._stopped = True
-            links = list(self._links.values())
         atexit.unregister(self.stop)
+        links = self._peers.stop()
+        for link in links:
+            link.request_finish()
+        # What users have sent may leave yet, also while their own mailbox is full.
+        finish = self._clock.monotonic() + min(_FINISH_S, deadline_s / 4)
+        for link in links:
+            link.wait_finished(finish - self._clock.monotonic())
+        self._mailbox.close()
         for link in links:
             link.request_stop()
         with self._lock:
@@ -295,7 +332,7 @@ class FlightTransport:
         """Count a client's call, and turn what it raises into what the client is told."""
         with self._lock:
             service = self._service
-            closed = self._receiver is None or service is None or self._stopped
+            closed = not self._started or service is None or self._stopped
             refused = closed or self._calls >= self.options.calls_max
             self._calls += not refused
         try:
@@ -324,25 +361,23 @@ class FlightTransport:
     def take_messages(self, arrival: Arrival) -> None:
         """A stream of messages from a peer, until it ends."""
         try:
-            receiver = self._receiver
-            if receiver is None or self._stopped:
+            if not self._started or self._stopped:
                 self._refused.add()
                 raise UnavailableError(f"node {self.node_id} does not take messages now")
             chunks = iter(arrival)
             hello = self._handshake.greet(chunks)
             if hello is None:
                 return
-            sender = hello.sender
-            with self._visit(sender, hello.endpoint):
-                if not arrival.answer(self._handshake.hello(sender, hello.lane)):
+            if hello.question:
+                arrival.answer(self._handshake.hello(hello.sender, hello.lane))
+                return
+            with self._peers.visit(hello.sender, hello.endpoint):
+                if not arrival.answer(self._handshake.hello(hello.sender, hello.lane)):
                     return
-                for metadata, batch in chunks:
-                    if metadata is None:
-                        raise ProtocolError(f"entries without messages from node {sender}")
-                    envelopes = self._codec.decode(sender, metadata.to_pybytes(), batch)
-                    if envelopes:
-                        self._received.add(len(envelopes))
-                        receiver(envelopes)
+                if hello.lane is Lane.MESSAGES:
+                    self._messages.take(hello.sender, chunks)
+                else:
+                    self._take_envelopes(hello.sender, chunks)
         except fl.FlightError:
             raise
         except Exception as error:
@@ -351,34 +386,18 @@ class FlightTransport:
                 self._failed(error)
             raise self._told(error) from None
 
-    @contextlib.contextmanager
-    def _visit(self, sender: int, endpoint: str) -> Iterator[None]:
-        """While a stream of `sender` is open there is a way back, also if it is none of the peers that this node knows."""
-        fresh = None
-        with self._lock:
-            if sender not in self._links:
-                if not endpoint or len(self._visitors) >= VISITORS_MAX:
-                    raise ProtocolError(f"node {sender} is not a peer of node {self.node_id}")
-                self._check_usable()
-                try:
-                    _host_of(endpoint)
-                except UsageError as error:
-                    raise ProtocolError(f"the hello of node {sender}: {error}") from None
-                fresh = self._links[sender] = self._link(sender, endpoint)
-            self._visitors[sender] = self._visitors.get(sender, 0) + 1
-        if fresh is not None:
-            fresh.start()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._visitors[sender] -= 1
-                gone = None
-                if not self._visitors[sender]:
-                    del self._visitors[sender]
-                    gone = None if sender in self._endpoints else self._links.pop(sender, None)
-            if gone is not None:
-                gone.request_stop()
+    def _take_envelopes(self, sender: int, chunks: Iterator[Chunk]) -> None:
+        """Messages of Raft."""
+        receiver = self._receiver
+        for metadata, batch in chunks:
+            if metadata is None:
+                raise ProtocolError(f"entries without messages from node {sender}")
+            envelopes = self._codec.decode(sender, metadata.to_pybytes(), batch)
+            if envelopes:
+                if receiver is None:
+                    raise ProtocolError(f"node {self.node_id} takes no messages of Raft, only those of users")
+                self._received.add(len(envelopes))
+                receiver(envelopes)
 
     def _count_garbage(self, error: Exception) -> None:
         if isinstance(error, ProtocolError | pa.ArrowException):
@@ -387,13 +406,6 @@ class FlightTransport:
             # A flood of garbage must not flood the log as well.
             if count & (count - 1) == 0:
                 _log.warning("node %d refused a stream (%d so far): %s", self.node_id, count, error)
-
-
-def _host_of(endpoint: str) -> str:
-    host, colon, port = endpoint.rpartition(":")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise UsageError(f"{endpoint!r} is not an endpoint: expected host:port")
-    return host
 
 
 def _ignore(_: object) -> None:

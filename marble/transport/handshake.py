@@ -20,6 +20,7 @@ from marble.errors import ProtocolError, UnavailableError
 from marble.metrics import Metrics
 from marble.transport.carrier import NO_HELLO, Stream
 from marble.transport.codec import Codec, Hello, Lane
+from marble.types import NO_NODE
 
 FEATURES: Final = 0
 """What this node understands beyond what every node does, a bit each."""
@@ -75,7 +76,7 @@ class Handshake:
         self._refused = metrics.counter("transport_calls_refused")
 
     def hello(self, to: int, lane: Lane) -> bytes:
-        """What this node says to `to`, whoever of the two has called, on a stream for `lane`."""
+        """What this node says to `to`, whoever of the two has called, on a stream for `lane`; to `NO_NODE`: who are you?"""
         return self._codec.hello(to, self._advertised, self.acquaintances.incarnation, lane, FEATURES)
 
     def greet(self, chunks: Iterator[Chunk]) -> Hello | None:
@@ -104,13 +105,21 @@ class Handshake:
 
         Raises ProtocolError as `greet`, and what the stream raises.
         """
-        answer = stream.answer()
-        if answer is None:
-            raise ProtocolError(f"node {peer} ends the stream without a hello")
-        hello = self._know(answer)
+        hello = self._answer(stream, f"node {peer}")
         if hello.sender != peer:
             raise ProtocolError(f"node {hello.sender} answers at the endpoint of node {peer}")
         return hello.features & FEATURES
+
+    def ask(self, stream: Stream, endpoint: str) -> int:
+        """Ask who is at the other end of `stream`, at `endpoint`; the stream is of no other use. Raises as `call`."""
+        stream.write(self.hello(NO_NODE, Lane.CONTROL), None)
+        return self._answer(stream, f"who is at {endpoint}").sender
+
+    def _answer(self, stream: Stream, who: str) -> Hello:
+        answer = stream.answer()
+        if answer is None:
+            raise ProtocolError(f"{who} ends the stream without a hello")
+        return self._know(answer)
 
     def _check(self, metadata: pa.Buffer | None, batch: pa.RecordBatch | None) -> Hello:
         if metadata is None or batch is not None:

@@ -7,7 +7,8 @@ Each lane is a `Pump` with a stream and a connection of its own:
 - CONTROL, always open: heartbeats, votes, acknowledgements, reads, everything that is not below;
 - LOG: every APPEND_ENTRIES, also an empty one. They stay in order among themselves: one that overtook another would be
   refused by the follower, and the leader would fall back to probing;
-- BULK: pieces of snapshots.
+- BULK: pieces of snapshots;
+- MESSAGES: what users send (`marble.transport.messages`).
 
 Invariants:
 - What counts as queued is what was accepted and neither written nor dropped.
@@ -22,10 +23,13 @@ import threading
 from collections.abc import Sequence
 from typing import Final
 
+import pyarrow as pa
+
 from marble._core.entry_batch import ENTRY_SCHEMA
 from marble.metrics import Metrics
 from marble.raft.messages import MessageKind
 from marble.transport.codec import MESSAGES_PER_PACKET_MAX, Codec, Envelope, Lane, Packet
+from marble.transport.messages import MESSAGE_SCHEMA, MessageCodec, MessageLoad
 from marble.transport.options import TransportOptions
 from marble.transport.pump import Pump, Surroundings
 
@@ -154,6 +158,13 @@ class Link:
             for lane in (Lane.CONTROL, Lane.LOG, Lane.BULK)
         }
         self._loads = loads
+        self._messages = MessageLoad(
+            peer,
+            MessageCodec(codec, around.options.message_bytes_max),
+            around.random.randrange(0, 2**64),
+            around.options,
+            around.metrics,
+        )
         self._control = Pump(
             codec.node_id, peer, endpoint, Lane.CONTROL, ENTRY_SCHEMA, loads[Lane.CONTROL], around, opened=self._poke
         )
@@ -164,17 +175,37 @@ class Link:
             for lane, load in loads.items()
             if lane is not Lane.CONTROL
         }
+        self._message_pump = self._pumps[Lane.MESSAGES] = Pump(
+            codec.node_id,
+            peer,
+            endpoint,
+            Lane.MESSAGES,
+            MESSAGE_SCHEMA,
+            self._messages,
+            around,
+            gate=lambda: self._control.connected,
+        )
 
     @property
     def connected(self) -> bool:
         """Whether the peer is reached, as far as this node knows: whether the stream for control is open."""
         return self._control.connected
 
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Wait until `connected`; whether it is so."""
+        return self._control.wait_connected(timeout_s)
+
+    @property
+    def trouble(self) -> str:
+        """Why the peer is not reached, as far as this node knows; empty if it is, or nobody knows yet."""
+        return self._control.trouble
+
     def start(self) -> None:
         self._started = True
-        for lane, pump in self._pumps.items():
-            if pump is self._control or not self._loads[lane].empty:
-                pump.start()
+        self._control.start()
+        for lane, load in self._loads.items():
+            if not load.empty:
+                self._pumps[lane].start()
 
     def send(self, envelopes: Sequence[Envelope]) -> bool:
         """Queue `envelopes`, those of each lane in order, or drop those of a lane. Never waits.
@@ -197,10 +228,26 @@ class Link:
             self._pumps[lane].start()
         return True
 
+    def send_message(self, data: bytes | pa.Buffer, timeout_s: float) -> bool:
+        """Queue a user's message; wait up to `timeout_s` seconds for the peer and for room. Whether it was queued."""
+        if not self._control.connected and not self._control.wait_connected(timeout_s):
+            return False
+        self._message_pump.start()
+        return self._messages.put(data, timeout_s)
+
+    def request_finish(self) -> None:
+        """Take no more messages of users, and let those that are queued leave. Returns at once."""
+        self._message_pump.request_finish()
+
+    def wait_finished(self, timeout_s: float) -> bool:
+        """Wait until they have left, after `request_finish`; whether they have."""
+        return self._message_pump.join(timeout_s)
+
     def request_stop(self) -> None:
         """Let the threads end as soon as they can, whatever is queued. Returns at once."""
         for pump in self._pumps.values():
             pump.request_stop()
+        self._messages.drop()
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the threads' end after `request_stop`; whether all have ended within `timeout_s` seconds."""

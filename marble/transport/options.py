@@ -18,6 +18,9 @@ class TransportOptions:
     - ``idle_check_s``: after this long without a message an empty packet shows whether the stream still lives.
     - ``idle_close_s``: after this long without a message a stream for anything but control is closed until it is needed.
     - ``silent_peer_s``: a connection on which the peer's kernel acknowledges nothing for so long is given up.
+    - ``message_bytes_max``: one message of a user's, whole.
+    - ``message_count_max``: users' messages queued for one peer; ``queue_bytes_max`` bounds their bytes.
+    - ``mailbox_bytes_max``, ``mailbox_count_max``: users' messages that have come and were not taken out, from all peers.
     - ``calls_max``: calls of clients served at once; the next one is refused.
     - ``strangers_max``: streams that have not yet said who they are; the next one is refused.
     """
@@ -31,6 +34,10 @@ class TransportOptions:
     idle_check_s: float = 1.0
     idle_close_s: float = 60.0
     silent_peer_s: float = 5.0
+    message_bytes_max: int = 128 << 20
+    message_count_max: int = 65536
+    mailbox_bytes_max: int = 64 << 20
+    mailbox_count_max: int = 65536
     calls_max: int = 1024
     strangers_max: int = 64
 

@@ -27,7 +27,7 @@ from marble.logs import fields
 from marble.metrics import Metrics
 from marble.transport.carrier import STREAM_ERRORS, Carrier, Stream
 from marble.transport.codec import Lane, Packet
-from marble.transport.faults import from_flight_error
+from marble.transport.faults import cause_of, from_flight_error
 from marble.transport.handshake import Handshake
 from marble.transport.options import TransportOptions
 
@@ -134,6 +134,7 @@ class Pump:
         self._lock = threading.Lock()
         self._connected = threading.Event()
         self._stopping = threading.Event()
+        self._finishing = threading.Event()
         self._poked = threading.Event()
         self._stream: Stream | None = None
         self._features = 0
@@ -168,6 +169,13 @@ class Pump:
         """Try again now instead of after the pause: something says that the peer is back."""
         self._poked.set()
 
+    def request_finish(self) -> None:
+        """Let the thread end when all that is queued has been written and taken, or the stream breaks. Returns at once."""
+        self._finishing.set()
+        self.load.refuse()
+        self._poked.set()
+        self.load.wake()
+
     def request_stop(self) -> None:
         """Let the thread end as soon as it can, whatever is queued. Returns at once."""
         self._stopping.set()
@@ -184,6 +192,10 @@ class Pump:
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(max(0.0, timeout_s))
         return not self._thread.is_alive()
+
+    @property
+    def _ending(self) -> bool:
+        return self._stopping.is_set() or self._finishing.is_set()
 
     def _run(self) -> None:
         try:
@@ -210,7 +222,7 @@ class Pump:
                         self._stream = None
                     stream.close()
             except (*STREAM_ERRORS, ProtocolError) as error:
-                if self._stopping.is_set():
+                if self._ending:
                     break
                 self._broken.add()
                 self._report(error)
@@ -230,28 +242,36 @@ class Pump:
             # While the control stream is only just being opened, what waits here is soon of use.
             self._pause(self._options.connect_timeout_s, unless=gate)
         if not gate():
+            if self._finishing.is_set():
+                self._stopping.set()
             if self.load.give_up():
                 self._around.unreachable(self.peer)
             return False
         self.load.accept()
-        return self.load.take(self._options.idle_check_s)
+        if self.load.take(0.0 if self._finishing.is_set() else self._options.idle_check_s):
+            return True
+        if self._finishing.is_set():
+            self._stopping.set()
+        return False
 
     def _pause(self, pause_s: float, unless: Callable[[], bool] = lambda: False) -> None:
         """Wait for some of `pause_s`, with jitter, or until somebody pokes."""
         self._poked.clear()
-        if not self._stopping.is_set() and not unless():
+        if not self._ending and not unless():
             self._poked.wait(pause_s * self._around.random.randrange(500, 1001) / 1000)
 
     def _report(self, error: BaseException) -> None:
         told = from_flight_error(error) if getattr(error, "extra_info", b"") else error
-        self.trouble = str(told)
+        self.trouble = cause_of(error)
         # A peer that is away comes back; one that refuses this node, or is not who it should be, needs somebody's help.
         lasting = isinstance(told, ProtocolError) and str(told) != self._refusal
         if lasting:
             self._refusal = str(told)
         level = logging.WARNING if lasting else logging.INFO
         where = fields(node=self._node, peer=self.peer)
-        _log.log(level, "node %d lost node %d at %s: %s", self._node, self.peer, self.endpoint, told, extra=where)
+        _log.log(
+            level, "node %d lost node %d at %s: %s", self._node, self.peer, self.endpoint, self.trouble, extra=where
+        )
 
     def _open(self) -> Stream:
         stream = self._around.carrier.open(
@@ -285,7 +305,11 @@ class Pump:
         while not self._stopping.is_set():
             if self.load.take(self._options.idle_check_s):
                 used_at = clock.monotonic()
-            elif self._gate is not None and clock.monotonic() - used_at >= self._options.idle_close_s:
+            elif self._finishing.is_set() or (
+                self._gate is not None and clock.monotonic() - used_at >= self._options.idle_close_s
+            ):
+                # A peer that takes nothing any more is not waited for: `request_stop` cancels the stream.
+                stream.finish()
                 return
             for metadata, batch in self.load.packets(self._features):
                 stream.write(metadata, batch)

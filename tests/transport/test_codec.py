@@ -261,9 +261,10 @@ def test_a_packet_without_its_entries_is_our_fault() -> None:
 
 def test_hello_names_sender_and_is_for_one_node_of_one_cluster() -> None:
     hello = ONE.hello(2)
-    assert TWO.check_hello(hello) == (1, "", 0, Lane.CONTROL, 0)
+    assert TWO.check_hello(hello) == (1, "", 0, Lane.CONTROL, 0, False)
     full = ONE.hello(2, "h:1", 2**64 - 1, Lane.BULK, 2**32 - 1)
-    assert TWO.check_hello(full) == (1, "h:1", 2**64 - 1, Lane.BULK, 2**32 - 1)
+    assert TWO.check_hello(full) == (1, "h:1", 2**64 - 1, Lane.BULK, 2**32 - 1, False)
+    assert TWO.check_hello(ONE.hello(0)).question
     unknown = bytearray(full)
     unknown[36] = 200
     unknown[8:16] = xxh3_64(bytes(unknown[16:])).to_bytes(8, "little")

@@ -237,11 +237,11 @@ def test_a_visitor_that_becomes_a_member_keeps_its_link(port: Port) -> None:
         visitor.start(lambda envelopes: None)
         visitor.send(1, [Envelope(0, Message(MessageKind.HEARTBEAT, 7, 1, 1))])
         port.wait_for(1)
-        link = port.transport._links[7]
+        link = port.transport._peers.links[7]
         port.transport.set_peers({2: "127.0.0.1:1", 7: visitor.endpoint})
-        assert port.transport._links[7] is link
-    wait_until(lambda: not port.transport._visitors)
-    assert port.transport._links[7] is link
+        assert port.transport._peers.links[7] is link
+    wait_until(lambda: not port.transport._peers.visitors)
+    assert port.transport._peers.links[7] is link
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,7 @@ def test_streams_for_entries_are_opened_when_needed_and_closed_when_idle() -> No
         assert pair.one.send(2, [append(at)])
         assert pair.inbox.take().message.log_index == at - 1
         assert opened.value == 1 + at
-        wait_until(lambda: pair.two._visitors == {1: 1})
+        wait_until(lambda: pair.two._peers.visitors == {1: 1})
     # Closing one is no news about the peer.
     assert pair.broken.empty()
     assert pair.one.connected(2)
