@@ -227,7 +227,7 @@ class _Listener(http.server.HTTPServer):
 
 
 def _load_static() -> dict[str, tuple[bytes, str]]:
-    folder = importlib.resources.files("marble.server") / "static"
+    folder = importlib.resources.files("marble.web") / "static"
     return {path: ((folder / name).read_bytes(), kind) for path, (name, kind) in _STATIC.items()}
 
 
