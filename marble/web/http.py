@@ -231,8 +231,12 @@ def _load_static() -> dict[str, tuple[bytes, str]]:
     return {path: ((folder / name).read_bytes(), kind) for path, (name, kind) in _STATIC.items()}
 
 
+class _TooLargeError(Exception):
+    """A request has more bytes than it may have."""
+
+
 class _Bounded:
-    """The request as it comes in, up to a size: a line that would go beyond it ends short, and is no request any more."""
+    """The request as it comes in, up to a size."""
 
     def __init__(self, file: Any, nbytes: int) -> None:
         self._file = file
@@ -241,6 +245,8 @@ class _Bounded:
     def readline(self, limit: int = -1) -> bytes:
         line: bytes = self._file.readline(self._left if limit < 0 else min(limit, self._left))
         self._left -= len(line)
+        if not self._left:
+            raise _TooLargeError
         return line
 
     def read(self, nbytes: int = -1) -> bytes:
@@ -269,11 +275,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         self.close_connection = True
-        self.handle_one_request()
+        try:
+            self.handle_one_request()
+        except _TooLargeError:
+            self.command, self.requestline, self.request_version = "GET", "", "HTTP/1.1"
+            self.send_error(431)
 
     def do_GET(self) -> None:
         # `handle_one_request` takes a header that says keep-alive as a wish; it is not granted.
         self.close_connection = True
+        if self.request_version == "HTTP/0.9":
+            self.send_error(400)
+            return
         url = urllib.parse.urlsplit(self.path)
         try:
             status, kind, body = self._answer(url.path, url.query)
@@ -337,6 +350,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """What the base class says of a malformed request, and of a method that there is none of."""
         self.close_connection = True
         self.command = self.command or "GET"
+        if (
+            self.request_version == "HTTP/0.9"
+        ):  # So the base class calls what has no version, and answers without headers.
+            self.request_version = "HTTP/1.0"
         code = 405 if code == 501 else code
         self._send(*_failure(code, http.client.responses.get(code, "error")))
 
