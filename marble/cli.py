@@ -1,4 +1,4 @@
-"""The command ``marble``: demo, serve, log, status, members, transfer, snapshot, backup, restore, verify, simulate, version.
+"""The command ``marble``: demo, serve, log, status, doctor, members, transfer, snapshot, backup, restore, verify, simulate, version.
 
 Rule 1: a command ends with 0 when it did what was asked, 1 when it failed, 2 when it was asked wrongly, and 128 plus
 its number when a signal ended it. A failure says on stderr what is wrong; only what nobody foresaw shows a traceback.
@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from marble.backup_commands import add_backup_commands
 from marble.errors import InvariantError, MarbleError, UsageError
+from marble.status_commands import add_status_commands
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -139,9 +140,8 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument("--config", type=Path, required=True, metavar="FILE", help="the node's config (TOML)")
     serve.add_argument(
         "--log-level",
-        default="INFO",
         metavar="LEVEL",
-        help="debug, info, warning, error or critical (default: %(default)s)",
+        help="debug, info, warning, error or critical (default: the config's, or info)",
     )
     serve.add_argument("--log-json", action="store_true", help="log one JSON object a line")
     serve.add_argument(
@@ -193,6 +193,7 @@ def _add_operator_commands(commands: Any) -> None:
     snapshot.add_argument("url", metavar="URL", help=url)
     snapshot.set_defaults(command=_snapshot)
     add_backup_commands(commands, _place)
+    add_status_commands(commands)
 
 
 def _place(text: str) -> tuple[int, str]:
@@ -252,9 +253,11 @@ def _serve(options: argparse.Namespace) -> int:
     from marble.logs import check_level, initialize_logging
     from marble.server import server_from_config
 
-    check_level(options.log_level, "--log-level")
+    if options.log_level is not None:
+        check_level(options.log_level, "--log-level")
     config = load_config(options.config)
-    initialize_logging(options.log_level, json_lines=options.log_json, node=config.id)
+    json_lines = options.log_json or config.log_format == "json"
+    initialize_logging(options.log_level or config.log_level, json_lines=json_lines, node=config.id)
     server = server_from_config(config)
     # Until the server runs, a signal ends the process at once: that is a crash, and a crash is safe at any moment.
     server.start()

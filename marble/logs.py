@@ -36,6 +36,7 @@ COMPONENTS: Final = {
 }
 """Every logger that marble uses, and what it is about."""
 
+FORMATS: Final = ("text", "json")
 LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 REPEATS_MAX: Final = 10
@@ -290,6 +291,13 @@ def check_level(level: object, what: str = "level") -> int:
     if isinstance(level, int) and not isinstance(level, bool) and logging.getLevelName(level) in LEVELS:
         return level
     raise UsageError(f"{what} must be one of {', '.join(LEVELS)}, not {level!r}")
+
+
+def check_format(form: object, what: str = "format") -> str:
+    """`form` if it is one of `FORMATS`. Raises UsageError, which calls it `what`, if it is not."""
+    if not isinstance(form, str) or form not in FORMATS:
+        raise UsageError(f"{what} must be one of {', '.join(FORMATS)}, not {form!r}")
+    return form
 
 
 def _after_fork_in_child() -> None:

@@ -6,7 +6,12 @@ Rule 2: keys are added and never change their meaning: other versions, and peopl
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+from types import MappingProxyType
 from typing import Any
+
+import pyarrow as pa
 
 from marble.driver import Driver
 from marble.metrics import Metrics
@@ -23,6 +28,7 @@ def status_of(driver: Driver, options: NodeOptions, log_bytes: int, wall_us: int
     raft, machine, members = driver.raft, driver.machine, driver.raft.members
     endpoints = driver.endpoints
     return {
+        **versions(),
         "cluster_id": options.cluster_id,
         "node_id": options.node_id,
         "endpoint": endpoints.get(options.node_id, options.endpoints.get(options.node_id, "")),
@@ -54,6 +60,16 @@ def status_of(driver: Driver, options: NodeOptions, log_bytes: int, wall_us: int
         "nodes": {str(node): endpoint for node, endpoint in sorted(endpoints.items())},
         "metrics": metrics.snapshot(),
     }
+
+
+@functools.cache
+def versions() -> MappingProxyType[str, str]:
+    """``version`` (of marble) and ``pyarrow_version``. A source tree that was never installed has no version of its own."""
+    try:
+        own = importlib.metadata.version("marbledb")
+    except importlib.metadata.PackageNotFoundError:
+        own = "unknown"
+    return MappingProxyType({"version": own, "pyarrow_version": pa.__version__})
 
 
 def _progress(progress: Progress) -> dict[str, Any]:

@@ -47,18 +47,19 @@ FLOORS = [
         "transfer",
     ),
     ("node", "engine", "desk", "workers", "verify", "status", "stopwatch", "web"),
-    ("local", "client", "orders", "admin", "backup"),
+    ("local", "client", "orders", "admin", "backup", "doctor"),
     ("server", "service", "actions", "operating"),
-    ("cli", "demo", "simulate", "backup_commands"),
+    ("cli", "demo", "simulate", "backup_commands", "status_commands", "watch"),
 ]
 
 STEPS = {
     **{
         part: {"types", "errors"}
-        for part in ("table_options", "schema", "filters", "env", "metrics", "machine", "config", "logs")
+        for part in ("table_options", "schema", "filters", "env", "metrics", "machine", "logs")
     },
     "schema": {"types", "errors", "table_options"},
     "requests": {"types", "schema"},
+    "config": {"types", "errors", "logs"},
     "sampling": {"errors", "metrics"},
     "sessions": {"types", "errors", "machine"},
     "writing": {"env"},
@@ -78,7 +79,9 @@ STEPS = {
     "backup": {"client"},
     "operating": {"actions"},
     "server": {"operating", "service", "actions"},
-    "cli": {"backup_commands", "demo", "simulate"},
+    "cli": {"backup_commands", "demo", "simulate", "status_commands"},
+    "doctor": {"orders"},
+    "status_commands": {"watch"},
     "service": {"actions"},
 }
 """The few steps inside a floor: whose module may import which others of its own floor."""

@@ -48,7 +48,14 @@ C_FUNCTION = re.compile(
     re.MULTILINE,
 )
 
-PRINTING = ("marble/backup_commands.py", "marble/cli.py", "marble/demo/", "marble/simulate.py")
+PRINTING = (
+    "marble/backup_commands.py",
+    "marble/cli.py",
+    "marble/demo/",
+    "marble/simulate.py",
+    "marble/status_commands.py",
+    "marble/watch.py",
+)
 """Commands talk to a person; everything else is somebody's library."""
 
 

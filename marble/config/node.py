@@ -14,12 +14,26 @@ from marble.config.http import HttpConfig
 from marble.config.security import SecurityConfig
 from marble.config.values import check_bool, check_int, check_keys, read_table, shown
 from marble.errors import UsageError
+from marble.logs import check_format, check_level
 from marble.types import NODE_ID_MAX
 
 PRIORITY_MAX: Final = 65_535
 """A node's priority travels as uint16."""
 
-_KEYS: Final = ("id", "endpoint", "data_dir", "listen", "priority", "join", "tls", "tokens", "secret_file", "http")
+_KEYS: Final = (
+    "id",
+    "endpoint",
+    "data_dir",
+    "listen",
+    "priority",
+    "join",
+    "tls",
+    "tokens",
+    "secret_file",
+    "http",
+    "log_level",
+    "log_format",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +62,10 @@ class NodeConfig:
         Who may connect: ``[node.tls]``, ``[node.tokens]`` and ``secret_file``.
     http
         Health, metrics and a page over HTTP: ``[node.http]``. None: there is no such port.
+    log_level
+        What ``marble serve`` logs: "DEBUG", "INFO", "WARNING", "ERROR" or "CRITICAL", in any case.
+    log_format
+        How: "text", or "json": one object a line.
 
     Raises
     ------
@@ -65,6 +83,8 @@ class NodeConfig:
     joining_endpoint: str | None = None
     security: SecurityConfig = field(default_factory=SecurityConfig)
     http: HttpConfig | None = None
+    log_level: str = "INFO"
+    log_format: str = "text"
 
     def __post_init__(self) -> None:
         check_int("[node] id", self.id, 1, NODE_ID_MAX)
@@ -83,6 +103,8 @@ class NodeConfig:
             listen = format_endpoint(*parse_endpoint(self.listen, what="[node] listen", free_port=True))
             object.__setattr__(self, "listen", listen)
         self.cluster.check_security(self.security)
+        check_level(self.log_level, "[node] log_level")
+        check_format(self.log_format, "[node] log_format")
 
     def _check_joining(self, given: str) -> None:
         endpoint = format_endpoint(*parse_endpoint(given, what="[node] endpoint"))
@@ -145,6 +167,8 @@ def parse_config(text: str, directory: Path) -> NodeConfig:
         joining_endpoint=node.get("endpoint") if join is True else None,
         security=SecurityConfig.from_mapping(node, directory),
         http=read_table(HttpConfig, node["http"], "node.http") if "http" in node else None,
+        log_level=node.get("log_level", "INFO"),
+        log_format=node.get("log_format", "text"),
     )
 
 

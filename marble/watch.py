@@ -1,0 +1,1 @@
+"""``marble status --watch``."""
