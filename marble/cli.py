@@ -100,10 +100,6 @@ def _parser() -> argparse.ArgumentParser:
     log.add_argument("directory", type=Path, metavar="DIR", help="a node's data directory")
     log.set_defaults(command=_log)
 
-    status = commands.add_parser("status", help="ask the nodes of a cluster how they are")
-    status.add_argument("url", metavar="URL", help="grpc://host:port,host:port")
-    status.set_defaults(command=_status)
-
     _add_operator_commands(commands)
     simulate = commands.add_parser(
         "simulate",
@@ -314,7 +310,7 @@ def _die_with_parent(parent: int) -> None:
         raise UsageError(f"--exit-with-parent {parent}: the parent of this process is {os.getppid()}")
 
 
-# -- log, status, version ----------------------------------------------------------------------------------------------
+# -- log, version ------------------------------------------------------------------------------------------------------
 
 
 def _log(options: argparse.Namespace) -> int:
@@ -356,29 +352,6 @@ def _print_table(rows: Iterable[Any]) -> None:
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-
-
-def _status(options: argparse.Namespace) -> int:
-    from marble.client import connect
-    from marble.config import parse_url
-
-    lines: list[tuple[str, ...]] = [
-        ("endpoint", "node", "role", "term", "leader", "commit", "applied", "last", "snapshot", "log bytes")
-    ]
-    answered = 0
-    for endpoint in parse_url(options.url):
-        with connect(f"grpc://{endpoint}", timeout_s=3.0) as database:
-            try:
-                status = database.status()
-            except MarbleError as error:
-                lines.append((endpoint, "-", f"{error}", "", "", "", "", "", "", ""))
-                continue
-        answered += 1
-        positions = ("commit_index", "applied_index", "last_index", "snapshot_index", "log_bytes")
-        names = ("node_id", "role", "term", "leader_id", *positions)
-        lines.append((endpoint, *(str(status[name]) for name in names)))
-    _print_columns(lines)
-    return EXIT_OK if answered else EXIT_FAILED
 
 
 def _print_columns(lines: Sequence[Sequence[str]]) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
+import itertools
 import json
 import os
 import shutil
 import sys
 import textwrap
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,6 +20,7 @@ from marble.errors import UsageError
 
 if TYPE_CHECKING:
     from marble.doctor import Finding, Report
+    from marble.watch import Board
 
 _SCHEMES: Final = {"grpc://": False, "grpc+tcp://": False, "grpc+tls://": True, "grpcs://": True}
 _SIGNS: Final = {"good": "ok", "note": "note", "warning": "WARNING", "problem": "PROBLEM"}
@@ -26,6 +31,18 @@ _LINE_WIDTH_MAX: Final = 110
 
 def add_status_commands(commands: Any) -> None:
     """Add the two to `commands`."""
+    status = commands.add_parser(
+        "status",
+        help="show how the nodes of a cluster are, once or again and again",
+        description="Ask all nodes of a cluster how they are. With --watch, draw it anew each second, with the last minutes: on a "
+        "terminal as a screen, else one line each time. Ends with 1 if no node answers.",
+    )
+    status.add_argument("url", metavar="URL", help="grpc://host:port,host:port of some or all nodes")
+    status.add_argument("--watch", action="store_true", help="until Ctrl-C")
+    status.add_argument("--interval", type=float, default=1.0, metavar="S", help="with --watch (default: %(default)s)")
+    status.add_argument("--count", type=int, metavar="N", help="with --watch: end after so many looks")
+    status.add_argument("--json", action="store_true", help="print one JSON object a look")
+    status.set_defaults(command=_status)
     doctor = commands.add_parser(
         "doctor",
         help="say in plain words what keeps a client from a node, or a cluster from working",
@@ -45,6 +62,60 @@ def add_status_commands(commands: Any) -> None:
     doctor.add_argument("--token-file", type=Path, metavar="FILE", help="a file with your token")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(command=_doctor)
+
+
+# -- status ------------------------------------------------------------------------------------------------------------
+
+
+def _status(options: argparse.Namespace) -> int:
+    from marble.config import parse_url
+    from marble.watch import open_board, table_of
+
+    if not 0.1 <= options.interval <= 3600:
+        raise UsageError(f"--interval {options.interval:g}: it must be within 0.1 and 3600 seconds")
+    if options.count is not None and (options.count < 1 or not options.watch):
+        raise UsageError("--count is a number of looks above 0, and goes with --watch")
+    board, backend = open_board(parse_url(options.url))
+    with contextlib.closing(backend):
+        if options.watch:
+            _watch(board, options)
+        else:
+            board.look()
+            print(_board_as_json(board) if options.json else "\n".join(table_of(board)))
+    return 0 if board.answering else 1
+
+
+def _watch(board: Board, options: argparse.Namespace) -> None:
+    """Look again and again, until Ctrl-C or so often as was asked for."""
+    from marble.watch import line_of, screen_of
+
+    left = itertools.count() if options.count is None else range(options.count)
+    pause = threading.Event()
+    live = None
+    if not options.json and sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
+        from rich.live import Live
+
+        live = Live(screen=True, auto_refresh=False)
+    with contextlib.suppress(KeyboardInterrupt), live or contextlib.nullcontext():
+        for number in left:
+            if number:
+                pause.wait(options.interval)
+            board.look()
+            if live is not None:
+                live.update(screen_of(board, live.console.width), refresh=True)
+            else:
+                print(_board_as_json(board) if options.json else line_of(board), flush=True)
+
+
+def _board_as_json(board: Board) -> str:
+    """All pictures, without the moments of the past."""
+    nodes = [
+        {"endpoint": seen.endpoint, "problem": seen.problem or None}
+        | {name: value for name, value in seen.picture.items() if name != "moments"}
+        | ({"moment": seen.moments[-1]} if seen.moments else {})
+        for seen in board.nodes.values()
+    ]
+    return json.dumps({"looked_at": round(board.looked_at, 3), "nodes": nodes})
 
 
 # -- doctor ------------------------------------------------------------------------------------------------------------

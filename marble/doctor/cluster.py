@@ -113,7 +113,7 @@ def check_cluster(visits: Sequence[Visit]) -> list[Finding]:
         return notes.findings
     _check_versions(notes, statuses)
     _check_leader(notes, statuses)
-    _check_peers(notes, [visit for visit in visits if visit.status is not None])
+    _check_peers(notes, visits)
     return notes.findings
 
 
@@ -181,7 +181,8 @@ def _check_leader(notes: Notes, statuses: Sequence[Mapping[str, Any]]) -> None:
 
 def _check_peers(notes: Notes, visits: Sequence[Visit]) -> None:
     """Whom the nodes themselves do not reach, whatever this machine sees."""
-    up = {int(_number(visit.status or {}, "node_id")) for visit in visits}
+    up = {int(_number(visit.status, "node_id")) for visit in visits if visit.status is not None}
+    silent = {visit.endpoint for visit in visits if visit.status is None}
     for visit in visits:
         status = visit.status or {}
         own, lost = int(_number(status, "node_id")), set()
@@ -194,10 +195,12 @@ def _check_peers(notes: Notes, visits: Sequence[Visit]) -> None:
                     _check_progress(notes, status, _peer(name), progress, lost)
         for peer in sorted(lost - {own, 0}):
             place = _mapping(status, "nodes").get(str(peer), "its endpoint")
+            if peer not in up and place in silent:
+                continue  # That it answers nobody was said above.
             if peer in up:
                 advice = f"from here it answers, so look at the way between the two: can the machine of node {own} reach {place}?"
             else:
-                advice = f"it does not answer here either: see what is said of {place}"
+                advice = f"ask there, too: marble doctor {place}"
             notes.problem("links", f"node {own} has no connection to node {peer} at {place}", advice)
 
 
