@@ -3,7 +3,7 @@
 Rule 1: offers reach the core in the order in which they came. What the core has no room for waits, with all that came after
 it; refusing one and taking the next would leave a gap in somebody's stream.
 
-The engine thread owns it; `role`, `leader`, `leading_term`, `members` and `endpoints` may be read, and `wait_for_leader`
+The engine thread owns it; `role`, `leader`, `leading_term`, `alone`, `members` and `endpoints` may be read, and `wait_for_leader`
 called, on any thread.
 """
 
@@ -75,9 +75,15 @@ class Desk:
         self.role = Role.FOLLOWER
         self.leader = NO_NODE
         self.leading_term = 0
+        self.alone = False
+        """Whether nobody else takes part, and this node leads and has applied all that was committed before it did. Then what it
+        has applied is all that was ever acknowledged: others who come to take part can commit nothing without it before a turn
+        has ended in which they came, and with that this is False."""
         self.members: Members = driver.raft.members
         self.endpoints: Mapping[int, str] = driver.endpoints
         self._options = options
+        self._sole = self.members.all == (options.node_id,)
+        self._applied_term = 0
         self._release_bytes = release
         self._log_bytes = log_bytes
         self._now_us = now_us
@@ -198,6 +204,7 @@ class Desk:
         outcome = self.driver.take_outcome()
         for applied in outcome.applied:
             self.promises.applied(applied.first, applied.terms, applied.results)
+            self._applied_term = applied.terms[-1]
         raft = self.driver.raft
         if begun := self.promises.answered(outcome.reads, raft.applied_index):
             self._watch.confirmed(begun, self._now_us() / 1_000_000)
@@ -205,8 +212,10 @@ class Desk:
             self._watch.reached(raft.commit_index, raft.applied_index, self._now_us() / 1_000_000)
         if outcome.members_changed:
             self.members, self.endpoints = self.driver.raft.members, self.driver.endpoints
+            self._sole = self.members.all == (self._options.node_id,)
         for event in outcome.events:
             self._note(event)
+        self.alone = self._sole and 0 != self.leading_term == self._applied_term
         for answer in outcome.snapshots:
             self._answer_snapshots(answer)
         if self._handovers:
@@ -256,7 +265,7 @@ class Desk:
             future.set_exception(gone)
         self._handovers, self._snapshots = [], []
         with self._changed:
-            self.role, self.leader = Role.FOLLOWER, NO_NODE
+            self.role, self.leader, self.alone = Role.FOLLOWER, NO_NODE, False
             self._changed.notify_all()
 
     def _refuse(self, offers: list[Offer], error: MarbleError) -> None:

@@ -192,7 +192,7 @@ class Engine:
         """Have `offer` proposed. Raises UnavailableError if too much waits already."""
         size = offer.proposal.nbytes
         with self._inbox_lock:
-            self._check_running()
+            self.check_running()
             if self._inbox_bytes and self._inbox_bytes + size > self._options.inbox_bytes_max:
                 self._metrics.counter("proposals_refused").add(1)
                 raise UnavailableError(
@@ -210,7 +210,7 @@ class Engine:
         """Have `action` run on the engine thread between turns; `future` hears of it if that cannot be."""
         with self._inbox_lock:
             try:
-                self._check_running()
+                self.check_running()
             except MarbleError as error:
                 future.set_exception(error)
                 return
@@ -269,7 +269,8 @@ class Engine:
             return NodeStoppedError(f"node {self._options.node_id} has stopped: {self.failure}")
         return UnavailableError(f"node {self._options.node_id} has stopped")
 
-    def _check_running(self) -> None:
+    def check_running(self) -> None:
+        """Raise what `gone` gives if this engine has ended, UsageError in a process that was forked off."""
         if os.getpid() != self._process:
             raise UsageError("this node was started before a fork and runs in the parent only: open it in one process")
         if self.closing.is_set() or self.stopped.is_set():

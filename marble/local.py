@@ -12,7 +12,7 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import pyarrow as pa
 
@@ -209,6 +209,11 @@ class LocalBackend:
             self._confirm(LOCAL_GROUP if table.local else GROUP)
         return machine.read(table.id, at_index)
 
+    def get_row(
+        self, table: TableInfo, names: tuple[str, ...], key: tuple[object, ...], consistency: str
+    ) -> dict[str, object] | Literal[False] | None:
+        return self.view(table, consistency).get_row(names, key)
+
     def get_many(
         self, table: TableInfo, keys: pa.RecordBatch, consistency: str, at_index: int | None
     ) -> pa.RecordBatch:
@@ -241,6 +246,8 @@ class LocalBackend:
 
     def _confirm(self, group: int = GROUP) -> None:
         """Wait until this node has applied what was committed anywhere when the call came."""
+        if self.node.decides_alone(group):
+            return
         try:
             self.node.read_index(group, lease=self.lease_reads).result(
                 self.node.options.read_timeout_s + ANSWER_MARGIN_S

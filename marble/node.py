@@ -238,6 +238,14 @@ class Node:
         self._engine.offer(group, Offer(proposal, future, term, lane, self._clock.monotonic()))
         return future
 
+    def decides_alone(self, group: int = GROUP) -> bool:
+        """Whether what this node has applied of `group` is all that was ever acknowledged: then a read needs no more than that.
+
+        Raises as `read_index` does if the node has stopped.
+        """
+        self._engine.check_running()
+        return self._desk(group).alone
+
     def read_index(self, group: int = GROUP, lease: bool = False) -> Future[int]:
         """An index that this node has applied and that makes a read of its tables, from now on, linearizable.
 

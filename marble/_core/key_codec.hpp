@@ -57,6 +57,14 @@ inline uint64_t LoadBigEndian64(const uint8_t* bytes) noexcept {
   return __builtin_bswap64(word);
 }
 
+// Bytes [depth, depth + 8) of a key as a big-endian number, with zeros beyond its end.
+inline uint64_t WordOf(const uint8_t* key, uint64_t size, uint64_t depth) noexcept {
+  if (depth + 8 <= size) return LoadBigEndian64(key + depth);
+  uint8_t bytes[8] = {};
+  if (depth < size) std::memcpy(bytes, key + depth, static_cast<size_t>(size - depth));
+  return LoadBigEndian64(bytes);
+}
+
 // memcpy for sizes that are mostly small: two loads that overlap cost less than a call.
 inline void CopyBytes(uint8_t* to, const uint8_t* from, size_t size) noexcept {
   if (size > 16) {

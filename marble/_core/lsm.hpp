@@ -12,6 +12,7 @@
 
 #include "lookup.hpp"
 #include "merge_cursor.hpp"
+#include "point.hpp"
 #include "sstable.hpp"
 
 #include <arrow/array/concatenate.h>
@@ -265,6 +266,44 @@ class LsmReader {
       }
       ARROW_ASSIGN_OR_RAISE(*out, arrow::ConcatenateRecordBatches(parts));
       return arrow::Concatenate(founds).Value(found);
+    });
+  }
+
+  // What the memtables say of an encoded key; false if none of them knows it.
+  bool FindInMemory(const std::string& key, PointHit* out) const noexcept {
+    for (const auto& state : states_) {
+      const Hit hit = state->FindOne(reinterpret_cast<const uint8_t*>(key.data()), key.size());
+      if (hit.run < 0) continue;
+      if (hit.live()) *out = {state->SourceOf(hit), RowOf(hit.ref), nullptr};
+      return true;
+    }
+    return false;
+  }
+
+  bool has_files() const noexcept { return !levels_->empty(); }
+
+  // The row that the files have of an encoded key; what it says is in memory then.
+  arrow::Status FindInFiles(const std::string& key, PointHit* out) const noexcept {
+    return Guarded([&]() -> arrow::Status {
+      const uint64_t hash = HashKey(key);
+      for (const Level& level : *levels_) {
+        const size_t at = level.files.size() == 1 ? 0 : level.FindFile(key);
+        if (at == level.files.size()) continue;
+        const TableFile& file = *level.files[at];
+        // The filter says no most quickly, and the keys of runs mostly overlap.
+        if (!file.MayContain(hash) || key < file.first_key()) continue;
+        const size_t number = file.FindBlock(key);
+        if (number == file.blocks() || key < file.first_key(number)) continue;
+        ARROW_ASSIGN_OR_RAISE(std::shared_ptr<const Block> block, file.Load(number));
+        const int64_t row = block->Find(key);
+        if (row < 0) continue;
+        if (block->is_deleted(row)) break;
+        const Source* source = &block->source;
+        *out = {source, static_cast<uint32_t>(row), std::move(block)};
+        TouchRow(*out);
+        break;
+      }
+      return arrow::Status::OK();
     });
   }
 

@@ -1,7 +1,7 @@
 """Memtables and files of one table read as one. Layout, ownership and invariants: head of ``lsm.pyx``."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Self, final
+from typing import Literal, Self, final
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -95,6 +95,28 @@ class Reader:
         ------
         UsageError
             Wrong columns, or a null or NaN.
+        CorruptionError
+            Naming file and offset.
+        """
+    def get_row(self, names: tuple[str, ...], key: tuple[object, ...]) -> dict[str, object] | Literal[False] | None:
+        """Look one row up, without batches around it.
+
+        Parameters
+        ----------
+        names
+            What to call the columns, all of them in their order.
+        key
+            The values of the key columns, as Python has them.
+
+        Returns
+        -------
+        dict or None
+            The row as pyarrow's ``to_pylist`` gives it, or None where there is none. False if a value of `key`
+            is not exactly of the Python type of its column, or has no place in it, or is of a type for which there is no
+            short cut: `get_many` takes arrays of all types.
+
+        Raises
+        ------
         CorruptionError
             Naming file and offset.
         """

@@ -7,7 +7,9 @@ Thread safety: every call releases the GIL for its work. Readers are immutable; 
 Invariants: each object holds its C++ object from ``__cinit__`` or from the only function that makes it, and for good.
 """
 cimport cython
-from libc.stdint cimport uint64_t
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF
+from libc.stdint cimport uint32_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.memory cimport shared_ptr
 from libcpp.string cimport string
@@ -15,11 +17,11 @@ from libcpp.utility cimport move
 from libcpp.vector cimport vector
 from marble._core.arrow_face cimport CResult, batch_of, import_pyarrow, raise_status
 from marble._core.arrow_face cimport wrap_array, wrap_batch, wrap_schema
-from marble._core.memtable cimport CLayout, CState, Snapshot
+from marble._core.memtable cimport CKeyCodec, CLayout, CState, Snapshot
 from marble._core.scan_face cimport CMergeCursor, CScanBatch, CScanOptions, column_numbers, scan_options
 from marble._core.sstable cimport CTableFile, SSTable, raise_read_status
 from pyarrow.includes.common cimport CStatus
-from pyarrow.includes.libarrow cimport CArray, CBuffer, CRecordBatch, CScalar
+from pyarrow.includes.libarrow cimport CArray, CArrayData, CBuffer, CRecordBatch, CScalar
 
 import pyarrow as pa
 
@@ -39,6 +41,22 @@ cdef extern from "arrow/python/pyarrow.h" namespace "arrow::py":
     object wrap_scalar(const shared_ptr[CScalar]& scalar)
 
 
+cdef extern from "point.hpp" namespace "marble":
+    cdef cppclass CSource "const marble::Source":
+        vector[shared_ptr[CArrayData]] columns
+
+    cdef cppclass CPointHit "marble::PointHit":
+        CSource* source
+        uint32_t row
+
+    cbool encode_key "marble::EncodeKey"(const CKeyCodec& codec, object values, string* key) except +
+    PyObject* point_value "marble::PointValue"(CSource& source, int column, uint32_t row) except? NULL
+
+
+cdef extern from "arrow/array/util.h" namespace "arrow" nogil:
+    shared_ptr[CArray] make_array "arrow::MakeArray"(const shared_ptr[CArrayData]& data)
+
+
 cdef extern from "lsm.hpp" namespace "marble" nogil:
     cdef cppclass CLsmReader "const marble::LsmReader":
         const shared_ptr[CLayout]& layout() noexcept
@@ -47,6 +65,9 @@ cdef extern from "lsm.hpp" namespace "marble" nogil:
             shared_ptr[CArray]* found) noexcept
         CStatus Scan(CScanOptions options, vector[Bitmaps] wanted, shared_ptr[CMergeCursor]* out) noexcept
         CStatus CountRows(CScanOptions options, uint64_t* out) noexcept
+        cbool FindInMemory(const string& key, CPointHit* out) noexcept
+        cbool has_files() noexcept
+        CStatus FindInFiles(const string& key, CPointHit* out) noexcept
         CStatus WithStates(vector[shared_ptr[CState]] states, shared_ptr[CLsmReader]* out) noexcept
 
     CStatus make_reader "marble::LsmReader::Make"(
@@ -156,6 +177,33 @@ cdef class Reader:
             status = self.reader.get().GetMany(c_keys.get()[0], numbers, &rows, &found)
         raise_read_status(status)
         return wrap_batch(rows), wrap_array(found)
+
+    def get_row(self, tuple names, tuple key):
+        cdef CPointHit hit
+        cdef CStatus status
+        cdef string encoded
+        cdef PyObject* value
+        cdef int column
+        if not encode_key(self.reader.get().layout().get().codec.get()[0], key, &encoded):
+            return False
+        # The memtables answer sooner than the GIL is given back and fetched again. A file may keep its reader waiting.
+        if not self.reader.get().FindInMemory(encoded, &hit) and self.reader.get().has_files():
+            with nogil:
+                status = self.reader.get().FindInFiles(encoded, &hit)
+            raise_read_status(status)
+        if hit.source == NULL:
+            return None
+        if <size_t>len(names) != hit.source.columns.size():
+            raise UsageError(f"the table has {hit.source.columns.size()} columns, got {len(names)} names")
+        row = {}
+        for column in range(len(names)):
+            value = point_value(hit.source[0], column, hit.row)
+            if value == NULL:
+                row[names[column]] = wrap_array(make_array(hit.source.columns[column]))[hit.row].as_py()
+            else:
+                row[names[column]] = <object>value
+                Py_DECREF(<object>value)
+        return row
 
     cdef int look_at_zones(self, object may_match, bytes lower, bytes upper, vector[Bitmaps]* wanted) except -1:
         """Ask `may_match` of each file in the bounds which of its blocks a scan must read."""

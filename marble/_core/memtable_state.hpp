@@ -151,6 +151,24 @@ struct State {
     return hits;
   }
 
+  // Finds the newest ref of one key, without allocating.
+  Hit FindOne(const uint8_t* key, uint64_t size) const noexcept {
+    const KeyView view = ViewKey(key, size);
+    if (!shape.whole && view.data == nullptr) return {};
+    for (size_t r = 0; r < runs.size(); ++r) {
+      const Run& run = *runs[r];
+      if (view.word < run.words[0] || view.word > run.words[run.size - 1]) continue;
+      size_t at = LowerBoundWord(run.words.get(), 0, run.size, view.word);
+      if (run.words[at] != view.word) continue;
+      if (!shape.whole) {
+        at = LowerBoundTail(run, at, view, shape);
+        if (at == run.size || Compare(run.Key(at, shape), view, shape) != 0) continue;
+      }
+      return {static_cast<int32_t>(r), run.refs[at]};
+    }
+    return {};
+  }
+
   // Rows that run `r` added to, or took from, what the older runs hold.
   int64_t CountDelta(size_t r) const {
     constexpr size_t kChunk = 8192;
@@ -231,6 +249,12 @@ struct State {
   }
 
   // A key as the runs know it. One that does not begin as all the table's keys do is in no run: its view has no data.
+  KeyView ViewKey(const uint8_t* key, uint64_t size) const noexcept {
+    if (shape.skip > 0 && (size < shape.skip || std::memcmp(key, start->data(), shape.skip) != 0)) {
+      return {0, nullptr, 0};
+    }
+    return {WordOf(key, size, shape.skip), key, size};
+  }
   KeyView ViewKey(const KeyColumn& keys, int64_t row) const noexcept {
     const uint64_t size = keys.size(row);
     if (shape.skip > 0 && (size < shape.skip || std::memcmp(keys.data(row), start->data(), shape.skip) != 0)) {

@@ -69,11 +69,8 @@ inline const DamageDetail* DamageOf(const arrow::Status& status) noexcept {
              : nullptr;
 }
 
-// The eight bytes of a key from `depth` on as a number, with zeros behind its end.
 inline uint64_t WordOf(std::string_view key, uint64_t depth) noexcept {
-  uint8_t bytes[8] = {};
-  if (depth < key.size()) std::memcpy(bytes, key.data() + depth, std::min<size_t>(8, key.size() - depth));
-  return LoadBigEndian64(bytes);
+  return WordOf(reinterpret_cast<const uint8_t*>(key.data()), key.size(), depth);
 }
 
 // Rows of a file, in key order, checked.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, time
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.types as pt
@@ -11,6 +12,9 @@ import pyarrow.types as pt
 from marble.errors import UsageError
 from marble.schema import TableInfo, conform, conform_keys, to_batches
 from marble.table_options import fill
+
+_PLAIN: Final = ({int}, {str}, {bytes})
+"""Types of values of which a list is a list of keys, if the key has one column: no value is a tuple or a dict."""
 
 
 def one_batch(data: object) -> pa.RecordBatch:
@@ -45,6 +49,9 @@ def key_batch(table: TableInfo, keys: object) -> pa.RecordBatch:
         return conform_keys(one_batch(keys), table)
     if not isinstance(keys, Iterable) or isinstance(keys, str | bytes | Mapping):
         raise UsageError(f"table {table.name!r}: keys must be a list of keys or Arrow data, got {keys!r}")
+    if len(table.key) == 1 and isinstance(keys, Sequence) and set(map(type, keys)) in _PLAIN:
+        column = _checked_column(table, table.key_schema.field(0), keys)
+        return conform_keys(pa.RecordBatch.from_arrays([column], names=list(table.key)), table)
     rows = [_key_row(table, key) for key in keys]
     arrays = key_columns(table, rows) if rows else [pa.array([], field.type) for field in table.key_schema]
     return conform_keys(pa.RecordBatch.from_arrays(arrays, names=list(table.key)), table)
@@ -52,15 +59,16 @@ def key_batch(table: TableInfo, keys: object) -> pa.RecordBatch:
 
 def key_columns(table: TableInfo, rows: Sequence[tuple[object, ...]]) -> list[pa.Array]:
     """`rows`, of which each has a value for each of the first key columns, as arrays of these columns' types."""
-    arrays = []
-    for field, values in zip(table.key_schema, zip(*rows, strict=True), strict=False):
-        try:
-            arrays.append(_key_column(values, field.type))
-        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-            raise UsageError(
-                f"table {table.name!r}: key column {field.name!r} must be {field.type}: {error}"
-            ) from error
-    return arrays
+    columns = zip(table.key_schema, zip(*rows, strict=True), strict=False)
+    return [_checked_column(table, field, values) for field, values in columns]
+
+
+def _checked_column(table: TableInfo, field: pa.Field, values: Sequence[object]) -> pa.Array:
+    """`values` of one key column."""
+    try:
+        return _key_column(values, field.type)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise UsageError(f"table {table.name!r}: key column {field.name!r} must be {field.type}: {error}") from error
 
 
 def _key_column(values: Sequence[object], type_: pa.DataType) -> pa.Array:
@@ -70,7 +78,7 @@ def _key_column(values: Sequence[object], type_: pa.DataType) -> pa.Array:
         for value in values:
             if isinstance(value, datetime) and value.time() != time(0):
                 raise pa.ArrowInvalid(f"{value!r} is a moment and not a day")
-    elif (pt.is_integer(type_) or pt.is_temporal(type_)) and not all(type(value) is int for value in values):
+    elif (pt.is_integer(type_) or pt.is_temporal(type_)) and set(map(type, values)) != {int}:
         pa.array(values).cast(type_)
     return pa.array(values, type_)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Literal, Protocol, get_args
+from typing import Final, Literal, Protocol, get_args, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -92,6 +92,20 @@ class Backend(Protocol):
         ...
 
 
+@runtime_checkable
+class NearBackend(Protocol):
+    """A `Backend` of this process, which has a shorter way to one row than through batches."""
+
+    def get_row(
+        self, table: TableInfo, names: tuple[str, ...], key: tuple[object, ...], consistency: Consistency
+    ) -> dict[str, object] | Literal[False] | None:
+        """The row with the `key` (values in key order, of any types), its columns called `names`; None if there is none.
+
+        False if this key must go through `Backend.get_many`; nothing has been checked of it then.
+        """
+        ...
+
+
 def check_scan(
     table: TableInfo,
     columns: Sequence[str] | None,
@@ -135,9 +149,12 @@ def check_count(value: object, what: str, least: int = 0) -> int | None:
     return value
 
 
+_CONSISTENCIES: Final[dict[str, Consistency]] = {known: known for known in get_args(Consistency)}
+
+
 def check_consistency(consistency: str) -> Consistency:
     """Return `consistency` if it is one, else raise UsageError."""
-    for known in get_args(Consistency):
-        if consistency == known:
-            return known  # type: ignore[no-any-return]
+    known = _CONSISTENCIES.get(consistency) if isinstance(consistency, str) else None
+    if known is not None:
+        return known
     raise UsageError(f"consistency must be one of {', '.join(map(repr, get_args(Consistency)))}, got {consistency!r}")

@@ -7,14 +7,14 @@ Thread safety: every object here may be used from many threads at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from marble.database.arguments import is_one_key, key_batch, one_batch, row_batch
-from marble.database.backend import Backend, Consistency, check_consistency, check_count, check_scan
+from marble.database.backend import Backend, Consistency, NearBackend, check_consistency, check_count, check_scan
 from marble.database.ranges import key_range
 from marble.database.window import WriteWindow, outcome
 from marble.errors import InvariantError, UnavailableError, UsageError
@@ -29,6 +29,8 @@ class Table:
     def __init__(self, backend: Backend, info: TableInfo) -> None:
         self._backend = backend
         self.info = info
+        self._near = backend if isinstance(backend, NearBackend) else None
+        self._names = tuple(info.schema.names)
 
     @property
     def name(self) -> str:
@@ -166,12 +168,17 @@ class Table:
         at_index
             As for `scan`.
         """
+        if at_index is None and self._near is not None and not isinstance(key, Mapping):
+            values = key if isinstance(key, tuple) else (key,)
+            row = self._near.get_row(self.info, self._names, values, check_consistency(consistency))
+            if row is not False:
+                return row
         check_count(at_index, "at_index")
         keys = key_batch(self.info, [key])
-        row = self._backend.get_many(self.info, keys, check_consistency(consistency), at_index)
-        if row.num_rows != 1:
-            raise InvariantError(f"table {self.name!r}: asked for one key, got {row.num_rows} rows")
-        found: dict[str, object] = row.to_pylist()[0]
+        rows = self._backend.get_many(self.info, keys, check_consistency(consistency), at_index)
+        if rows.num_rows != 1:
+            raise InvariantError(f"table {self.name!r}: asked for one key, got {rows.num_rows} rows")
+        found: dict[str, object] = rows.to_pylist()[0]
         return None if found[self.key[0]] is None else found
 
     def get_many(

@@ -51,6 +51,8 @@ class _State:
     session_count: int = 0
     catalog: Catalog = field(default_factory=Catalog)
     tables: Mapping[int, Snapshot | TableData] = field(default_factory=dict)
+    views: dict[int, TableView] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """What readers have asked for, by table; it goes with the state. Two threads may make two, which are alike."""
 
 
 class TableMachine:
@@ -171,11 +173,14 @@ class TableMachine:
             There is no such table, or none at that entry; or that state is not kept (any more), or has not been reached.
         """
         state = self._state if at_index is None else self._state_at(at_index)
-        info = state.catalog.get(table)
-        data = state.tables[info.id]
-        reader = data.reader if isinstance(data, TableData) else data
-        until = expired_until(info.schema, info.options, state.time_us)
-        return TableView(state.applied_index, info, reader, until, self.blame)
+        view = state.views.get(table) if isinstance(table, int) else None
+        if view is None:
+            info = state.catalog.get(table)
+            data = state.tables[info.id]
+            reader = data.reader if isinstance(data, TableData) else data
+            until = expired_until(info.schema, info.options, state.time_us)
+            view = state.views[info.id] = TableView(state.applied_index, info, reader, until, self.blame)
+        return view
 
     def _state_at(self, index: int) -> _State:
         with self._lock:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -79,6 +79,17 @@ class TableView:
                 column = columns[position]
                 columns[position] = pc.if_else(found, column, pa.scalar(None, column.type))
         return pa.RecordBatch.from_arrays(columns, schema=self.info.lookup_schema)
+
+    def get_row(self, names: tuple[str, ...], key: tuple[object, ...]) -> dict[str, object] | Literal[False] | None:
+        """Look one row up, as `marble._core.lsm.Reader.get_row` does; False where only `get_many` can tell."""
+        if self.expired_until is not None or not isinstance(self.snapshot, Reader):
+            return False
+        try:
+            return self.snapshot.get_row(names, key)
+        except CorruptionError as error:
+            if self.blame is not None:
+                self.blame(error)
+            raise
 
     def scan(
         self,

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from marble._core.entry_batch import Proposal
+from marble.database import Database
 from marble.env import SystemFiles
 from marble.errors import InvariantError, NotLeaderError, OutcomeUnknownError, UnavailableError, UsageError
 from marble.local import LocalBackend
@@ -21,7 +23,7 @@ from marble.options import NodeOptions
 from marble.promises import Committed
 from marble.raft.messages import Message, MessageKind
 from marble.transport.codec import Envelope
-from marble.types import EntryKind, Members, Role
+from marble.types import Change, ChangeKind, EntryKind, Members, Role
 
 DEADLINE_S = 20.0
 
@@ -449,7 +451,7 @@ def test_what_was_meant_for_one_leadership_is_not_taken_by_another(tmp_path: Pat
 
 
 def test_callers_do_not_wait_for_ever_on_an_engine_that_hangs(tmp_path: Path) -> None:
-    node = make(tmp_path, read_timeout_s=0.2)
+    node = make(tmp_path, Silence(), read_timeout_s=0.2)
     release: Future[None] = Future()
     try:
         backend = LocalBackend(node, node.machine)
@@ -460,3 +462,38 @@ def test_callers_do_not_wait_for_ever_on_an_engine_that_hangs(tmp_path: Path) ->
     finally:
         release.set_result(None)
         node.stop(DEADLINE_S)
+
+
+def test_a_node_alone_answers_reads_without_its_engine(tmp_path: Path) -> None:
+    """What it has applied is all that was ever acknowledged: a read needs to ask nobody, not even a disk that hangs."""
+    node = make(tmp_path, read_timeout_s=0.2)
+    release: Future[None] = Future()
+    try:
+        table = Database(LocalBackend(node, node.machine)).create_table("t", pa.schema([("k", pa.int8())]), ["k"])
+        table.write(pa.record_batch({"k": pa.array([1], pa.int8())}))
+        node.call(lambda raft: release.result(DEADLINE_S))
+        assert table.get(1) == {"k": 1}
+        assert table.get_many([1, 2]).column("k").to_pylist() == [1, None]
+        assert table.count_rows() == 1
+    finally:
+        release.set_result(None)
+        node.stop(DEADLINE_S)
+    with pytest.raises(UnavailableError, match="has stopped"):
+        table.get(1)
+
+
+def test_a_node_is_alone_until_somebody_comes(tmp_path: Path) -> None:
+    node = make(tmp_path / "one")
+    try:
+        assert node.decides_alone()
+        node.change_membership([Change(ChangeKind.ADD_LEARNER, 2)], {2: "b:1"}).result(DEADLINE_S)
+        node.status()  # The turn of the change is over.
+        assert not node.decides_alone()
+    finally:
+        node.stop(DEADLINE_S)
+    other = make(tmp_path / "other", Silence())
+    try:
+        elect(other)
+        assert not other.decides_alone()
+    finally:
+        other.stop(DEADLINE_S)

@@ -1,0 +1,250 @@
+// One row by its key, between Python's objects and Arrow's arrays without a batch in between.
+//
+// Ownership: an EncodedKey owns its bytes. A PointHit keeps a block of a file alive, and borrows from the reader what
+// lies in memtables.
+// Thread safety: the functions that take or give a PyObject need the GIL; the others do not, and are pure.
+// Invariants:
+//   1. A key is encoded here only if `KeyCodec` would encode the array that pyarrow makes of it to the same bytes;
+//      everything else is left to that, with its conversions and its errors.
+//   2. A value is given out only in a form equal to that of pyarrow's `as_py`; other types are left to that.
+//   3. No Python error is left set by what is left to others.
+#pragma once
+
+#include <Python.h>
+
+#include "gather.hpp"
+#include "key_codec.hpp"
+
+#include <arrow/type.h>
+
+#include <bit>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <string>
+#include <string_view>
+
+namespace marble {
+
+// Where a row is. `source` is null where no row has the key.
+struct PointHit {
+  const Source* source = nullptr;
+  uint32_t row = 0;
+  std::shared_ptr<const void> holder;  // What the source lies in, if that is a block.
+};
+
+// Appends what KeyCodec makes of bytes.
+inline void AppendKeyBytes(const char* data, size_t size, std::string* key) {
+  for (size_t at = 0; at < size;) {
+    const void* zero = std::memchr(data + at, 0, size - at);
+    const size_t end = zero == nullptr ? size : static_cast<size_t>(static_cast<const char*>(zero) - data) + 1;
+    key->append(data + at, end - at);
+    if (zero != nullptr) key->push_back('\xff');
+    at = end;
+  }
+  key->append(2, '\0');
+}
+
+inline void AppendKeyWord(uint64_t word, int64_t width, std::string* key) {
+  word = __builtin_bswap64(word << (64 - 8 * width));
+  key->append(reinterpret_cast<const char*>(&word), static_cast<size_t>(width));
+}
+
+// Appends the encoding of one value of a key; false if that is left to others. May throw std::bad_alloc.
+inline bool AppendKeyPart(const KeyCodec::Part& part, arrow::Type::type type, PyObject* value, std::string* key) {
+  switch (type) {
+    case arrow::Type::BINARY:
+    case arrow::Type::LARGE_BINARY:
+      if (!PyBytes_CheckExact(value)) return false;
+      AppendKeyBytes(PyBytes_AS_STRING(value), static_cast<size_t>(PyBytes_GET_SIZE(value)), key);
+      return true;
+    case arrow::Type::FIXED_SIZE_BINARY:
+      if (!PyBytes_CheckExact(value) || PyBytes_GET_SIZE(value) != part.width) return false;
+      key->append(PyBytes_AS_STRING(value), static_cast<size_t>(part.width));
+      return true;
+    case arrow::Type::STRING:
+    case arrow::Type::LARGE_STRING: {
+      if (!PyUnicode_CheckExact(value)) return false;
+      Py_ssize_t size = 0;
+      const char* data = PyUnicode_AsUTF8AndSize(value, &size);
+      if (data == nullptr) {
+        PyErr_Clear();
+        return false;
+      }
+      AppendKeyBytes(data, static_cast<size_t>(size), key);
+      return true;
+    }
+    case arrow::Type::INT8:
+    case arrow::Type::INT16:
+    case arrow::Type::INT32:
+    case arrow::Type::INT64: {
+      if (!PyLong_CheckExact(value)) return false;
+      int overflow = 0;
+      const long long number = PyLong_AsLongLongAndOverflow(value, &overflow);
+      const auto bits = static_cast<int>(8 * part.width);
+      if (overflow != 0 || (bits < 64 && (number >> (bits - 1)) != (number < 0 ? -1 : 0))) return false;
+      AppendKeyWord(static_cast<uint64_t>(number) ^ uint64_t{1} << (bits - 1), part.width, key);
+      return true;
+    }
+    case arrow::Type::UINT8:
+    case arrow::Type::UINT16:
+    case arrow::Type::UINT32:
+    case arrow::Type::UINT64: {
+      if (!PyLong_CheckExact(value)) return false;
+      const unsigned long long number = PyLong_AsUnsignedLongLong(value);
+      if (number == std::numeric_limits<unsigned long long>::max() && PyErr_Occurred() != nullptr) {
+        PyErr_Clear();
+        return false;
+      }
+      if (part.width < 8 && number >> (8 * part.width) != 0) return false;
+      AppendKeyWord(number, part.width, key);
+      return true;
+    }
+    case arrow::Type::BOOL:
+      if (value != Py_True && value != Py_False) return false;
+      key->push_back(value == Py_True ? 1 : 0);
+      return true;
+    default:
+      return false;
+  }
+}
+
+// The encoding of a tuple of the key's values; false if that is left to others. May throw std::bad_alloc.
+inline bool EncodeKey(const KeyCodec& codec, PyObject* values, std::string* key) {
+  const std::vector<KeyCodec::Part>& parts = codec.parts();
+  if (PyTuple_GET_SIZE(values) != static_cast<Py_ssize_t>(parts.size())) return false;
+  key->clear();
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const arrow::Type::type type = codec.schema()->field(static_cast<int>(i))->type()->id();
+    if (!AppendKeyPart(parts[i], type, PyTuple_GET_ITEM(values, static_cast<Py_ssize_t>(i)), key)) return false;
+  }
+  return true;
+}
+
+inline PyObject* NewNone() noexcept {
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+
+template <typename Value>
+Value LoadValue(const ColumnView& view, uint32_t row) noexcept {
+  Value value;
+  std::memcpy(&value, view.values + row * sizeof(Value), sizeof(Value));
+  return value;
+}
+
+template <typename Offset>
+std::string_view BytesOf(const ColumnView& view, uint32_t row) noexcept {
+  const auto first = LoadValue<Offset>(view, row);
+  const auto end = LoadValue<Offset>(view, row + 1);
+  if (first == end) return {"", 0};  // There may be no bytes at all to point to.
+  return {reinterpret_cast<const char*>(view.data) + first, static_cast<size_t>(end - first)};
+}
+
+// The value in `row` of a column, as a new reference. Null without a Python error: it is left to others.
+inline PyObject* PointValue(const Source& source, int column, uint32_t row) noexcept {
+  const ColumnView& view = source.views[static_cast<size_t>(column)];
+  const arrow::DataType& type = *source.columns[static_cast<size_t>(column)]->type;
+  const auto bit = [&view, row](const uint8_t* bits) { return arrow::bit_util::GetBit(bits, view.offset + row); };
+  const auto bytes = [](std::string_view value) {
+    return PyBytes_FromStringAndSize(value.data(), static_cast<Py_ssize_t>(value.size()));
+  };
+  const auto text = [](std::string_view value) {
+    return PyUnicode_DecodeUTF8(value.data(), static_cast<Py_ssize_t>(value.size()), nullptr);
+  };
+  switch (type.id()) {
+    case arrow::Type::BOOL:
+    case arrow::Type::INT8:
+    case arrow::Type::INT16:
+    case arrow::Type::INT32:
+    case arrow::Type::INT64:
+    case arrow::Type::UINT8:
+    case arrow::Type::UINT16:
+    case arrow::Type::UINT32:
+    case arrow::Type::UINT64:
+    case arrow::Type::FLOAT:
+    case arrow::Type::DOUBLE:
+    case arrow::Type::STRING:
+    case arrow::Type::BINARY:
+    case arrow::Type::LARGE_STRING:
+    case arrow::Type::LARGE_BINARY:
+    case arrow::Type::FIXED_SIZE_BINARY:
+      if (view.validity != nullptr && !bit(view.validity)) return NewNone();
+      break;
+    default:
+      return nullptr;
+  }
+  switch (type.id()) {
+    case arrow::Type::BOOL:
+      return PyBool_FromLong(bit(view.values) ? 1 : 0);
+    case arrow::Type::INT8:
+      return PyLong_FromLong(LoadValue<int8_t>(view, row));
+    case arrow::Type::INT16:
+      return PyLong_FromLong(LoadValue<int16_t>(view, row));
+    case arrow::Type::INT32:
+      return PyLong_FromLong(LoadValue<int32_t>(view, row));
+    case arrow::Type::INT64:
+      return PyLong_FromLongLong(LoadValue<int64_t>(view, row));
+    case arrow::Type::UINT8:
+      return PyLong_FromUnsignedLong(LoadValue<uint8_t>(view, row));
+    case arrow::Type::UINT16:
+      return PyLong_FromUnsignedLong(LoadValue<uint16_t>(view, row));
+    case arrow::Type::UINT32:
+      return PyLong_FromUnsignedLong(LoadValue<uint32_t>(view, row));
+    case arrow::Type::UINT64:
+      return PyLong_FromUnsignedLongLong(LoadValue<uint64_t>(view, row));
+    case arrow::Type::FLOAT:
+      return PyFloat_FromDouble(static_cast<double>(LoadValue<float>(view, row)));
+    case arrow::Type::DOUBLE:
+      return PyFloat_FromDouble(LoadValue<double>(view, row));
+    case arrow::Type::STRING:
+      return text(BytesOf<int32_t>(view, row));
+    case arrow::Type::LARGE_STRING:
+      return text(BytesOf<int64_t>(view, row));
+    case arrow::Type::BINARY:
+      return bytes(BytesOf<int32_t>(view, row));
+    case arrow::Type::LARGE_BINARY:
+      return bytes(BytesOf<int64_t>(view, row));
+    default: {
+      const auto width = static_cast<size_t>(type.byte_width());
+      return bytes(width == 0 ? std::string_view("", 0)
+                              : std::string_view(reinterpret_cast<const char*>(view.values) + row * width, width));
+    }
+  }
+}
+
+// Reads a byte of each page that the row's bytes lie in, so that whoever holds the GIL later waits for no disk.
+inline void TouchRow(const PointHit& hit) noexcept {
+  constexpr size_t kPage = 4096;
+  uint8_t sum = 0;
+  const auto touch = [&sum](std::string_view bytes) {
+    for (size_t at = 0; at < bytes.size(); at += kPage) sum = static_cast<uint8_t>(sum + bytes[at]);
+    if (!bytes.empty()) sum = static_cast<uint8_t>(sum + bytes.back());
+  };
+  for (size_t i = 0; i < hit.source->views.size(); ++i) {
+    const ColumnView& view = hit.source->views[i];
+    const arrow::DataType& type = *hit.source->columns[i]->type;
+    if (view.validity != nullptr) sum = static_cast<uint8_t>(sum + view.validity[(view.offset + hit.row) / 8]);
+    switch (type.id()) {
+      case arrow::Type::STRING:
+      case arrow::Type::BINARY:
+        touch(BytesOf<int32_t>(view, hit.row));
+        break;
+      case arrow::Type::LARGE_STRING:
+      case arrow::Type::LARGE_BINARY:
+        touch(BytesOf<int64_t>(view, hit.row));
+        break;
+      case arrow::Type::BOOL:
+        sum = static_cast<uint8_t>(sum + view.values[(view.offset + hit.row) / 8]);
+        break;
+      default:
+        if (const int64_t bytes = FixedBits(type) / 8; bytes > 0) {
+          const auto* first = reinterpret_cast<const char*>(view.values) + hit.row * bytes;
+          touch({first, static_cast<size_t>(bytes)});
+        }
+    }
+  }
+  asm volatile("" : : "r"(sum));
+}
+
+}  // namespace marble
