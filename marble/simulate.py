@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from marble.errors import UsageError
 from marble.testing.cluster import Report, simulate
-from marble.testing.plan import PLANS, SWARM, plan_for
+from marble.testing.plan import PLANS, SWARM, SWARM_FILES, plan_for
 
 SEEDS: Final = 100
 _PROGRESS_S: Final = 5.0
@@ -150,7 +150,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _tasks(options: argparse.Namespace) -> Iterator[Task]:
     """The histories in order; without an end if only the time is limited."""
-    plans = [SWARM, *PLANS] if options.plan == "all" else [options.plan]
+    plans = [SWARM, SWARM_FILES, *PLANS] if options.plan == "all" else [options.plan]
     count = options.seeds if options.seeds is not None or options.minutes is not None else SEEDS
     seeds = (
         itertools.count(options.first_seed) if count is None else range(options.first_seed, options.first_seed + count)

@@ -348,6 +348,7 @@ class FileReader:
             # pyarrow takes any message for a schema and follows its offsets: a process was seen to die of that.
             schema = pa.ipc.read_schema(message) if message.type == "schema" else None
         except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
+            _raise_if_disk(error)
             raise self.damage(0, f"its schema cannot be read: {error}") from None
         if schema is None or not schema.equals(FILE_SCHEMA):
             raise self.damage(0, "its schema is not that of a snapshot")
@@ -370,6 +371,7 @@ class FileReader:
         except EOFError:
             return None
         except (ProtocolError, pa.ArrowException, OSError) as error:
+            _raise_if_disk(error)
             raise self.damage(start, f"a batch cannot be read: {error}") from None
         if batch.num_rows == 0 or any(column.null_count for column in batch.columns):
             raise self.damage(start, "a batch has no rows, or nulls")
@@ -379,3 +381,9 @@ class FileReader:
         """The error that says so."""
         where = self._files.describe(self._path)
         return CorruptionError(f"a snapshot is damaged: {what}: do not use it", where, offset)
+
+
+def _raise_if_disk(error: Exception) -> None:
+    """Raise `error` again if the disk failed: that says nothing about the file. Arrow's own errors are OSErrors without a number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error

@@ -17,7 +17,14 @@ from typing import Any, Final
 import pyarrow as pa
 
 from marble._core.entry_batch import Proposal
-from marble.errors import MarbleError, NotLeaderError, OutcomeUnknownError, SessionExpiredError, UnavailableError
+from marble.errors import (
+    CorruptionError,
+    MarbleError,
+    NotLeaderError,
+    OutcomeUnknownError,
+    SessionExpiredError,
+    UnavailableError,
+)
 from marble.lsm import payload
 from marble.promises import Committed, promise
 from marble.testing.history import History
@@ -212,8 +219,18 @@ class Client:
         if error is not None:
             self._failed(operation, number, error)
             return
-        view = self._nodes[number].seats[operation.group].machine.read(self._sales.tables[operation.group])
-        self._answer(operation, number, view.get_many(self._key(operation.key)).column(1)[0].as_py())
+        node = self._nodes[number]
+        view = node.seats[operation.group].machine.read(self._sales.tables[operation.group])
+        try:
+            found = view.get_many(self._key(operation.key))
+        except CorruptionError as damage:
+            if not node.tables.excuses(damage):
+                raise
+            self._world.injected["reads of damaged files"] += 1
+            operation.open -= 1
+            self._later(self._refused, operation, 0)
+            return
+        self._answer(operation, number, found.column(1)[0].as_py())
 
     def _failed(self, operation: Operation, number: int, error: BaseException) -> None:
         if isinstance(error, (NotLeaderError, UnavailableError)):

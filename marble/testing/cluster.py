@@ -15,21 +15,26 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from marble.errors import MarbleError
+from marble.testing.bulk import Bulk
 from marble.testing.clients import Client, Sales
 from marble.testing.history import History, check
 from marble.testing.ledger import Ledger, Violation
 from marble.testing.linearize import Answer
 from marble.testing.loop import SECOND, Loop
+from marble.testing.model import Model
 from marble.testing.network import Network
 from marble.testing.node import SimulatedNode
 from marble.testing.operator import Operator
-from marble.testing.plan import Plan, plan_for
+from marble.testing.plan import Plan, TableFiles, plan_for
 from marble.testing.world import World
 from marble.transport.codec import Envelope
 from marble.types import Role
 
 STEPS: Final = 10_000
 """How many events the faulty part of a history has, unless somebody says otherwise."""
+
+UNHEALED_US: Final = 15 * SECOND
+"""So long a node that needs a file may ask its peers for it when all else is well: more than twice what asking all of them takes."""
 
 HISTORY_STATES_MAX: Final = 200_000
 """Configurations that the history checker may look at for one key."""
@@ -72,6 +77,8 @@ class Simulation:
         for group in range(plan.groups):
             self.world.ledgers[group] = Ledger(group, clock_us=lambda node: self.nodes[node].clock.monotonic_us())
             self.world.cores[group] = {}
+            if plan.tables is not None:
+                self.world.models[group] = Model()
         voters = range(1, plan.nodes + 1)
         self.network = Network(self.loop, plan.network, self._deliver, self.world.injected)
         self.world.send = self.network.send
@@ -85,12 +92,14 @@ class Simulation:
             self.loop.after(self.loop.between(0, 50_000), node.start)
         for client in self.clients:
             client.start()
+        self.bulk = Bulk(self.world, self.nodes)
         self._plan_faults()
 
     # -- what goes wrong ---------------------------------------------------------------------------------------------
 
     def _plan_faults(self) -> None:
         plan = self.plan
+        tables = plan.tables or TableFiles()
         faults: Sequence[tuple[float, Callable[[], None]]] = (
             (plan.network.cuts, lambda: self.network.cut(list(self.nodes), self._leaders())),
             (plan.network.lags, lambda: self.network.lag(list(self.nodes), self._leaders())),
@@ -109,6 +118,9 @@ class Simulation:
                     (plan.disk.failed_syncs * plan.nodes, self._fail_sync),
                     (plan.disk.full * plan.nodes, self._fill),
                     (plan.disk.flips * plan.nodes, self._flip),
+                    (tables.flips * plan.nodes, lambda node: self._harm(node, lose=False)),
+                    (tables.losses * plan.nodes, lambda node: self._harm(node, lose=True)),
+                    (tables.read_errors * plan.nodes, self._fail_read),
                 )
             ),
         )
@@ -198,6 +210,19 @@ class Simulation:
         if self.operator.can_lose(node) and node.flip_a_bit():
             self.world.injected["flipped bits"] += 1
 
+    def _harm(self, node: SimulatedNode, lose: bool) -> None:
+        """Damage one file of a table, or take it away, if no other node lacks anything."""
+        if not self.operator.can_lose(node) or any(
+            each.tables.is_harmed(each.seats) for each in self.nodes.values() if each is not node
+        ):
+            return
+        if node.tables.harm(node.seats, lose):
+            self.world.injected["lost files" if lose else "damaged files"] += 1
+
+    def _fail_read(self, node: SimulatedNode) -> None:
+        self.world.injected["failed reads"] += 1
+        node.files.fail_read_at = node.files.reads + self.loop.between(1, 20)
+
     # -- what happens ------------------------------------------------------------------------------------------------
 
     def _deliver(self, to: int, envelopes: Sequence[Envelope]) -> None:
@@ -229,19 +254,21 @@ class Simulation:
         self.network.faults = world.plan.network
         self.network.heal()
         for node in self.nodes.values():
-            node.files.lose_power_at = node.files.fail_at = None
+            node.files.lose_power_at = node.files.fail_at = node.files.fail_read_at = None
             node.files.full = False
             node.pause(0)
             node.start()
         self.operator.settle()
         for client in self.clients:
             client.finish()
-        end = loop.now + self.plan.heal_us
-        while loop.now < end:
+        begun = loop.now
+        while loop.now < begun + self.plan.heal_us:
             for _ in range(64):
                 loop.step()
             if self._is_done():
                 return
+            if loop.now > begun + UNHEALED_US:
+                self._replace_unhealed()
         raise Violation(
             f"no progress within {self.plan.heal_us / SECOND:g} s after all faults ended: {self._what_lacks()}"
         )
@@ -252,6 +279,13 @@ class Simulation:
         ):
             return False
         return all(self._agree(group, ledger) for group, ledger in self.world.ledgers.items())
+
+    def _replace_unhealed(self) -> None:
+        """A file that none of the peers has, since each compacts for itself, is not to be healed: that takes another node."""
+        for node in list(self.nodes.values()):
+            if any(seat.machine.damaged() for seat in node.seats.values()) and self.operator.can_lose(node):
+                self.world.injected["files that no peer had"] += 1
+                node.retire("a file of its tables is damaged, and no peer has it")
 
     def _agree(self, group: int, ledger: Ledger) -> bool:
         """Whether all members are well and have applied everything."""
@@ -264,6 +298,8 @@ class Simulation:
                 return False
             core = self.world.cores[group].get(number)
             if core is None or core.applied_index != len(ledger.committed) or core.members != members:
+                return False
+            if not node.tables.is_well(node.seats[group]):
                 return False
         return True
 

@@ -109,7 +109,7 @@ class SimulatedFiles:
     """A `marble.env.Files` in memory. One thread at a time.
 
     - ``operations`` counts everything that changes the disk or syncs it, so that a test can lose power at each of
-      them in turn.
+      them in turn; ``reads`` counts reads and mappings.
 
     Parameters
     ----------
@@ -122,6 +122,8 @@ class SimulatedFiles:
         self.life = 0
         self.lose_power_at: int | None = None
         self.fail_at: int | None = None
+        self.reads = 0
+        self.fail_read_at: int | None = None
         self.full = False
         """No space is left: every write fails half way, and no file can be created. Deleting and syncing go on."""
         self._random = random
@@ -147,7 +149,7 @@ class SimulatedFiles:
         self._changes.clear()
         self._locked.clear()
         self.life += 1
-        self.lose_power_at, self.fail_at, self._off = None, None, False
+        self.lose_power_at, self.fail_at, self.fail_read_at, self._off = None, None, None, False
 
     def flip_bit(self, path: str, bit: int) -> None:
         """Flip bit `bit` of the file, counted from its first byte's lowest."""
@@ -155,6 +157,20 @@ class SimulatedFiles:
         for data in (node.seen, node.stored):
             if bit // 8 < len(data):
                 data[bit // 8] ^= 1 << bit % 8
+
+    def unmap(self, path: str) -> None:
+        """From here on, who has mapped the file sees the bytes that there are now, whatever becomes of it: pages that were read."""
+        node = self._node(path)
+        node.seen = bytearray(node.seen)
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """What is read meanwhile is read by nobody who is simulated: it neither fails nor counts."""
+        kept, self.fail_read_at, reads = self.fail_read_at, None, self.reads
+        try:
+            yield
+        finally:
+            self.fail_read_at, self.reads = kept, reads
 
     def cut(self, path: str, size: int) -> None:
         """Shorten the file as no program of ours would."""
@@ -168,6 +184,11 @@ class SimulatedFiles:
         node = self._names.setdefault(path, _Node())
         node.seen, node.stored, node.dirty = bytearray(data), bytearray(data), []
         self._stored_names[path] = node
+
+    def durable(self, path: str) -> bytearray | None:
+        """The bytes of the file as any power loss leaves them; None if it may lose some of them, or the name."""
+        node = self._stored_names.get(path)
+        return None if node is None or node.dirty or self._names.get(path) is not node else node.stored
 
     def delete(self, path: str) -> None:
         """Make `path` go, durably."""
@@ -253,6 +274,11 @@ class SimulatedFiles:
             self._off = True
             raise DiskCrash(f"at operation {self.operations}: {what} {path}")
 
+    def _count_read(self, path: str) -> None:
+        self.reads += 1
+        if self.reads == self.fail_read_at:
+            raise OSError(errno.EIO, f"simulated failure of read {self.reads}", path)
+
     def _node(self, path: str) -> _Node:
         node = self._names.get(path)
         if node is None:
@@ -277,10 +303,12 @@ class SimulatedFiles:
         return len(self._node(path).seen)
 
     def read(self, path: str, offset: int = 0, size: int | None = None) -> bytes:
+        self._count_read(path)
         data = self._node(path).seen
         return bytes(data[offset : len(data) if size is None else offset + size])
 
     def map(self, path: str) -> pa.Buffer:
+        self._count_read(path)
         # The bytes themselves, not a copy: what befalls the file befalls whoever has mapped it.
         return pa.py_buffer(self._node(path).seen)
 

@@ -17,7 +17,7 @@ from marble.env import SystemRandom
 from marble.errors import CorruptionError, InvariantError, NotLeaderError, UnavailableError
 from marble.groups import Groups, Write
 from marble.identity import bind
-from marble.jobs import FileJob, MachineJob, RestoreJob, WriteJob
+from marble.jobs import CompactJob, FileJob, MachineJob, RestoreJob, WriteJob
 from marble.logstore.log import Log, LogOptions
 from marble.logstore.replay import GroupState
 from marble.logstore.segment import segment_numbers, segment_path
@@ -32,7 +32,8 @@ from marble.testing.clocks import SimulatedClock
 from marble.testing.disk import DiskCrash, SimulatedFiles
 from marble.testing.ledger import Ledger, Shelf, Violation
 from marble.testing.loop import SECOND
-from marble.testing.observed import ObservedLog, ObservedMachine, Seat
+from marble.testing.observed import ObservedLog, Seat
+from marble.testing.tables import NodeTables
 from marble.testing.world import World
 from marble.transport.codec import Envelope
 from marble.types import HardState, Members
@@ -60,6 +61,7 @@ class SimulatedNode:
     def __init__(self, world: World, number: int, voters: Sequence[int]) -> None:
         self.id = number
         self.files = SimulatedFiles(world.loop.random)
+        self.tables = NodeTables(world, number, self.files)
         self.clock = SimulatedClock(world.loop, world.plan.clocks.drift)
         self.seats: dict[int, Seat] = {}
         self.life = 0
@@ -138,7 +140,7 @@ class SimulatedNode:
         plan, loop = self._world.plan, self._loop
         found = log.groups.get(group)
         self._check_survived(ledger, found)
-        machine = ObservedMachine(ledger, self.id)
+        machine = self.tables.machine(ledger)
         store = SnapshotStore(self.files, group)
         recovered = recover(group, found, store, genesis, machine)
         config = RaftConfig(
@@ -174,9 +176,10 @@ class SimulatedNode:
             wall_us=self.clock.wall_us,
         )
         self._groups.add(driver)
-        self.seats[group] = Seat(driver, machine, ledger, self._promises(ledger, raft))
+        self.seats[group] = seat = Seat(driver, machine, ledger, self._promises(ledger, raft), store)
         self._world.cores[group][self.id] = raft
         invariants.after_input(ledger, raft, self._world.cores[group])
+        self.tables.check_start(seat)
 
     def _check_survived(self, ledger: Ledger, found: GroupState | None) -> None:
         """Compare what the log found with what the witness knows to be there, and note it as what is there now."""
@@ -246,8 +249,10 @@ class SimulatedNode:
         except DiskCrash:
             self.crash()
             self._restart_later()
-        except (InvariantError, OSError) as error:
+        except (InvariantError, CorruptionError, OSError) as error:
             if isinstance(error, InvariantError) and not isinstance(error.__cause__, OSError):
+                raise
+            if isinstance(error, CorruptionError) and not self.tables.excuses(error):
                 raise
             self._loop.note(self.id, "stops: {}", error)
             full = self.files.full
@@ -376,9 +381,13 @@ class SimulatedNode:
             self._unsynced.extend(writes)
             self._purge |= groups.take_purged()
             for job in groups.take_applies():
-                self._loop.after(self._loop.between(20, 1000), self._apply, life, job)
+                self._loop.after(self._loop.between(20, 1000), self._if_alive, life, self._applied, job)
             for file_job in groups.take_snapshots():
-                self._loop.after(self._loop.between(100, 200_000), self._file, life, file_job)
+                self._loop.after(self._loop.between(100, 200_000), self._if_alive, life, self._filed, file_job)
+            for compact_job in groups.take_compactions():
+                if self._loop.chance(0.5):
+                    self.seats[compact_job.group].machine.prepare()
+                self._loop.after(self._loop.between(100, 200_000), self._if_alive, life, self._filed, compact_job)
         for driver in groups.end_turn():
             self._publish(self.seats[driver.group])
         if (self._unsynced or self._purge) and not self._syncing:
@@ -455,13 +464,6 @@ class SimulatedNode:
             self._check(self.seats[write.driver.group])
         self._pump(self.life)
 
-    def _apply(self, life: int, job: MachineJob) -> None:
-        if life == self.life:
-            if self._paused_until > self._loop.now:
-                self._later(self._applied, job)
-            else:
-                self._do(self._applied, job)
-
     def _applied(self, job: MachineJob) -> None:
         job.run()
         if isinstance(job, RestoreJob):
@@ -469,21 +471,19 @@ class SimulatedNode:
             self._loop.note(self.id, "has restored a snapshot at {}", job.info.index)
         self._groups.finish_apply(job)
         self._check(self.seats[job.group])
+        self.tables.check_job(self.seats[job.group], job)
         self._pump(self.life)
 
-    def _file(self, life: int, job: FileJob) -> None:
-        if life == self.life:
-            if self._paused_until > self._loop.now:
-                self._later(self._filed, job)
-            else:
-                self._do(self._filed, job)
-
-    def _filed(self, job: FileJob) -> None:
+    def _filed(self, job: FileJob | CompactJob) -> None:
         job.run()
-        if isinstance(job, WriteJob) and job.error is None:
-            self._world.injected["snapshots taken"] += 1
-        self._groups.finish_snapshot(job)
+        if isinstance(job, WriteJob | CompactJob) and job.error is None:
+            self._world.injected["snapshots taken" if isinstance(job, WriteJob) else "compactions"] += 1
+        if isinstance(job, CompactJob):
+            self._groups.finish_compaction(job)
+        else:
+            self._groups.finish_snapshot(job)
         self._check(self.seats[job.group])
+        self.tables.check_job(self.seats[job.group], job)
         self._pump(self.life)
 
     def _send(self, to: int, envelopes: list[Envelope]) -> bool:

@@ -14,13 +14,17 @@ from marble._core import entry_batch
 from marble._core.entry_batch import Proposal
 from marble.driver import Driver
 from marble.logstore.log import Log
+from marble.logstore.snapshots import SnapshotStore
+from marble.lsm.files import TableFiles
 from marble.lsm.machine import TableMachine
+from marble.lsm.store import CompactionTask, StorePolicy
 from marble.machine import Result
 from marble.members import decode_members
 from marble.promises import Committed, Promises
 from marble.raft.core import Raft
 from marble.testing import invariants
 from marble.testing.ledger import Ledger
+from marble.testing.model import Model
 from marble.types import HardState
 
 
@@ -70,10 +74,20 @@ class ObservedLog:
 class ObservedMachine(TableMachine):
     """The node's tables."""
 
-    def __init__(self, ledger: Ledger, node: int) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        ledger: Ledger,
+        node: int,
+        model: Model | None = None,
+        files: TableFiles | None = None,
+        policy: StorePolicy | None = None,
+        retention: int = 0,
+    ) -> None:
+        super().__init__(files=files, policy=policy, retention=retention)
         self._ledger = ledger
         self._node = node
+        self.model = model
+        self._prepared: CompactionTask | None = None
 
     def apply(self, entries: pa.RecordBatch) -> list[Result]:
         """Observe and pass on."""
@@ -86,18 +100,49 @@ class ObservedMachine(TableMachine):
             members, _ = decode_members(entry_batch.payload(entries, index - first))
             self._ledger.note_membership(index, members)
         invariants.exactly_once(self._ledger, first, columns[2], columns[3], results)
+        if self.model is not None:
+            self._tell(self.model, first, entries, results)
         return results
+
+    def _tell(self, model: Model, first: int, entries: pa.RecordBatch, results: list[Result]) -> None:
+        """Tell the model of the entries that nobody has applied before."""
+        names = ("kind", "table", "time_us")
+        kinds, tables, times = (entries.column(name).to_pylist() for name in names)
+        for row in range(model.index + 1 - first, len(results)):
+            data = entry_batch.payload(entries, row)
+            model.apply(kinds[row], tables[row], data, times[row], results[row], self)
+
+    def prepare(self) -> None:
+        """Plan the next compaction now, and let other things happen before it is carried out."""
+        self._prepared = self._prepared or super().plan_compaction()
+
+    def plan_compaction(self) -> CompactionTask | None:
+        """What was prepared, if anything was."""
+        prepared, self._prepared = self._prepared, None
+        return prepared or super().plan_compaction()
+
+    @property
+    def oldest_index(self) -> int:
+        """The first entry after which the state is kept."""
+        return self._past[0].applied_index
 
 
 class Seat:
     """One group at one node, in one life."""
 
-    __slots__ = ("driver", "ledger", "machine", "offers", "promises", "raft")
+    __slots__ = ("driver", "ledger", "machine", "offers", "promises", "raft", "snapshots")
 
-    def __init__(self, driver: Driver, machine: ObservedMachine, ledger: Ledger, promises: Promises) -> None:
+    def __init__(
+        self, driver: Driver, machine: ObservedMachine, ledger: Ledger, promises: Promises, snapshots: SnapshotStore
+    ) -> None:
         self.driver = driver
         self.raft = driver.raft
         self.machine = machine
         self.ledger = ledger
         self.promises = promises
+        self.snapshots = snapshots
         self.offers: list[tuple[Proposal, Future[Committed]]] = []
+
+    def path(self, name: str) -> str:
+        """Where the file of a table is."""
+        return self.snapshots.contents.path(name)

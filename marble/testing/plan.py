@@ -107,6 +107,24 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class TableFiles:
+    """Tables in files, with more in them, and what happens to the files. What is lost of them others must have."""
+
+    load: float = 12.0
+    """Writes a second beside the clients', of up to a dozen rows, without anybody waiting for them."""
+    keys: int = 150
+    flips: float = 0.0
+    losses: float = 0.0
+    """A file is gone."""
+    read_errors: float = 0.0
+    """One of the next reads of the disk fails; the one after it does not."""
+    inline_bytes: int = -1
+    """A table with less in memory goes into the snapshot and into no file."""
+    retention: int = 0
+    """For so many entries back the past is kept, and looked at."""
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One mix of faults, load and configuration.
 
@@ -124,6 +142,8 @@ class Plan:
     process: ProcessFaults = field(default_factory=ProcessFaults)
     operations: Operations = field(default_factory=Operations)
     load: Load = field(default_factory=Load)
+    tables: TableFiles | None = None
+    """None: tables are in memory, and in snapshots."""
     tick_us: int = 100 * MILLISECOND
     election_ticks: int = 10
     heartbeat_ticks: int = 2
@@ -154,6 +174,7 @@ class Plan:
             process=ProcessFaults(crashes=0, kills=0, blackouts=0, elections=0),
             operations=Operations(transfers=0),
             load=replace(self.load, loss=0, stray=0),
+            tables=None if self.tables is None else replace(self.tables, load=0, flips=0, losses=0, read_errors=0),
         )
 
 
@@ -232,15 +253,44 @@ PLANS: Final[dict[str, Plan]] = {
             load=Load(clients=8, think_us=30_000, timeout_us=1_000_000, keys=2, reads=0.8, deletes=0.0, stray=0.8),
             check_quorum=False,
         ),
+        # Tables in files, and all that may befall a disk between two of its operations.
+        replace(
+            _CALM,
+            name="files",
+            network=NetworkFaults(cuts=0.1, cut_us=4_000_000),
+            disk=DiskFaults(10_000, 0.05, 1_000_000, failed_syncs=0.03, full=0.03),
+            process=ProcessFaults(0.12, 0.06, 2_000_000, 0.01, elections=0.05),
+            tables=TableFiles(read_errors=0.02, retention=8),
+        ),
+        # Files that are damaged or gone, at one node at a time: found before they are believed, and fetched from a peer that has them.
+        replace(
+            _CALM,
+            name="damage",
+            process=ProcessFaults(0.04, 0.04, 2_000_000, elections=0.05),
+            tables=TableFiles(flips=0.3, losses=0.1, read_errors=0.02),
+        ),
+        # Nodes fall far behind, lose their disks, and are sent what they lack; tables are partly in files, partly in snapshots.
+        replace(
+            _CALM,
+            name="catching-up",
+            network=NetworkFaults(cuts=0.3, cut_us=10_000_000, lags=0.1),
+            process=ProcessFaults(0.1, 0.05, 6_000_000, elections=0.1),
+            operations=Operations(changes=0.3, transfers=0.1, wipes=0.03),
+            tables=TableFiles(losses=0.03, inline_bytes=1500),
+            snapshot_distance=25,
+            snapshot_tail=0,
+        ),
     )
 }
-"""The mixes that have a name. ``swarm`` is not among them: see `plan_for`."""
+"""The mixes that have a name. ``swarm`` and ``swarm-files`` are not among them: see `plan_for`."""
 
 SWARM: Final = "swarm"
+SWARM_FILES: Final = "swarm-files"
+_IN_MEMORY: Final = [name for name, plan in PLANS.items() if plan.tables is None]
 
 
 def plan_for(name: str, seed: int, nodes: int = 0) -> Plan:
-    """The plan of this name; for ``swarm``, one that `seed` draws.
+    """The plan of this name; for ``swarm``, one that `seed` draws, for ``swarm-files`` also one, with tables in files.
 
     A swarm's plans leave most faults out and turn the others up, each in its own way: what is never off hides what it hides
     ("Swarm Testing", ISSTA'12).
@@ -252,16 +302,18 @@ def plan_for(name: str, seed: int, nodes: int = 0) -> Plan:
     """
     if name == SWARM:
         plan = _drawn(Random(f"plan {seed}"))
+    elif name == SWARM_FILES:
+        plan = _with_files(Random(f"plan {seed}"))
     elif name in PLANS:
         plan = PLANS[name]
     else:
-        raise UsageError(f"there is no plan {name!r}: choose one of {', '.join((SWARM, *PLANS))}")
+        raise UsageError(f"there is no plan {name!r}: choose one of {', '.join((SWARM, SWARM_FILES, *PLANS))}")
     return replace(plan, nodes=nodes) if nodes else plan
 
 
 def _drawn(random: Random) -> Plan:
-    base = PLANS[random.choice([*list(PLANS)[1:], "elections", "islands", "members"])]
-    other = PLANS[random.choice(sorted(PLANS))]
+    base = PLANS[random.choice([*_IN_MEMORY[1:], "elections", "islands", "members"])]
+    other = PLANS[random.choice(sorted(_IN_MEMORY))]
     parts: dict[str, Any] = {
         part: _turned(getattr(random.choice((base, other)), part), random)
         for part in ("network", "disk", "clocks", "process", "operations")
@@ -289,6 +341,20 @@ def _drawn(random: Random) -> Plan:
         one_by_one=random.choice((0.0, 0.3, 1.0)),
         **parts,
     )
+
+
+def _with_files(random: Random) -> Plan:
+    plan = _drawn(random)
+    tables = TableFiles(
+        load=random.choice((6.0, 12.0, 25.0)),
+        keys=random.choice((40, 150, 600)),
+        flips=random.choice((0.0, 0.0, 0.2)),
+        losses=random.choice((0.0, 0.0, 0.1)),
+        read_errors=random.choice((0.0, 0.0, 0.05)),
+        inline_bytes=random.choice((-1, -1, 800, 3000)),
+        retention=random.choice((0, 0, 10)),
+    )
+    return replace(plan, name=SWARM_FILES, snapshot_distance=random.choice((12, 25, 60)), tables=tables)
 
 
 def _turned(faults: Any, random: Random) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from marble.raft.core import Raft
 from marble.testing.ledger import Ledger
 from marble.testing.loop import Loop
+from marble.testing.model import Model
 from marble.testing.plan import Plan
 from marble.transport.codec import Envelope
 
@@ -28,6 +29,8 @@ class World:
         Faults so far, by kind.
     cores
         Group -> node -> the core that runs there now.
+    models
+        Group -> what its tables must hold, where they are in files.
     send
         Puts a packet of messages on the network: (from, to, messages).
     """
@@ -37,4 +40,5 @@ class World:
     injected: Counter[str] = field(default_factory=Counter)
     ledgers: dict[int, Ledger] = field(default_factory=dict)
     cores: dict[int, dict[int, Raft]] = field(default_factory=dict)
+    models: dict[int, Model] = field(default_factory=dict)
     send: Callable[[int, int, list[Envelope]], bool] = lambda sender, to, envelopes: True
