@@ -294,10 +294,15 @@ class SnapshotStore:
         return reader.refs()
 
     def _received(self, receiver: Receiver) -> SnapshotInfo:
-        """Give a file that was verified its name."""
-        info = receiver.info
+        """Give a file that was verified its name. One of this node's own that was made meanwhile is as good, and stays."""
+        info, refs = receiver.info, receiver.check()
+        own = self._infos.get(info.index)
+        if own is not None and own.term == info.term:
+            # The same state, in other files: each node compacts for itself.
+            self._files.remove(receiver.path)
+            return own
         self._publish(receiver.path, _path(info.group, info.index, info.term))
-        self._files_of[info] = receiver.check()
+        self._files_of[info] = refs
         self._take_in(info)
         return info
 
@@ -428,7 +433,8 @@ class Receiver(PartialFile):
     def finish(self) -> SnapshotInfo:
         """Make it a snapshot of this node, after `check`. When this returns it is durable.
 
-        The files that it refers to must be there by then. Raises as `check` does.
+        The files that it refers to must be there by then. Returns what is here of that index: perhaps one that was made here
+        while this one was on its way. Raises as `check` does.
         """
         check(self._open, "a receiver was used after it was closed")
         self.check()

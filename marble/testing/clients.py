@@ -220,9 +220,9 @@ class Client:
             self._failed(operation, number, error)
             return
         node = self._nodes[number]
-        view = node.seats[operation.group].machine.read(self._sales.tables[operation.group])
+        machine = node.seats[operation.group].machine
         try:
-            found = view.get_many(self._key(operation.key))
+            found = machine.read(self._sales.tables[operation.group]).get_many(self._key(operation.key))
         except CorruptionError as damage:
             if not node.tables.excuses(damage):
                 raise

@@ -281,11 +281,20 @@ class Simulation:
         return all(self._agree(group, ledger) for group, ledger in self.world.ledgers.items())
 
     def _replace_unhealed(self) -> None:
-        """A file that none of the peers has, since each compacts for itself, is not to be healed: that takes another node."""
+        """A file that none of the peers has, since each compacts for itself, is not to be healed: that takes another node.
+
+        So it does if only a snapshot refers to the file: its node does not read it any more, and cannot hand it on.
+        """
         for node in list(self.nodes.values()):
-            if any(seat.machine.damaged() for seat in node.seats.values()) and self.operator.can_lose(node):
-                self.world.injected["files that no peer had"] += 1
-                node.retire("a file of its tables is damaged, and no peer has it")
+            if not node.tables.is_harmed(node.seats) or not self.operator.can_lose(node):
+                continue
+            for group, seat in node.seats.items():
+                for name in (ref.name for ref in seat.machine.damaged()):
+                    peers = (peer for peer in self.nodes.values() if peer is not node and peer.seats)
+                    if any(peer.tables.has(peer.seats[group], name) for peer in peers):
+                        raise Violation(f"node {node.id} does not heal {name}, which a peer has")
+            self.world.injected["files that no peer had"] += 1
+            node.retire("a file of its tables is damaged, and no peer has it")
 
     def _agree(self, group: int, ledger: Ledger) -> bool:
         """Whether all members are well and have applied everything."""

@@ -187,8 +187,11 @@ class SimulatedFiles:
 
     def durable(self, path: str) -> bytearray | None:
         """The bytes of the file as any power loss leaves them; None if it may lose some of them, or the name."""
-        node = self._stored_names.get(path)
-        return None if node is None or node.dirty or self._names.get(path) is not node else node.stored
+        node, now = self._stored_names.get(path), self._names.get(path)
+        if node is None or now is None or node.dirty or now.dirty:
+            return None
+        # Another file may have got the name since the last sync of the directory: then either survives.
+        return node.stored if node is now or node.stored == now.stored else None
 
     def delete(self, path: str) -> None:
         """Make `path` go, durably."""

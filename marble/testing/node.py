@@ -174,6 +174,7 @@ class SimulatedNode:
             ),
             replicated=recovered.endpoints,
             wall_us=self.clock.wall_us,
+            pace=None if plan.tables is None else lambda nbytes: self.tables.meanwhile(self.seats[group]),
         )
         self._groups.add(driver)
         self.seats[group] = seat = Seat(driver, machine, ledger, self._promises(ledger, raft), store)
@@ -475,7 +476,7 @@ class SimulatedNode:
         self._pump(self.life)
 
     def _filed(self, job: FileJob | CompactJob) -> None:
-        job.run()
+        self.tables.run(job)
         if isinstance(job, WriteJob | CompactJob) and job.error is None:
             self._world.injected["snapshots taken" if isinstance(job, WriteJob) else "compactions"] += 1
         if isinstance(job, CompactJob):

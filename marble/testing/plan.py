@@ -276,7 +276,7 @@ PLANS: Final[dict[str, Plan]] = {
             network=NetworkFaults(cuts=0.3, cut_us=10_000_000, lags=0.1),
             process=ProcessFaults(0.1, 0.05, 6_000_000, elections=0.1),
             operations=Operations(changes=0.3, transfers=0.1, wipes=0.03),
-            tables=TableFiles(losses=0.03, inline_bytes=1500),
+            tables=TableFiles(flips=0.1, losses=0.03, inline_bytes=1500),
             snapshot_distance=25,
             snapshot_tail=0,
         ),

@@ -9,16 +9,26 @@ from __future__ import annotations
 
 from typing import Final
 
+import pyarrow as pa
+
 from marble._core.checksum import Xxh3Name
+from marble._core.sstable import BlockCache, SSTable
 from marble.errors import CorruptionError
 from marble.jobs import CollectJob, CompactJob, FileJob, MachineJob, ReceiveJob, RestoreJob, WriteJob
 from marble.lsm.compaction import CompactionPolicy
 from marble.lsm.files import DIRECTORY, TableFiles
 from marble.lsm.store import StorePolicy
+from marble.schema import TableInfo
 from marble.testing.disk import SimulatedFiles
 from marble.testing.ledger import Ledger, Violation
 from marble.testing.observed import ObservedMachine, Seat
 from marble.testing.world import World
+
+MEANWHILE: Final = 0.2
+"""Chance that compaction and the removal of files happen in the middle of a flush or a compaction."""
+
+SPARE_SNAPSHOTS_MAX: Final = 5
+"""A file that nobody needs has gone before so many snapshots were written."""
 
 LOOKED_AT: Final = 0.15
 """Chance that all rows are compared with the model after entries were applied. After anything else that touches files they always are."""
@@ -44,6 +54,9 @@ class NodeTables:
         self._loop = world.loop
         self._node = node
         self._files = files
+        self._running: FileJob | CompactJob | None = None
+        self._spare: dict[str, int] = {}
+        """Paths of files that nobody needs, and how many snapshots have been written here since that was so."""
         self._known: dict[str, bytearray] = {}
         """Files that were found sound, and the very bytes that were."""
 
@@ -70,25 +83,28 @@ class NodeTables:
             self._loop.note(self._node, "loses {}", path)
             self._files.delete(path)
         else:
-            self._mapped_anew(seats, path)
             bit = self._loop.between(0, self._files.size(path) * 8 - 1)
+            with self._files.undisturbed():
+                self._mapped_anew(seats, path, bit)
             self._loop.note(self._node, "loses bit {} of {}", bit, path)
             self._files.flip_bit(path, bit)
         self._known.pop(path, None)
         self.harmed.add(path)
         return True
 
-    def _mapped_anew(self, seats: dict[int, Seat], path: str) -> None:
-        """What was read of the file and found right stays right in memory: blocks are checked when they are touched first.
-
-        So the machine either keeps what it has mapped, until it starts again, or has just opened the file and touched nothing.
+    def _mapped_anew(self, seats: dict[int, Seat], path: str, bit: int) -> None:
+        """What was read of the file and found right stays right in memory: all but the blocks is checked when a file is opened,
+        and a block when it is touched first. So the machine keeps what it has mapped, until it starts again; or it has just opened
+        the file and touched none of its blocks, and `bit` is in one.
         """
         self._files.unmap(path)
-        if self._loop.chance(0.7):
-            for seat in seats.values():
-                for name in sorted(_needed(seat)):
-                    if seat.path(name) == path:
-                        seat.machine.healed(name)
+        if self._loop.chance(0.3):
+            return
+        for seat in seats.values():
+            for tree in seat.machine._all_trees():
+                for file in tree.below.levels:
+                    if seat.path(file.name) == path and _is_in_a_block(self._files.read(path), bit, tree.info):
+                        seat.machine.healed(file.name)
 
     def is_harmed(self, seats: dict[int, Seat]) -> bool:
         """Whether anything of it is left: a damaged file that is there, or a lost one that is needed."""
@@ -103,6 +119,29 @@ class NodeTables:
     def excuses(self, error: CorruptionError) -> bool:
         """Whether `error` is about a file that was harmed."""
         return error.path is not None and error.path.removeprefix("simulated:") in self.harmed
+
+    # -- jobs --------------------------------------------------------------------------------------------------------
+
+    def run(self, job: FileJob | CompactJob) -> None:
+        """Run a job on files; while it waits for its pace, another thread may do what `meanwhile` does."""
+        self._running = job
+        try:
+            job.run()
+        finally:
+            self._running = None
+
+    def meanwhile(self, seat: Seat) -> None:
+        """One job on files has synced a part: let the thread that it shares the files with do something, wholly, before it goes on."""
+        running, snapshots = self._running, seat.driver.snapshots
+        assert snapshots is not None
+        if running is None or not self._loop.chance(MEANWHILE):
+            return
+        if isinstance(running, WriteJob):
+            CompactJob(seat.ledger.group, seat.machine, None).run()
+            self._world.injected["compactions during a flush"] += 1
+        elif isinstance(running, CompactJob) and snapshots.transfer.receiving is None and not snapshots.installing:
+            CollectJob(seat.ledger.group, seat.snapshots, seat.machine).run()
+            self._world.injected["removals during a compaction"] += 1
 
     # -- what must hold ----------------------------------------------------------------------------------------------
 
@@ -130,6 +169,13 @@ class NodeTables:
                 self._check_content(seat)
             if isinstance(job, CollectJob) and job.error is None:
                 self._check_nothing_is_superfluous(seat)
+            if isinstance(job, WriteJob) and job.error is None:
+                self._count_spare(seat)
+
+    def has(self, seat: Seat, name: str) -> bool:
+        """Whether the file is here, and sound."""
+        path = seat.path(name)
+        return self._files.exists(path) and _is_sound(path, self._files.read(path))
 
     def is_well(self, seat: Seat) -> bool:
         """Whether all of its tables can be read, and are what they must be."""
@@ -182,11 +228,32 @@ class NodeTables:
         if spare:
             raise Violation(f"node {self._node}: nobody needs {spare}, and they stay")
 
+    def _count_spare(self, seat: Seat) -> None:
+        """What nobody needs goes before long."""
+        mark = f"{DIRECTORY}/{seat.ledger.group:08x}-"
+        there = {f"{DIRECTORY}/{name}" for name in self._files.list(DIRECTORY) if name.endswith(".arrow")}
+        spare = {path for path in there if path.startswith(mark)} - {seat.path(name) for name in _needed(seat)}
+        others = {path: count for path, count in self._spare.items() if not path.startswith(mark)}
+        self._spare = {**others, **{path: self._spare.get(path, 0) + 1 for path in spare}}
+        if late := sorted(path for path, count in self._spare.items() if count > SPARE_SNAPSHOTS_MAX):
+            raise Violation(f"node {self._node}: nobody needs {late}, and they stay")
+
 
 def _needed(seat: Seat) -> set[str]:
     """The files that the snapshots and the machine of `seat` refer to."""
     trees = seat.machine._all_trees() if seat.machine.store is not None else []
     return seat.snapshots.kept() | {file.name for tree in trees for file in tree.below.levels}
+
+
+def _is_in_a_block(data: bytes, bit: int, info: TableInfo) -> bool:
+    """Whether a file with this bit flipped can still be opened."""
+    flipped = bytearray(data)
+    flipped[bit // 8] ^= 1 << bit % 8
+    try:
+        SSTable.open(pa.py_buffer(flipped), info.schema, info.key, BlockCache(0))
+    except CorruptionError:
+        return False
+    return True
 
 
 def _is_sound(path: str, data: bytes) -> bool:

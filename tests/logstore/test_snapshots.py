@@ -285,6 +285,41 @@ def test_another_snapshot_takes_the_place_of_the_one_under_way(files: SimulatedF
     assert files.list("snapshots") == [NAME(20).split("/")[1]]
 
 
+def test_one_that_was_made_here_while_it_was_on_its_way_stays(files: SimulatedFiles) -> None:
+    # Each node compacts for itself: the same state in other files is another snapshot of the same entry.
+    source = SnapshotStore(disk(), 1)
+    theirs = write(source, 10, count=4)
+    store = SnapshotStore(files, 1)
+    receiver = store.receive(theirs)
+    transfer(source, theirs, receiver)
+    own = write(store, 10)
+    assert own != theirs
+    assert receiver.finish() == own
+    assert store.infos() == [own]
+    assert content(store, own) == expected(10)
+    assert files.list("snapshots") == [NAME(10).split("/")[1]]
+    assert SnapshotStore(files, 1).infos() == [own]
+
+
+def test_a_disk_that_fails_to_read_does_not_make_a_snapshot_damaged(files: SimulatedFiles) -> None:
+    store = SnapshotStore(files, 1)
+    info = write(store, 10)
+    reads = 0
+    while True:
+        reads += 1
+        files.fail_read_at = files.reads + reads
+        try:
+            found = content(store, info)
+        except OSError as error:
+            assert "simulated failure of read" in str(error)
+            continue
+        break
+    assert reads > 4
+    assert found == expected(10)
+    files.fail_read_at = None
+    assert content(SnapshotStore(files, 1), info) == expected(10)
+
+
 def test_what_was_damaged_on_its_way_is_fetched_anew(files: SimulatedFiles) -> None:
     source = SnapshotStore(disk(), 1)
     info = write(source, 10)
