@@ -311,9 +311,10 @@ def test_a_disk_that_fails_to_read_does_not_make_a_snapshot_damaged(files: Simul
         try:
             found = content(store, info)
         except OSError as error:
-            assert "simulated failure of read" in str(error)
+            failure = str(error)
             continue
         break
+    assert "simulated failure of read" in failure
     assert reads > 4
     assert found == expected(10)
     files.fail_read_at = None
