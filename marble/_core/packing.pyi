@@ -34,6 +34,12 @@ class Outbox:
     def put(self, data: bytes | pa.Buffer) -> int:
         """Queue `data`, bytes or an immutable buffer; returns QUEUED, WAKE, FULL or CLOSED."""
 
+    def put_many(self, messages: list[bytes | pa.Buffer], first: int) -> tuple[int, bool, bool]:
+        """Queue `messages` from the number `first` on until one is refused.
+
+        Returns how many were queued, whether whoever waits to take them must be woken, and whether one was refused.
+        """
+
     def open(self) -> None:
         """Take messages, as it is at first."""
 

@@ -24,10 +24,16 @@ from libc.string cimport memcpy
 
 from marble.errors import InvariantError, ProtocolError
 
-QUEUED = 0
-WAKE = 1
-FULL = 2
-CLOSED = 3
+cdef enum:
+    QUEUED_ = 0
+    WAKE_ = 1
+    FULL_ = 2
+    CLOSED_ = 3
+
+QUEUED = QUEUED_
+WAKE = WAKE_
+FULL = FULL_
+CLOSED = CLOSED_
 
 
 cdef inline Py_ssize_t size_of(data) except -1:
@@ -50,20 +56,35 @@ cdef class Outbox:
         self.count_max = count_max
         self.accepting = True
 
-    def put(self, data not None):
+    cdef int _put(self, data) except -1:
         cdef Py_ssize_t size = size_of(data)
         if not self.accepting:
-            return CLOSED
+            return CLOSED_
         if self.count and (self.count >= self.count_max or self.nbytes + size > self.bytes_max):
             self.starved = True
-            return FULL
+            return FULL_
         self.items.append(data)
         self.nbytes += size
         self.count += 1
         if self.waiting:
             self.waiting = False
-            return WAKE
-        return QUEUED
+            return WAKE_
+        return QUEUED_
+
+    def put(self, data not None):
+        return self._put(data)
+
+    def put_many(self, list messages not None, Py_ssize_t first):
+        cdef Py_ssize_t number = first
+        cdef bint wake = False
+        cdef int said = QUEUED_
+        while number < len(messages):
+            said = self._put(messages[number])
+            if said >= FULL_:
+                break
+            wake = wake or said == WAKE_
+            number += 1
+        return number - first, wake, said >= FULL_
 
     def open(self):
         self.accepting = True

@@ -6,7 +6,7 @@ server that it was given to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Final
 
@@ -106,7 +106,17 @@ class ArrowFlightTransport:
         self, peer: Peer, message: bytes | bytearray | memoryview | pa.Buffer, *, timeout_s: float = SEND_TIMEOUT_S
     ) -> None:
         """Queue a message for a node. See `Messaging.send_message`."""
-        self._started.send_message(peer, message, timeout_s=timeout_s)
+        (self._flight or self._started).send_message(peer, message, timeout_s=timeout_s)
+
+    def send_messages(
+        self,
+        peer: Peer,
+        messages: Iterable[bytes | bytearray | memoryview | pa.Buffer],
+        *,
+        timeout_s: float = SEND_TIMEOUT_S,
+    ) -> None:
+        """Queue messages for a node. See `Messaging.send_messages`."""
+        self._started.send_messages(peer, messages, timeout_s=timeout_s)
 
     def receive_message(self, timeout_s: float | None = None) -> ReceivedMessage | None:
         """Take out the next message; None if none has come in time. See `Messaging.receive_message`."""

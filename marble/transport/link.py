@@ -228,12 +228,20 @@ class Link:
             self._pumps[lane].start()
         return True
 
-    def send_message(self, data: bytes | pa.Buffer, timeout_s: float) -> bool:
-        """Queue a user's message; wait up to `timeout_s` seconds for the peer and for room. Whether it was queued."""
-        if not self._control.connected and not self._control.wait_connected(timeout_s):
+    def send_message(self, data: bytes | pa.Buffer) -> bool:
+        """Queue a user's message if that is possible at once. Whether it was queued."""
+        if not self._control.connected:
             return False
         self._message_pump.start()
-        return self._messages.put(data, timeout_s)
+        return self._messages.put(data)
+
+    def send_messages(self, messages: list[bytes | pa.Buffer], timeout_s: float) -> int:
+        """Queue users' messages; wait up to `timeout_s` seconds for the peer and for room. How many were queued."""
+        end = self._clock.monotonic() + timeout_s
+        if not self._control.connected and not self._control.wait_connected(timeout_s):
+            return 0
+        self._message_pump.start()
+        return self._messages.put_all(messages, end - self._clock.monotonic())
 
     def request_finish(self) -> None:
         """Take no more messages of users, and let those that are queued leave. Returns at once."""

@@ -165,31 +165,36 @@ class MessageLoad:
         self._bytes = metrics.counter("transport_user_bytes_sent")
         self._dropped = metrics.counter("transport_messages_dropped")
 
-    def put(self, data: bytes | pa.Buffer, timeout_s: float) -> bool:
-        """Queue `data`; wait up to `timeout_s` seconds for room. Whether it was queued."""
+    def put(self, data: bytes | pa.Buffer) -> bool:
+        """Queue `data` if there is room now. Whether it was queued."""
         state = self._outbox.put(data)
         if state == WAKE:
             self._nothing.release()
-        return state < FULL or (state == FULL and timeout_s > 0 and self._put_slowly(data, timeout_s))
-
-    def _put_slowly(self, data: bytes | pa.Buffer, timeout_s: float) -> bool:
-        state = FULL
-
-        def decided() -> bool:
-            nonlocal state
-            state = self._outbox.put(data)
-            if state == WAKE:
-                self._nothing.release()
-            return state != FULL
-
-        with self._room:
-            # `written` gives room before it looks whether somebody waits, and wakes under this lock.
-            self._room.wait_for(decided, timeout_s)
         return state < FULL
 
+    def put_all(self, messages: list[bytes | pa.Buffer], timeout_s: float) -> int:
+        """Queue `messages`, in order; wait up to `timeout_s` seconds for room. How many were queued."""
+        queued = 0
+
+        def decided() -> bool:
+            nonlocal queued
+            more, wake, refused = self._outbox.put_many(messages, queued)
+            queued += more
+            if wake:
+                self._nothing.release()
+            return not refused or self._refusing
+
+        if not decided() and timeout_s > 0:
+            with self._room:
+                # `written` gives room before it looks whether somebody waits, and wakes under this lock.
+                self._room.wait_for(decided, timeout_s)
+        return queued
+
     def accept(self) -> None:
-        if not self._refusing:
+        if not self._refusing and not self._outbox.accepting:
             self._outbox.open()
+            with self._room:
+                self._room.notify_all()
 
     def refuse(self) -> None:
         self._refusing = True
@@ -228,7 +233,8 @@ class MessageLoad:
         self._bytes.add(size)
 
     def give_up(self) -> int:
-        """Nothing is dropped: it is the user's to say when a message is of no use any more."""
+        """Take no more until `accept`. Nothing is dropped: it is the user's to say when a message is of no use any more."""
+        self._outbox.close()
         return 0
 
     def drop(self) -> None:

@@ -15,7 +15,7 @@ Rule 1: whoever sends is told. A message that cannot be queued is an error that 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import pyarrow as pa
@@ -149,24 +149,49 @@ class Messaging(abc.ABC):
             The peer is unknown, or `message` is no bytes or larger than ``message_bytes_max``.
         """
         link = self._find_link(peer)
+        quick = link is not None and type(message) is bytes and len(message) <= self.options.message_bytes_max
+        if not (quick and link is not None and link.send_message(message)):
+            self.send_messages(peer, [message], timeout_s=timeout_s)
+
+    def send_messages(
+        self,
+        peer: Peer,
+        messages: Iterable[bytes | bytearray | memoryview | pa.Buffer],
+        *,
+        timeout_s: float = SEND_TIMEOUT_S,
+    ) -> None:
+        """Queue `messages` for a node, in order: like `send_message` for each, at less cost.
+
+        Raises
+        ------
+        UnavailableError
+            As `send_message`. It says how many of the first were queued; the others were not.
+        UsageError
+            As `send_message`. None was queued.
+        """
+        link = self._find_link(peer)
         if link is None:
             raise UsageError(f"node {peer} is not connected to: call connect_to_peer first")
-        data = message if type(message) is bytes else _frozen(message)
-        if len(data) > self.options.message_bytes_max:
+        frozen = [message if type(message) is bytes else _frozen(message) for message in messages]
+        largest = max(map(len, frozen), default=0)
+        if largest > self.options.message_bytes_max:
             raise UsageError(
-                f"a message of {len(data)} bytes exceeds message_bytes_max, {self.options.message_bytes_max}"
+                f"a message of {largest} bytes exceeds message_bytes_max, {self.options.message_bytes_max}"
             )
-        if not link.send_message(data, timeout_s):
-            raise self._not_sent(link, timeout_s)
+        queued = link.send_messages(frozen, timeout_s)
+        if queued < len(frozen):
+            raise self._not_sent(link, timeout_s, f"; of {len(frozen)} messages {queued} were queued")
 
-    def _not_sent(self, link: Link, timeout_s: float) -> UnavailableError:
+    def _not_sent(self, link: Link, timeout_s: float, rest: str = "") -> UnavailableError:
         who = f"node {link.peer} at {link.endpoint}"
         if link.connected:
-            return UnavailableError(
+            cause = (
                 f"the queue to {who} had no room for {timeout_s} s: it takes messages more slowly than they are sent"
             )
-        cause = link.trouble or "no connection yet"
-        return UnavailableError(f"{who} was not reached in {timeout_s} s ({cause}): see that it runs and is reachable")
+        else:
+            trouble = link.trouble or "no connection yet"
+            cause = f"{who} was not reached in {timeout_s} s ({trouble}): see that it runs and is reachable"
+        return UnavailableError(cause + rest)
 
     def receive_message(self, timeout_s: float | None = None) -> ReceivedMessage | None:
         """Take out the next message of any node.

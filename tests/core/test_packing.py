@@ -88,6 +88,18 @@ def test_who_finds_no_room_is_told_when_there_is_some() -> None:
     assert box.put(b"x") == QUEUED
     box.close()
     assert box.put(b"x") == CLOSED
+    assert box.put_many([b"x"], 0) == (0, False, True)
+
+
+def test_many_are_queued_up_to_the_one_that_finds_no_room() -> None:
+    box = Outbox(4, 100)
+    assert box.begin_wait()
+    messages = [b"never", b"a", b"bc", b"de", b"f"]
+    assert box.put_many(messages, 1) == (2, True, True)
+    assert box.put_many(messages, 4) == (1, False, False)
+    assert box.put_many(messages, 5) == (0, False, False)
+    assert box.take(100, 100) == [b"a", b"bc", b"f"]
+    assert box.fed()
 
 
 @given(MESSAGES)

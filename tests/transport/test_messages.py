@@ -212,6 +212,25 @@ def test_a_receiver_that_takes_nothing_holds_the_sender_back_and_nobody_else(sta
     assert numbers == list(range(sent))
 
 
+def test_many_messages_are_sent_at_once(stack: contextlib.ExitStack) -> None:
+    pair = Pair(stack, TransportOptions(queue_bytes_max=1 << 20, mailbox_bytes_max=1 << 20, message_bytes_max=100_000))
+    pair.one.send_messages(2, [b"one", bytearray(b"two"), b"three"])
+    assert [pair.take() for _ in range(3)] == [b"one", b"two", b"three"]
+    with pytest.raises(UsageError, match="exceeds message_bytes_max"):
+        pair.one.send_messages(2, [b"not this one either", bytes(100_001)])
+    messages = [number.to_bytes(4, "little") + bytes(90_000) for number in range(1000)]
+    with pytest.raises(UnavailableError, match=r"of 1000 messages \d+ were queued") as caught:
+        pair.one.send_messages(2, messages, timeout_s=0.5)
+    queued = int(str(caught.value).split()[-3])
+    assert [pair.take() for _ in range(queued)] == messages[:queued]
+    assert pair.two.receive_message(0) is None
+    # More than there is room for at once, to somebody who takes them.
+    sending = threading.Thread(target=pair.one.send_messages, args=(2, messages), kwargs={"timeout_s": DEADLINE_S})
+    sending.start()
+    assert [pair.take() for _ in messages] == messages
+    sending.join()
+
+
 def test_messages_of_large_and_small_size_are_bounded(stack: contextlib.ExitStack) -> None:
     pair = Pair(stack, TransportOptions(message_bytes_max=10))
     with pytest.raises(UsageError, match="11 bytes exceeds message_bytes_max, 10"):
