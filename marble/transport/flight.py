@@ -29,6 +29,7 @@ from marble.metrics import Metrics
 from marble.transport import _shutdown
 from marble.transport.carrier import STREAM_ERRORS, Arrival, Carrier, FlightCarrier
 from marble.transport.codec import Codec, Envelope, Lane
+from marble.transport.compression import unwrap
 from marble.transport.faults import cause_of, to_flight_error
 from marble.transport.handshake import Acquaintances, Chunk, Handshake
 from marble.transport.link import Link
@@ -392,7 +393,8 @@ class FlightTransport(Messaging):
         for metadata, batch in chunks:
             if metadata is None:
                 raise ProtocolError(f"entries without messages from node {sender}")
-            envelopes = self._codec.decode(sender, metadata.to_pybytes(), batch)
+            packet = unwrap(metadata.to_pybytes(), batch, self.options.entry_bytes_max)
+            envelopes = self._codec.decode(sender, packet.metadata, packet.batch)
             if envelopes:
                 if receiver is None:
                     raise ProtocolError(f"node {self.node_id} takes no messages of Raft, only those of users")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Final, Protocol
+from typing import Protocol
 
 import pyarrow as pa
 
@@ -20,10 +20,8 @@ from marble.errors import ProtocolError, UnavailableError
 from marble.metrics import Metrics
 from marble.transport.carrier import NO_HELLO, Stream
 from marble.transport.codec import Codec, Hello, Lane
+from marble.transport.compression import ALL_FEATURES
 from marble.types import NO_NODE
-
-FEATURES: Final = 0
-"""What this node understands beyond what every node does, a bit each."""
 
 Chunk = tuple[pa.Buffer | None, pa.RecordBatch | None]
 """As an `Arrival` gives it."""
@@ -68,6 +66,8 @@ class Handshake:
 
     def __init__(self, codec: Codec, advertised: str, strangers_max: int, metrics: Metrics) -> None:
         self.acquaintances: Acquaintances = Forgetful()
+        self.features = ALL_FEATURES
+        """What this node understands beyond what every node does, a bit each."""
         self._codec = codec
         self._advertised = advertised
         self._strangers_max = strangers_max
@@ -77,7 +77,7 @@ class Handshake:
 
     def hello(self, to: int, lane: Lane) -> bytes:
         """What this node says to `to`, whoever of the two has called, on a stream for `lane`; to `NO_NODE`: who are you?"""
-        return self._codec.hello(to, self._advertised, self.acquaintances.incarnation, lane, FEATURES)
+        return self._codec.hello(to, self._advertised, self.acquaintances.incarnation, lane, self.features)
 
     def greet(self, chunks: Iterator[Chunk]) -> Hello | None:
         """Find out who opened this stream; None if it ended at once.
@@ -108,7 +108,7 @@ class Handshake:
         hello = self._answer(stream, f"node {peer}")
         if hello.sender != peer:
             raise ProtocolError(f"node {hello.sender} answers at the endpoint of node {peer}")
-        return hello.features & FEATURES
+        return hello.features & self.features
 
     def ask(self, stream: Stream, endpoint: str) -> int:
         """Ask who is at the other end of `stream`, at `endpoint`; the stream is of no other use. Raises as `call`."""

@@ -26,9 +26,11 @@ from typing import Final
 import pyarrow as pa
 
 from marble._core.entry_batch import ENTRY_SCHEMA
+from marble.env import Clock
 from marble.metrics import Metrics
 from marble.raft.messages import MessageKind
 from marble.transport.codec import MESSAGES_PER_PACKET_MAX, Codec, Envelope, Lane, Packet
+from marble.transport.compression import Squeezer, wrap
 from marble.transport.messages import MESSAGE_SCHEMA, MessageCodec, MessageLoad
 from marble.transport.options import TransportOptions
 from marble.transport.pump import Pump, Surroundings
@@ -43,8 +45,9 @@ def _lane_of(envelope: Envelope) -> Lane:
 class EnvelopeLoad:
     """A queue of Raft messages to one peer: a `marble.transport.pump.Load`."""
 
-    def __init__(self, peer: int, codec: Codec, options: TransportOptions, metrics: Metrics) -> None:
+    def __init__(self, peer: int, codec: Codec, options: TransportOptions, clock: Clock, metrics: Metrics) -> None:
         self._peer = peer
+        self._squeezer = Squeezer(options.compression, clock, metrics)
         self._codec = codec
         self._options = options
         self._queue: queue.SimpleQueue[Sequence[Envelope] | None] = queue.SimpleQueue()
@@ -110,7 +113,11 @@ class EnvelopeLoad:
         return True
 
     def packets(self, features: int) -> list[Packet]:
-        return self._codec.encode(self._peer, self._unsent)
+        packets = self._codec.encode(self._peer, self._unsent)
+        return [wrap(packet, self._squeezer, features) for packet in packets] if features else packets
+
+    def wrote(self, nbytes: int, seconds: float) -> None:
+        self._squeezer.wrote(nbytes, seconds)
 
     def written(self) -> None:
         self._sent.add(len(self._unsent))
@@ -154,7 +161,7 @@ class Link:
         self._clock = around.clock
         self._started = False
         loads = {
-            lane: EnvelopeLoad(peer, codec, around.options, around.metrics)
+            lane: EnvelopeLoad(peer, codec, around.options, around.clock, around.metrics)
             for lane in (Lane.CONTROL, Lane.LOG, Lane.BULK)
         }
         self._loads = loads
@@ -163,6 +170,7 @@ class Link:
             MessageCodec(codec, around.options.message_bytes_max),
             around.random.randrange(0, 2**64),
             around.options,
+            around.clock,
             around.metrics,
         )
         self._control = Pump(

@@ -25,9 +25,11 @@ import pyarrow as pa
 
 from marble._core.checksum import xxh3_64
 from marble._core.packing import FULL, WAKE, Outbox, ReceivedMessage, pack, unpack
+from marble.env import Clock
 from marble.errors import ProtocolError, UnavailableError
 from marble.metrics import Metrics
 from marble.transport.codec import PROTOCOL_VERSION, Codec, Packet
+from marble.transport.compression import Compression, Squeezer, unsqueeze
 from marble.transport.handshake import Chunk
 from marble.transport.options import TransportOptions
 
@@ -67,26 +69,41 @@ class MessageCodec:
         self.message_bytes_max = message_bytes_max
         self._cluster = codec.cluster_hash
 
-    def encode(self, to: int, epoch: int, first: int, messages: list[bytes | pa.Buffer]) -> Iterator[Packet]:
-        """Pack `messages`, of which the first has the number `first`; none at all give one packet without messages."""
+    def encode(
+        self,
+        to: int,
+        epoch: int,
+        first: int,
+        messages: list[bytes | pa.Buffer],
+        squeezer: Squeezer | None = None,
+        features: int = 0,
+    ) -> Iterator[Packet]:
+        """Pack `messages`, of which the first has the number `first`; none at all give one packet without messages.
+
+        With a `squeezer` what is large may be compressed in a way that the peer's `features` name.
+        """
         if len(messages) == 1:
             body = pa.py_buffer(messages[0])
             total = body.size
             for offset in range(0, total, PIECE_BYTES_MAX) or (0,):
                 piece = body.slice(offset, min(PIECE_BYTES_MAX, total - offset))
                 lengths = piece.size.to_bytes(4, "little")
-                yield self._packet(to, Header(epoch, first, 1, offset, total, lengths), piece)
+                yield self._packet(to, Header(epoch, first, 1, offset, total, lengths), piece, squeezer, features)
             return
         total = sum(map(len, messages))
         body = pa.allocate_buffer(total)
         lengths = pack(messages, body)
-        yield self._packet(to, Header(epoch, first, len(messages), 0, total, lengths), body)
+        yield self._packet(to, Header(epoch, first, len(messages), 0, total, lengths), body, squeezer, features)
 
-    def _packet(self, to: int, header: Header, body: pa.Buffer) -> Packet:
+    def _packet(self, to: int, header: Header, body: pa.Buffer, squeezer: Squeezer | None, features: int) -> Packet:
         epoch, first, count, offset, total, lengths = header
-        fields = (self._cluster, self.node_id, to, epoch, first, count, 0, offset, total)
+        seed = xxh3_64(body)
+        codec = Compression.NONE
+        if squeezer is not None:
+            codec, body = squeezer.squeeze(body, features)
+        fields = (self._cluster, self.node_id, to, epoch, first, count, codec, offset, total)
         covered = _HEADER.pack(_MAGIC, PROTOCOL_VERSION, 0, 0, *fields)[_COVERED:] + lengths
-        digest = xxh3_64(covered, xxh3_64(body))
+        digest = xxh3_64(covered, seed)
         batch = None
         if body.size:
             column = pa.Array.from_buffers(pa.uint8(), body.size, [None, body])
@@ -108,13 +125,15 @@ class MessageCodec:
             raise ProtocolError(f"a packet with {len(head)} bytes of metadata")
         magic, version, zero, digest, cluster, from_, to, *rest = _HEADER.unpack_from(head)
         epoch, first, count, codec, offset, total = rest
-        if magic != _MAGIC or version != PROTOCOL_VERSION or zero != 0 or codec != 0:
+        if magic != _MAGIC or version != PROTOCOL_VERSION or zero != 0:
             raise ProtocolError("not a packet of messages of this protocol")
         if cluster != self._cluster or from_ != sender or to != self.node_id:
             raise ProtocolError(f"a packet from {from_} to {to} on the stream from {sender} to {self.node_id}")
         if count > COUNT_MAX or len(head) != _HEADER.size + 4 * count:
             raise ProtocolError(f"a packet with {count} messages in {len(head)} bytes")
         body = _NOTHING if batch is None else _body(batch)
+        if codec != Compression.NONE:
+            body = unsqueeze(codec, body, sum(_numbers(bytes(head[_HEADER.size :]))), PIECE_BYTES_MAX)
         if xxh3_64(head[_COVERED:], xxh3_64(body)) != digest:
             raise ProtocolError(f"a packet from node {sender} does not match its checksum")
         lengths = bytes(head[_HEADER.size :])
@@ -148,8 +167,17 @@ def _body(batch: pa.RecordBatch) -> pa.Buffer:
 class MessageLoad:
     """A queue of messages to one peer: a `marble.transport.pump.Load`. It keeps what it has while the peer is away."""
 
-    def __init__(self, peer: int, codec: MessageCodec, epoch: int, options: TransportOptions, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        peer: int,
+        codec: MessageCodec,
+        epoch: int,
+        options: TransportOptions,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
         self._peer = peer
+        self._squeezer = Squeezer(options.compression, clock, metrics)
         self._codec = codec
         self._epoch = epoch
         self._outbox = Outbox(options.queue_bytes_max, options.message_count_max)
@@ -216,7 +244,10 @@ class MessageLoad:
         return bool(self._unsent)
 
     def packets(self, features: int) -> Iterable[Packet]:
-        return self._codec.encode(self._peer, self._epoch, self._next, self._unsent)
+        return self._codec.encode(self._peer, self._epoch, self._next, self._unsent, self._squeezer, features)
+
+    def wrote(self, nbytes: int, seconds: float) -> None:
+        self._squeezer.wrote(nbytes, seconds)
 
     def written(self) -> None:
         count = len(self._unsent)

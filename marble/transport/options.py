@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from marble.errors import UsageError
+
+COMPRESSIONS: Final = ("auto", "off", "lz4", "zstd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +19,7 @@ class TransportOptions:
     - ``connect_timeout_s``: one attempt to reach a peer; also how long `Link.join` may have to wait for one.
     - ``backoff_min_s``, ``backoff_max_s``: pause between attempts, doubling, of which a random half is taken off.
     - ``idle_check_s``: after this long without a message an empty packet shows whether the stream still lives.
+    - ``compression``: of large payloads: ``auto`` where it makes them arrive sooner, ``off``, ``lz4``, ``zstd``.
     - ``idle_close_s``: after this long without a message a stream for anything but control is closed until it is needed.
     - ``silent_peer_s``: a connection on which the peer's kernel acknowledges nothing for so long is given up.
     - ``message_bytes_max``: one message of a user's, whole.
@@ -40,10 +44,13 @@ class TransportOptions:
     mailbox_count_max: int = 65536
     calls_max: int = 1024
     strangers_max: int = 64
+    compression: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.compression not in COMPRESSIONS:
+            raise UsageError(f"compression must be one of {', '.join(COMPRESSIONS)}, not {self.compression!r}")
         for name in self.__slots__:
-            if getattr(self, name) <= 0:
+            if name != "compression" and getattr(self, name) <= 0:
                 raise UsageError(f"{name} must be above 0, it is {getattr(self, name)}")
         if self.backoff_min_s > self.backoff_max_s:
             raise UsageError("backoff_min_s must not be above backoff_max_s")

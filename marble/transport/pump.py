@@ -57,6 +57,10 @@ class Load(Protocol):
         """What was taken, for a peer that understands `features`; one empty packet if that is nothing."""
         ...
 
+    def wrote(self, nbytes: int, seconds: float) -> None:
+        """The stream took a packet of so many bytes within so long."""
+        ...
+
     def written(self) -> None:
         """All that was taken has been written."""
         ...
@@ -312,6 +316,9 @@ class Pump:
                 stream.finish()
                 return
             for metadata, batch in self.load.packets(self._features):
+                began = clock.monotonic()
                 stream.write(metadata, batch)
+                nbytes = len(metadata) + (0 if batch is None else batch.nbytes)
+                self.load.wrote(nbytes, clock.monotonic() - began)
                 self._packets.add()
             self.load.written()

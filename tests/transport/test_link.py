@@ -77,8 +77,9 @@ class Pair:
         self.endpoints = {1: self.one.endpoint, 2: self.two.endpoint}
         self.one.set_peers(self.endpoints)
         self.two.set_peers(self.endpoints)
-        self.one.start(Inbox(), unreachable=self.broken.put)
+        # Who is called first takes calls first: node 1 reaches it at its first attempt.
         self.two.start(receiver or self.inbox)
+        self.one.start(Inbox(), unreachable=self.broken.put)
 
     def restart_two(self) -> None:
         self.two = FlightTransport(self.endpoints[2], "c", 2, options=self.options)
@@ -116,7 +117,7 @@ def test_messages_and_entries_arrive_in_order(pair: Pair) -> None:
 def test_both_ways(pair: Pair) -> None:
     assert pair.one.send(2, [heartbeat(1)])
     assert pair.inbox.take().message.commit == 1
-    assert pair.two.send(1, [heartbeat(2, sender=2, to=1)])
+    wait_until(lambda: pair.two.send(1, [heartbeat(2, sender=2, to=1)]))
     wait_until(lambda: pair.one.metrics.counter("transport_messages_received").value == 1)
 
 
@@ -259,7 +260,7 @@ def test_link_whose_peer_does_not_read_stops_and_drops() -> None:
         entered.set()
         release.wait(DEADLINE_S)
 
-    pair = Pair(TransportOptions(queue_bytes_max=1 << 20), block)
+    pair = Pair(TransportOptions(queue_bytes_max=1 << 20, compression="off"), block)
     large = append(1, bytes_=1 << 20)
     assert pair.one.send(2, [large])
     assert entered.wait(DEADLINE_S)
@@ -282,7 +283,7 @@ def test_large_batches_delay_no_heartbeat() -> None:
                 entered.set()
                 release.wait(DEADLINE_S)
 
-    pair = Pair(TransportOptions(queue_bytes_max=1 << 20), receive)
+    pair = Pair(TransportOptions(queue_bytes_max=1 << 20, compression="off"), receive)
     large = append(1, bytes_=1 << 20)
     assert pair.one.send(2, [large])
     assert entered.wait(DEADLINE_S)

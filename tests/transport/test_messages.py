@@ -179,7 +179,7 @@ def test_members_of_a_cluster_stay_connected(pair: Pair) -> None:
 
 
 def test_a_receiver_that_takes_nothing_holds_the_sender_back_and_nobody_else(stack: contextlib.ExitStack) -> None:
-    options = TransportOptions(queue_bytes_max=1 << 20, mailbox_bytes_max=1 << 20, idle_check_s=0.05)
+    options = TransportOptions(queue_bytes_max=1 << 20, mailbox_bytes_max=1 << 20, idle_check_s=0.05, compression="off")
     beats: queue.SimpleQueue[list[Envelope]] = queue.SimpleQueue()
     one, two = (FlightTransport("127.0.0.1:0", "c", node, options=options) for node in (1, 2))
     for transport in (one, two):
@@ -213,7 +213,12 @@ def test_a_receiver_that_takes_nothing_holds_the_sender_back_and_nobody_else(sta
 
 
 def test_many_messages_are_sent_at_once(stack: contextlib.ExitStack) -> None:
-    pair = Pair(stack, TransportOptions(queue_bytes_max=1 << 20, mailbox_bytes_max=1 << 20, message_bytes_max=100_000))
+    pair = Pair(
+        stack,
+        TransportOptions(
+            queue_bytes_max=1 << 20, mailbox_bytes_max=1 << 20, message_bytes_max=100_000, compression="off"
+        ),
+    )
     pair.one.send_messages(2, [b"one", bytearray(b"two"), b"three"])
     assert [pair.take() for _ in range(3)] == [b"one", b"two", b"three"]
     with pytest.raises(UsageError, match="exceeds message_bytes_max"):
@@ -258,7 +263,7 @@ def test_what_was_sent_leaves_before_a_transport_stops(pair: Pair) -> None:
 
 
 def test_a_stop_waits_for_nobody_who_does_not_take(stack: contextlib.ExitStack) -> None:
-    pair = Pair(stack, TransportOptions(mailbox_count_max=1, queue_bytes_max=1 << 20))
+    pair = Pair(stack, TransportOptions(mailbox_count_max=1, queue_bytes_max=1 << 20, compression="off"))
     with contextlib.suppress(UnavailableError):
         for _ in range(2000):
             pair.one.send_message(2, bytes(100_000), timeout_s=0.05)
