@@ -1,8 +1,9 @@
 """What carries the chunks of a stream between two nodes: Flight over gRPC, or whatever else keeps these promises.
 
-A chunk is metadata and, with some, a record batch. A stream goes one way, from the node that opened it; the other way comes
-one chunk, the answer to the hello (``docs/transport.md``). All that a carrier must know of marble is in this module: a
-`Carrier` opens a `Stream`, the other end sees it as an `Arrival` and hands that to ``FlightTransport.take_messages``.
+A chunk is metadata and, with some, a record batch. A stream goes one way, from the node that opened it; the other way come
+only the answer to the hello and packets that are given back (``docs/transport.md``). All that a carrier must know of marble is
+in this module: a `Carrier` opens a `Stream`, the other end sees it as an `Arrival` and hands that to
+``FlightTransport.take_messages``.
 
 Invariants of every carrier:
 - Chunks arrive whole, once and in order, or the stream breaks; a break is an error at both ends, never a gap.
@@ -37,14 +38,16 @@ _log = logging.getLogger("marble.transport")
 
 
 class Stream(Protocol):
-    """The end of a stream that opened it and writes on it. One thread uses it; only `cancel` is for others."""
+    """The end of a stream that opened it and writes on it. One thread writes, another may read; `cancel` is for all."""
 
     def write(self, metadata: bytes, batch: pa.RecordBatch | None) -> None:
         """Send one chunk; it may not have left when this returns."""
         ...
 
     def answer(self) -> bytes | None:
-        """Wait for the other end's answer to the hello: the metadata of its chunk. None if it closed the stream instead.
+        """Wait for the other end's next answer, the first of which is to the hello: the metadata of its chunk.
+
+        None if it closed the stream instead.
 
         Raises ProtocolError if the chunk is not metadata alone.
         """
@@ -93,7 +96,7 @@ class Arrival(Protocol):
     def __iter__(self) -> Iterator[tuple[pa.Buffer | None, pa.RecordBatch | None]]: ...
 
     def answer(self, metadata: bytes) -> bool:
-        """Answer the hello. False if the caller has gone, who has done nothing wrong."""
+        """Answer the hello, or give back a packet. False if the caller has gone, who has done nothing wrong."""
         ...
 
 

@@ -31,14 +31,15 @@ from marble.transport.carrier import STREAM_ERRORS, Arrival, Carrier, FlightCarr
 from marble.transport.codec import Codec, Envelope, Lane
 from marble.transport.compression import unwrap
 from marble.transport.faults import cause_of, to_flight_error
-from marble.transport.handshake import Acquaintances, Chunk, Handshake
-from marble.transport.link import Link
+from marble.transport.handshake import ECHO, Acquaintances, Chunk, Handshake
 from marble.transport.messages import MessageCodec, MessageIntake
 from marble.transport.messaging import SEND_TIMEOUT_S, Messaging, OnMessages, Peer
 from marble.transport.options import TransportOptions
+from marble.transport.paths import Peering, make_link
 from marble.transport.peers import Peers, host_of
 from marble.transport.port import FlightService, Port
 from marble.transport.pump import Surroundings
+from marble.transport.watch import Watch
 
 _log = logging.getLogger("marble.transport")
 _FINISH_S: Final = 1.0
@@ -122,12 +123,15 @@ class FlightTransport(Messaging):
             unreachable=lambda peer: self._unreachable(peer),
             failed=lambda error: self._failed(error),
         )
-        self._peers = Peers(node_id, lambda peer, endpoint: Link(peer, endpoint, self._codec, self._around))
+        self._peers = Peers(node_id, lambda peer, endpoint: make_link(peer, endpoint, self._codec, self._around))
         self._messages = MessageIntake(
             MessageCodec(self._codec, self.options.message_bytes_max),
             self._deliver,
             self._mailbox.look_again,
             self.metrics,
+        )
+        self._watch = Watch(
+            node_id, lambda: list(self._peers.links.values()), self._clock, lambda error: self._failed(error)
         )
         _live.add(self)
         # At exit pyarrow would wait for every open call; this runs before that.
@@ -181,6 +185,7 @@ class FlightTransport(Messaging):
             self._handshake.acquaintances = acquaintances or self._handshake.acquaintances
             self._receiver, self._on_messages = receiver, on_messages
             self._started = True
+        self._watch.start()
         self._peers.start()
 
     def set_peers(self, endpoints: Mapping[int, str]) -> None:
@@ -249,7 +254,7 @@ class FlightTransport(Messaging):
         if link is not None:
             self._peers.remove(link.peer)
 
-    def _find_link(self, peer: Peer) -> Link | None:
+    def _find_link(self, peer: Peer) -> Peering | None:
         if self._forked or self._stopped:
             self._check_usable()
         return self._peers.find(peer)
@@ -293,7 +298,7 @@ class FlightTransport(Messaging):
         ended = self._stop_server(end)
         for link in links:
             ended = link.join(end - self._clock.monotonic()) and ended
-        return ended
+        return self._watch.stop(end - self._clock.monotonic()) and ended
 
     def _stop_server(self, end: float) -> bool:
         """Cancel all calls. A thread of its own waits for them, since a handler may never look at its stream."""
@@ -378,7 +383,8 @@ class FlightTransport(Messaging):
                 if hello.lane is Lane.MESSAGES:
                     self._messages.take(hello.sender, chunks)
                 else:
-                    self._take_envelopes(hello.sender, chunks)
+                    echoes = hello.lane is Lane.CONTROL and hello.features & ECHO
+                    self._take_envelopes(hello.sender, chunks, arrival.answer if echoes else None)
         except fl.FlightError:
             raise
         except Exception as error:
@@ -387,8 +393,8 @@ class FlightTransport(Messaging):
                 self._failed(error)
             raise self._told(error) from None
 
-    def _take_envelopes(self, sender: int, chunks: Iterator[Chunk]) -> None:
-        """Messages of Raft."""
+    def _take_envelopes(self, sender: int, chunks: Iterator[Chunk], echo: Callable[[bytes], bool] | None) -> None:
+        """Messages of Raft. Packets without any go to `echo`, until it says that nobody wants them."""
         receiver = self._receiver
         for metadata, batch in chunks:
             if metadata is None:
@@ -400,6 +406,8 @@ class FlightTransport(Messaging):
                     raise ProtocolError(f"node {self.node_id} takes no messages of Raft, only those of users")
                 self._received.add(len(envelopes))
                 receiver(envelopes)
+            elif echo is not None and not echo(metadata.to_pybytes()):
+                return
 
     def _count_garbage(self, error: Exception) -> None:
         if isinstance(error, ProtocolError | pa.ArrowException):

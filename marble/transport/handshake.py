@@ -23,6 +23,12 @@ from marble.transport.codec import Codec, Hello, Lane
 from marble.transport.compression import ALL_FEATURES
 from marble.types import NO_NODE
 
+ECHO: Final = 1 << 8
+"""A feature: packets without messages on a stream for control are given back, on the same stream."""
+
+FEATURES: Final = ALL_FEATURES | ECHO
+"""What this node understands beyond what every node does, a bit each."""
+
 Chunk = tuple[pa.Buffer | None, pa.RecordBatch | None]
 """As an `Arrival` gives it."""
 
@@ -66,7 +72,7 @@ class Handshake:
 
     def __init__(self, codec: Codec, advertised: str, strangers_max: int, metrics: Metrics) -> None:
         self.acquaintances: Acquaintances = Forgetful()
-        self.features = ALL_FEATURES
+        self.features = FEATURES
         """What this node understands beyond what every node does, a bit each."""
         self._codec = codec
         self._advertised = advertised

@@ -33,12 +33,14 @@ from marble.transport.codec import MESSAGES_PER_PACKET_MAX, Codec, Envelope, Lan
 from marble.transport.compression import Squeezer, wrap
 from marble.transport.messages import MESSAGE_SCHEMA, MessageCodec, MessageLoad
 from marble.transport.options import TransportOptions
+from marble.transport.pulse import Pulse
 from marble.transport.pump import Pump, Surroundings
 
 _LANES: Final = {MessageKind.APPEND_ENTRIES: Lane.LOG, MessageKind.SNAPSHOT_PIECE: Lane.BULK}
 
 
-def _lane_of(envelope: Envelope) -> Lane:
+def lane_of(envelope: Envelope) -> Lane:
+    """On which stream it goes."""
     return _LANES.get(envelope.message.kind, Lane.CONTROL)
 
 
@@ -77,6 +79,11 @@ class EnvelopeLoad:
             return False
         self._queue.put(envelopes)
         return True
+
+    @property
+    def queued_bytes(self) -> int:
+        """What was accepted and neither written nor dropped."""
+        return self._queued_bytes
 
     @property
     def empty(self) -> bool:
@@ -153,12 +160,27 @@ class Link:
         Of this node.
     around
         What all links of this node share.
+    number, several
+        Which of several ways to the peer this is, and whether it is one of several (`marble.transport.paths`): then it is
+        asked more often whether it lives.
     """
 
-    def __init__(self, peer: int, endpoint: str, codec: Codec, around: Surroundings) -> None:
+    def __init__(
+        self,
+        peer: int,
+        endpoint: str,
+        codec: Codec,
+        around: Surroundings,
+        *,
+        number: int = 0,
+        several: bool = False,
+    ) -> None:
         self.peer = peer
         self.endpoint = endpoint
         self._clock = around.clock
+        self._options = around.options
+        self._watch_s = around.options.answer_s / 4 if several else around.options.silent_peer_s / 8
+        self._pulse = Pulse(around.options.ping_s if several else around.options.idle_check_s, around.options.answer_s)
         self._started = False
         loads = {
             lane: EnvelopeLoad(peer, codec, around.options, around.clock, around.metrics)
@@ -174,11 +196,29 @@ class Link:
             around.metrics,
         )
         self._control = Pump(
-            codec.node_id, peer, endpoint, Lane.CONTROL, ENTRY_SCHEMA, loads[Lane.CONTROL], around, opened=self._poke
+            codec.node_id,
+            peer,
+            endpoint,
+            Lane.CONTROL,
+            ENTRY_SCHEMA,
+            loads[Lane.CONTROL],
+            around,
+            opened=self._poke,
+            pulse=self._pulse,
+            ping=lambda: codec.encode(peer, ())[0],
+            number=number,
         )
         self._pumps = {Lane.CONTROL: self._control} | {
             lane: Pump(
-                codec.node_id, peer, endpoint, lane, ENTRY_SCHEMA, load, around, gate=lambda: self._control.connected
+                codec.node_id,
+                peer,
+                endpoint,
+                lane,
+                ENTRY_SCHEMA,
+                load,
+                around,
+                gate=lambda: self._control.connected,
+                number=number,
             )
             for lane, load in loads.items()
             if lane is not Lane.CONTROL
@@ -192,6 +232,7 @@ class Link:
             self._messages,
             around,
             gate=lambda: self._control.connected,
+            number=number,
         )
 
     @property
@@ -208,6 +249,30 @@ class Link:
         """Why the peer is not reached, as far as this node knows; empty if it is, or nobody knows yet."""
         return self._control.trouble
 
+    @property
+    def round_trip_s(self) -> float | None:
+        """To the peer's process and back, smoothed, in seconds; None before it is known."""
+        return self._pulse.round_trip_s
+
+    def answers(self, now: float) -> bool:
+        """Whether the peer is reached and gives answers in time."""
+        return self._control.connected and not self._pulse.late(now)
+
+    def queued_bytes(self, lane: Lane) -> int:
+        """What waits to be written on `lane`."""
+        return self._loads[lane].queued_bytes
+
+    def watch(self, now: float) -> float:
+        """Break streams off whose other end has not answered for `TransportOptions.silent_peer_s`.
+
+        Seconds until the next look.
+        """
+        silent = self._pulse.waited_s(now) > self._options.silent_peer_s
+        for pump in self._pumps.values():
+            if silent or pump.greeting_s(now) > self._options.silent_peer_s:
+                pump.break_off(f"no answer for {self._options.silent_peer_s:g} s")
+        return self._watch_s
+
     def start(self) -> None:
         self._started = True
         self._control.start()
@@ -220,12 +285,12 @@ class Link:
 
         Returns whether all were queued.
         """
-        lanes = {_lane_of(envelope) for envelope in envelopes}
+        lanes = {lane_of(envelope) for envelope in envelopes}
         if len(lanes) == 1:
             return self._put(lanes.pop(), envelopes)
         queued = True
         for lane in sorted(lanes):
-            queued &= self._put(lane, [each for each in envelopes if _lane_of(each) is lane])
+            queued &= self._put(lane, [each for each in envelopes if lane_of(each) is lane])
         return queued
 
     def _put(self, lane: Lane, envelopes: Sequence[Envelope]) -> bool:
@@ -251,6 +316,10 @@ class Link:
         self._message_pump.start()
         return self._messages.put_all(messages, end - self._clock.monotonic())
 
+    def reclaim_messages(self) -> list[bytes | pa.Buffer]:
+        """Users' messages that are queued and not being written: they are so no longer."""
+        return self._messages.reclaim()
+
     def request_finish(self) -> None:
         """Take no more messages of users, and let those that are queued leave. Returns at once."""
         self._message_pump.request_finish()
@@ -258,6 +327,10 @@ class Link:
     def wait_finished(self, timeout_s: float) -> bool:
         """Wait until they have left, after `request_finish`; whether they have."""
         return self._message_pump.join(timeout_s)
+
+    def poke(self) -> None:
+        """Try now to reach the peer, if it is not reached: something says that it is back."""
+        self._control.poke()
 
     def request_stop(self) -> None:
         """Let the threads end as soon as they can, whatever is queued. Returns at once."""

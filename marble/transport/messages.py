@@ -268,6 +268,14 @@ class MessageLoad:
         self._outbox.close()
         return 0
 
+    def reclaim(self) -> list[bytes | pa.Buffer]:
+        """What is queued and was not taken by the pump: it is not queued here any more. From any thread."""
+        left = self._outbox.drain()
+        self._outbox.release(left)
+        with self._room:
+            self._room.notify_all()
+        return left
+
     def drop(self) -> None:
         """Drop everything, for good."""
         self.refuse()

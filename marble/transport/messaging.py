@@ -23,9 +23,9 @@ import pyarrow as pa
 from marble._core.packing import ReceivedMessage
 from marble.errors import UnavailableError, UsageError
 from marble.metrics import Metrics
-from marble.transport.link import Link
 from marble.transport.messages import Mailbox
 from marble.transport.options import TransportOptions
+from marble.transport.paths import Peering
 
 Peer = int | str
 """A node's id, or its ``host:port``."""
@@ -113,7 +113,7 @@ class Messaging(abc.ABC):
         """
 
     @abc.abstractmethod
-    def _find_link(self, peer: Peer) -> Link | None:
+    def _find_link(self, peer: Peer) -> Peering | None:
         """The link to `peer`. Raises UsageError in a forked child, UnavailableError after `stop`."""
 
     @abc.abstractmethod
@@ -182,7 +182,7 @@ class Messaging(abc.ABC):
         if queued < len(frozen):
             raise self._not_sent(link, timeout_s, f"; of {len(frozen)} messages {queued} were queued")
 
-    def _not_sent(self, link: Link, timeout_s: float, rest: str = "") -> UnavailableError:
+    def _not_sent(self, link: Peering, timeout_s: float, rest: str = "") -> UnavailableError:
         who = f"node {link.peer} at {link.endpoint}"
         if link.connected:
             cause = (

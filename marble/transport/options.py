@@ -21,10 +21,12 @@ class TransportOptions:
     - ``idle_check_s``: after this long without a message an empty packet shows whether the stream still lives.
     - ``compression``: of large payloads: ``auto`` where it makes them arrive sooner, ``off``, ``lz4``, ``zstd``.
     - ``idle_close_s``: after this long without a message a stream for anything but control is closed until it is needed.
-    - ``silent_peer_s``: a connection on which the peer's kernel acknowledges nothing for so long is given up.
+    - ``silent_peer_s``: a stream is broken off on which the peer's process answers nothing for so long.
     - ``message_bytes_max``: one message of a user's, whole.
     - ``message_count_max``: users' messages queued for one peer; ``queue_bytes_max`` bounds their bytes.
     - ``mailbox_bytes_max``, ``mailbox_count_max``: users' messages that have come and were not taken out, from all peers.
+    - ``ping_s``, ``answer_s``: of several ways to a peer each is asked so often whether it lives, and not used while an answer
+      takes longer than ``answer_s`` and longer than is usual there. Together below the interval of heartbeats.
     - ``calls_max``: calls of clients served at once; the next one is refused.
     - ``strangers_max``: streams that have not yet said who they are; the next one is refused.
     """
@@ -42,6 +44,8 @@ class TransportOptions:
     message_count_max: int = 65536
     mailbox_bytes_max: int = 64 << 20
     mailbox_count_max: int = 65536
+    ping_s: float = 0.05
+    answer_s: float = 0.1
     calls_max: int = 1024
     strangers_max: int = 64
     compression: str = "auto"

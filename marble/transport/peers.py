@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from marble.errors import ProtocolError, UnavailableError, UsageError
-from marble.transport.link import Link
+from marble.transport.paths import Peering, addresses_of
 
 VISITORS_MAX: Final = 32
 """Nodes that are answered although nobody has named them."""
@@ -32,8 +32,8 @@ class Peers:
         Makes the link to a node, by id and ``host:port``.
     """
 
-    def __init__(self, node_id: int, make: Callable[[int, str], Link]) -> None:
-        self.links: Mapping[int, Link] = {}
+    def __init__(self, node_id: int, make: Callable[[int, str], Peering]) -> None:
+        self.links: Mapping[int, Peering] = {}
         """By id. Replaced, never changed: it may be read without the lock."""
         self.visitors: dict[int, int] = {}
         """How many streams each node that has one keeps open to this one."""
@@ -53,7 +53,7 @@ class Peers:
         for link in links:
             link.start()
 
-    def stop(self) -> list[Link]:
+    def stop(self) -> list[Peering]:
         """Make no more links; returns those that there are."""
         with self._lock:
             self._stopped = True
@@ -63,15 +63,15 @@ class Peers:
         """The nodes of the cluster are these. Nothing happens after `stop`."""
         wanted = {peer: endpoint for peer, endpoint in sorted(endpoints.items()) if peer != self._node_id}
         for endpoint in wanted.values():
-            host_of(endpoint)
+            addresses_of(endpoint)
         with self._lock:
             self._members, before = wanted, self._members
             update = self._update(before)
         _carry_out(*update)
 
-    def add(self, peer: int, endpoint: str) -> Link:
+    def add(self, peer: int, endpoint: str) -> Peering:
         """A user wants a link to `peer` at `endpoint`; the link there is now. Raises UsageError, and UnavailableError after `stop`."""
-        host_of(endpoint)
+        addresses_of(endpoint)
         if peer == self._node_id:
             raise UsageError(f"{peer} is this node itself")
         with self._lock:
@@ -94,7 +94,7 @@ class Peers:
             update = self._update(before)
         _carry_out(*update)
 
-    def _update(self, before: Mapping[int, str]) -> tuple[list[Link], list[Link]]:
+    def _update(self, before: Mapping[int, str]) -> tuple[list[Peering], list[Peering]]:
         """Have the links that are wanted now; which of them are to stop and to start. Called under the lock.
 
         Who was named before and is not any more is not answered either until it comes anew.
@@ -116,11 +116,11 @@ class Peers:
         self.links = links
         return gone, fresh if self._started else []
 
-    def find(self, peer: int | str) -> Link | None:
+    def find(self, peer: int | str) -> Peering | None:
         """The link to a node, by its id or its ``host:port``."""
         if isinstance(peer, int):
             return self.links.get(peer)
-        return next((link for link in self.links.values() if link.endpoint == peer), None)
+        return next((link for link in self.links.values() if peer in (link.endpoint, *link.endpoint.split(","))), None)
 
     @contextlib.contextmanager
     def visit(self, sender: int, endpoint: str) -> Iterator[None]:
@@ -133,14 +133,18 @@ class Peers:
                 if self._stopped:
                     raise UnavailableError(f"the transport of node {self._node_id} has stopped")
                 try:
-                    host_of(endpoint)
+                    addresses_of(endpoint)
                 except UsageError as error:
                     raise ProtocolError(f"the hello of node {sender}: {error}") from None
                 fresh = self._make(sender, endpoint)
                 self.links = {**self.links, sender: fresh}
             self.visitors[sender] = self.visitors.get(sender, 0) + 1
+            link = self.links[sender]
         if fresh is not None:
             fresh.start()
+        elif not link.connected:
+            # Who comes from there can be reached again, most likely.
+            link.poke()
         try:
             yield
         finally:
@@ -156,7 +160,7 @@ class Peers:
                 gone.request_stop()
 
 
-def _carry_out(gone: list[Link], fresh: list[Link]) -> None:
+def _carry_out(gone: list[Peering], fresh: list[Peering]) -> None:
     for link in gone:
         link.request_stop()
     for link in fresh:

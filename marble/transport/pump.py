@@ -5,7 +5,7 @@ Rule 2: a stream that is not always needed (all but the one for control) is open
 control stream stands, and closed again after a while without messages.
 
 Invariants:
-- Only the pump's own thread touches the stream, except that `request_stop` cancels it.
+- Only the pump's own thread touches the stream, except that others may cancel it, and one reads what the peer gives back.
 - While the peer cannot be reached the load takes nothing: what would be delivered later would be of no use then.
 - What was taken and not written is written again after a break if the stream had worked until then; the rest is dropped.
 """
@@ -22,14 +22,15 @@ import pyarrow as pa
 import pyarrow.flight as fl
 
 from marble.env import Clock, Random
-from marble.errors import ProtocolError
+from marble.errors import ProtocolError, UnavailableError
 from marble.logs import fields
 from marble.metrics import Metrics
 from marble.transport.carrier import STREAM_ERRORS, Carrier, Stream
 from marble.transport.codec import Lane, Packet
 from marble.transport.faults import cause_of, from_flight_error
-from marble.transport.handshake import Handshake
+from marble.transport.handshake import ECHO, Handshake
 from marble.transport.options import TransportOptions
+from marble.transport.pulse import Pulse
 
 _log = logging.getLogger("marble.transport")
 
@@ -108,6 +109,10 @@ class Pump:
         None for a stream that is always open. Else it is opened when needed and while this returns True.
     opened
         Called on the pump's thread when a stream stands.
+    pulse, ping
+        What measures whether the peer answers, and makes an empty packet for it to give back. None: it is not measured.
+    number
+        Which of several ways to the peer this is; for names.
     """
 
     def __init__(
@@ -122,6 +127,9 @@ class Pump:
         *,
         gate: Callable[[], bool] | None = None,
         opened: Callable[[], None] = lambda: None,
+        pulse: Pulse | None = None,
+        ping: Callable[[], Packet] | None = None,
+        number: int = 0,
     ) -> None:
         self.peer = peer
         self.endpoint = endpoint
@@ -135,6 +143,12 @@ class Pump:
         self._options = around.options
         self._gate = gate
         self._on_open = opened
+        self._pulse = pulse
+        self._ping = ping
+        self._listener: threading.Thread | None = None
+        self._heard: BaseException | None = None
+        self._broken_off = ""
+        self._greeting_at: float | None = None
         self._lock = threading.Lock()
         self._connected = threading.Event()
         self._stopping = threading.Event()
@@ -146,7 +160,9 @@ class Pump:
         self._packets = around.metrics.counter("transport_packets_sent")
         self._broken = around.metrics.counter("transport_streams_broken")
         self._opened = around.metrics.counter("transport_streams_opened")
+        self._round_trips = around.metrics.histogram("transport_round_trip_s")
         suffix = "" if lane is Lane.CONTROL else f"-{lane.name.lower()}"
+        suffix += f"-{number}" if number else ""
         self._thread = threading.Thread(target=self._run, name=f"marble-link-{node}-{peer}{suffix}", daemon=True)
         self._started = False
 
@@ -179,6 +195,20 @@ class Pump:
         self.load.refuse()
         self._poked.set()
         self.load.wake()
+
+    def greeting_s(self, now: float) -> float:
+        """For how many seconds this node has waited for the answer to its hello; 0 if it does not."""
+        since = self._greeting_at
+        return 0.0 if since is None else now - since
+
+    def break_off(self, reason: str) -> None:
+        """End the stream, if there is one, because of `reason`. From any thread."""
+        with self._lock:
+            stream = self._stream
+            if stream is not None:
+                self._broken_off = reason
+        if stream is not None:
+            stream.cancel()
 
     def request_stop(self) -> None:
         """Let the thread end as soon as it can, whatever is queued. Returns at once."""
@@ -222,13 +252,13 @@ class Pump:
                 finally:
                     self._connected.clear()
                     lasted_s = self._around.clock.monotonic() - opened_at
-                    with self._lock:
-                        self._stream = None
-                    stream.close()
+                    self._forget(stream)
             except (*STREAM_ERRORS, ProtocolError) as error:
                 if self._ending:
                     break
                 self._broken.add()
+                # What the peer said last tells more than that nothing could be written any more.
+                error = self._heard or error
                 self._report(error)
                 self._around.unreachable(self.peer)
                 if lasted_s >= self._options.backoff_max_s and not getattr(error, "extra_info", b""):
@@ -267,6 +297,9 @@ class Pump:
     def _report(self, error: BaseException) -> None:
         told = from_flight_error(error) if getattr(error, "extra_info", b"") else error
         self.trouble = cause_of(error)
+        if self._broken_off:
+            self.trouble, self._broken_off = self._broken_off, ""
+            told = UnavailableError(self.trouble)
         # A peer that is away comes back; one that refuses this node, or is not who it should be, needs somebody's help.
         lasting = isinstance(told, ProtocolError) and str(told) != self._refusal
         if lasting:
@@ -290,11 +323,20 @@ class Pump:
             if self._stopping.is_set():
                 # request_stop may have looked for a stream before there was one.
                 raise fl.FlightCancelledError("the link stops")
+            self._heard = None
+            self._greeting_at = self._around.clock.monotonic()
             stream.write(self._around.handshake.hello(self.peer, self._lane), None)
             self._features = self._around.handshake.call(self.peer, stream)
         except BaseException:
-            stream.close()
+            self._forget(stream)
             raise
+        finally:
+            self._greeting_at = None
+        if self._pulse is not None and self._features & ECHO:
+            self._pulse.begin(self._around.clock.monotonic())
+            name = self._thread.name.replace("marble-link", "marble-echo")
+            self._listener = threading.Thread(target=self._listen, args=(stream, self._pulse), name=name, daemon=True)
+            self._listener.start()
         self.load.accept()
         self._connected.set()
         self.trouble = ""
@@ -302,23 +344,65 @@ class Pump:
         self._on_open()
         return stream
 
+    def _forget(self, stream: Stream) -> None:
+        with self._lock:
+            self._stream = None
+        if self._pulse is not None:
+            self._pulse.end()
+        stream.cancel()
+        if self._listener is not None:
+            # It is in a read, which the cancelling ends; the stream is not to be closed under it.
+            self._listener.join(self._options.silent_peer_s)
+            self._listener = None
+        stream.close()
+
+    def _listen(self, stream: Stream, pulse: Pulse) -> None:
+        """Take the packets that the peer gives back, and notice when it ends the stream. On a thread of its own."""
+        try:
+            while stream.answer() is not None:
+                taken_s = pulse.answered(self._around.clock.monotonic())
+                if taken_s is not None:
+                    self._round_trips.observe(taken_s)
+            self._heard = fl.FlightUnavailableError("the peer ended the stream")
+        except (*STREAM_ERRORS, ProtocolError) as error:
+            self._heard = error
+        except BaseException as error:
+            self._around.failed(error)
+        self.load.wake()
+
     def _pump(self, stream: Stream) -> None:
         """Write what is taken until the link stops, or has been idle for long. Raises when the stream breaks."""
         clock = self._around.clock
         used_at = clock.monotonic()
         while not self._stopping.is_set():
-            if self.load.take(self._options.idle_check_s):
+            due_s = None if self._pulse is None else self._pulse.due_in(clock.monotonic())
+            idle_s = self._options.idle_check_s
+            taken = self.load.take(idle_s if due_s is None else min(due_s, idle_s))
+            if self._heard is not None:
+                raise self._heard
+            if taken:
                 used_at = clock.monotonic()
+                self._write_taken(stream)
             elif self._finishing.is_set() or (
                 self._gate is not None and clock.monotonic() - used_at >= self._options.idle_close_s
             ):
                 # A peer that takes nothing any more is not waited for: `request_stop` cancels the stream.
                 stream.finish()
                 return
-            for metadata, batch in self.load.packets(self._features):
-                began = clock.monotonic()
-                stream.write(metadata, batch)
-                nbytes = len(metadata) + (0 if batch is None else batch.nbytes)
-                self.load.wrote(nbytes, clock.monotonic() - began)
+            elif self._pulse is None or due_s is None:
+                self._write_taken(stream)
+            if self._pulse is not None and self._ping is not None and self._pulse.due_in(clock.monotonic()) == 0:
+                self._pulse.sent(clock.monotonic())
+                stream.write(*self._ping())
                 self._packets.add()
-            self.load.written()
+
+    def _write_taken(self, stream: Stream) -> None:
+        """One empty packet if that is nothing: it shows whether the stream still lives."""
+        clock = self._around.clock
+        for metadata, batch in self.load.packets(self._features):
+            began = clock.monotonic()
+            stream.write(metadata, batch)
+            nbytes = len(metadata) + (0 if batch is None else batch.nbytes)
+            self.load.wrote(nbytes, clock.monotonic() - began)
+            self._packets.add()
+        self.load.written()

@@ -218,8 +218,8 @@ def test_a_node_that_is_not_named_is_answered_while_its_stream_is_open(port: Por
         stack.callback(visitor.stop, 5.0)
         answers: queue.SimpleQueue[list[Envelope]] = queue.SimpleQueue()
         visitor.set_peers({1: port.transport.endpoint})
-        visitor.start(answers.put)
         assert not port.transport.send(7, [to(7)])
+        visitor.start(answers.put)
         visitor.send(1, [Envelope(0, Message(MessageKind.HEARTBEAT, 7, 1, 1))])
         assert port.wait_for(1)[0].message.sender == 7
         # Its stream is open, so there is a way back, whether or not the members are told anew meanwhile.

@@ -1,0 +1,249 @@
+"""Several ways to one peer: a node may be reached at several addresses, over networks that fail apart from one another.
+
+Each address is a `Link` of its own, with its streams open all the time, so that to change the way takes no connecting.
+
+- Control goes the quickest way that answers. Another must be much quicker before it takes its place.
+- Entries of a group stay on one way, for they must stay in order: group ``g`` on the ``g``-th, round and round, of those that
+  answer, in the order of the addresses. So groups share the ways, and one group alone uses the first that works.
+- Users' messages stay on one way for as long as it answers.
+- Pieces of snapshots, whose order does not matter, go wherever least is queued: over all ways at once.
+
+Rule 1: who does not answer in time is not used while somebody else does. If nobody answers, everything stays where it is: a node
+that is slow is slow on all its ways.
+Rule 2: when a way that was used stops answering, the core is told that the peer is unreachable, though it is not: what was under
+way there is probably lost, and the core finds out what the peer has by asking.
+
+Invariants:
+- Between two ways there is no order. When a group changes its way an append may overtake another, once; Raft refuses it and
+  repeats.
+- Thread-safe. No thread of its own; `watch` is called every now and then by `marble.transport.watch`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import pyarrow as pa
+
+from marble.errors import UsageError
+from marble.transport.codec import Codec, Envelope, Lane
+from marble.transport.link import Link, lane_of
+from marble.transport.pump import Surroundings
+
+PATHS_MAX: Final = 4
+"""Addresses of one node: each costs a few connections to every other node."""
+
+LOOK_S: Final = 0.02
+"""Between two looks whether any way stands, for who waits for one."""
+
+QUICKER: Final = 0.7
+"""A way takes over the control from one that answers if its round trip is at most this part of the other's."""
+
+
+def addresses_of(endpoint: str) -> tuple[str, ...]:
+    """The addresses in ``host:port`` or ``host:port,host:port``. Raises UsageError if they are none, or too many."""
+    addresses = tuple(endpoint.split(","))
+    for address in addresses:
+        host, colon, port = address.rpartition(":")
+        if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+            raise UsageError(f"{endpoint!r} is not an endpoint: expected host:port")
+    if len(addresses) > PATHS_MAX:
+        raise UsageError(f"{endpoint!r} has {len(addresses)} addresses where {PATHS_MAX} are allowed")
+    if len(set(addresses)) < len(addresses):
+        raise UsageError(f"{endpoint!r} names an address twice")
+    return addresses
+
+
+class Paths:
+    """Messages from this node to `peer`, with the same methods as a `Link`.
+
+    Parameters
+    ----------
+    peer, endpoint
+        Who is there, and at which addresses, those first that are to be used first.
+    codec
+        Of this node.
+    around
+        What all links of this node share.
+    """
+
+    def __init__(self, peer: int, endpoint: str, codec: Codec, around: Surroundings) -> None:
+        self.peer = peer
+        self.endpoint = endpoint
+        self._clock = around.clock
+        self._unreachable = around.unreachable
+        self._moved = around.metrics.counter("transport_paths_changed")
+        self._links = [
+            Link(
+                peer,
+                address,
+                codec,
+                dataclasses.replace(around, unreachable=self._broken(at)),
+                number=at,
+                several=True,
+            )
+            for at, address in enumerate(addresses_of(endpoint))
+        ]
+        self._used = [False] * len(self._links)
+        self._first = 0
+        self._lock = threading.Lock()
+        self._message_way = 0
+
+    @property
+    def connected(self) -> bool:
+        """Whether the peer is reached on any way, as far as this node knows."""
+        return any(link.connected for link in self._links)
+
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Wait until `connected`; whether it is so."""
+        end = self._clock.monotonic() + timeout_s
+        while not self.connected:
+            left_s = end - self._clock.monotonic()
+            if left_s <= 0:
+                return False
+            # Nobody tells which of them it will be.
+            self._links[0].wait_connected(min(left_s, LOOK_S))
+        return True
+
+    @property
+    def trouble(self) -> str:
+        """Why the peer is not reached; empty if it is, or nothing is known."""
+        return "" if self.connected else "; ".join(link.trouble for link in self._links if link.trouble)
+
+    @property
+    def round_trip_s(self) -> float | None:
+        """Of the way that control takes, smoothed, in seconds; None before it is known."""
+        return self._links[self._first].round_trip_s
+
+    def states(self) -> list[tuple[str, bool, float | None]]:
+        """Of each way its address, whether it answers, and its round trip in seconds, if known."""
+        now = self._clock.monotonic()
+        return [(link.endpoint, link.answers(now), link.round_trip_s) for link in self._links]
+
+    def start(self) -> None:
+        for link in self._links:
+            link.start()
+
+    def send(self, envelopes: Sequence[Envelope]) -> bool:
+        """Queue `envelopes`, those of each lane and group in order, or drop those of some. Never waits.
+
+        Returns whether all were queued.
+        """
+        parts: dict[int, list[Envelope]] = {}
+        live = self._live()
+        for envelope in envelopes:
+            parts.setdefault(self._way(envelope, live), []).append(envelope)
+        queued = True
+        for at, part in parts.items():
+            if self._links[at].send(part):
+                self._used[at] = True
+            else:
+                queued = False
+        return queued
+
+    def _way(self, envelope: Envelope, live: list[int]) -> int:
+        lane = lane_of(envelope)
+        if lane is Lane.CONTROL:
+            return self._first
+        if lane is Lane.BULK:
+            return min(live, key=lambda at: self._links[at].queued_bytes(Lane.BULK))
+        return live[envelope.group % len(live)]
+
+    def _live(self) -> list[int]:
+        """The ways that answer; that of the control if none does. Sees to it that the control is on one that does."""
+        now = self._clock.monotonic()
+        live = [at for at, link in enumerate(self._links) if link.answers(now)]
+        if not live:
+            return [self._first]
+        quickest = min(live, key=self._round_trip)
+        first = self._first
+        if first not in live or self._round_trip(quickest) < QUICKER * self._round_trip(first):
+            self._first = quickest
+            self._moved.add()
+        return live
+
+    def _round_trip(self, at: int) -> float:
+        taken_s = self._links[at].round_trip_s
+        return 1e9 if taken_s is None else taken_s
+
+    def _broken(self, at: int) -> Callable[[int], None]:
+        def broken(peer: int) -> None:
+            # A way that is down for long is tried again and again, which is nobody's business while another works.
+            used, self._used[at] = self._used[at], False
+            if used or not self.connected:
+                self._unreachable(peer)
+
+        return broken
+
+    def send_messages(self, messages: list[bytes | pa.Buffer], timeout_s: float) -> int:
+        """Queue users' messages; wait up to `timeout_s` seconds for the peer and for room. How many were queued, in order."""
+        if not self.wait_connected(timeout_s):
+            return 0
+        return self._links[self._messages_way()].send_messages(messages, timeout_s)
+
+    def _messages_way(self) -> int:
+        """The way of users' messages, all of them, for they are to arrive in order: it changes only when it does not answer.
+
+        What is queued there then comes along, but for what is being written, which arrives when that way works again, or never.
+        """
+        with self._lock:
+            before, live = self._message_way, self._live()
+            if before not in live:
+                self._message_way = min(live, key=self._round_trip)
+                left = self._links[before].reclaim_messages() if self._message_way != before else []
+                if left:
+                    self._links[self._message_way].send_messages(left, 0.0)
+            return self._message_way
+
+    def request_finish(self) -> None:
+        """Take no more messages of users, and let those that are queued leave. Returns at once."""
+        for link in self._links:
+            link.request_finish()
+
+    def wait_finished(self, timeout_s: float) -> bool:
+        """Wait until they have left, after `request_finish`; whether they have."""
+        end = self._clock.monotonic() + timeout_s
+        return all(link.wait_finished(end - self._clock.monotonic()) for link in self._links)
+
+    def watch(self, now: float) -> float:
+        """Look after the ways: see `Link.watch`. Seconds until the next look."""
+        pause_s = min(link.watch(now) for link in self._links)
+        live = self._live()
+        self._messages_way()
+        if any(link.answers(now) for link in self._links):
+            for at in range(len(self._links)):
+                if self._used[at] and at not in live:
+                    self._used[at] = False
+                    self._unreachable(self.peer)
+        return pause_s
+
+    def poke(self) -> None:
+        """Try now to reach the peer where it is not reached: something says that it is back."""
+        for link in self._links:
+            link.poke()
+
+    def request_stop(self) -> None:
+        """Let the threads end as soon as they can, whatever is queued. Returns at once."""
+        for link in self._links:
+            link.request_stop()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the threads' end after `request_stop`; whether all have ended within `timeout_s` seconds."""
+        end = self._clock.monotonic() + timeout_s
+        ended = True
+        for link in self._links:
+            ended &= link.join(end - self._clock.monotonic())
+        return ended
+
+
+Peering = Link | Paths
+"""What reaches one peer."""
+
+
+def make_link(peer: int, endpoint: str, codec: Codec, around: Surroundings) -> Peering:
+    """The way, or ways, to `peer` at `endpoint`."""
+    kind = Paths if "," in endpoint else Link
+    return kind(peer, endpoint, codec, around)

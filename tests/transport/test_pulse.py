@@ -1,0 +1,78 @@
+"""Whether a peer answers, measured on made-up clocks."""
+
+from __future__ import annotations
+
+import pytest
+
+from marble.transport.pulse import UNANSWERED_MAX, Pulse
+
+
+def test_nothing_is_due_before_a_stream_and_after_it() -> None:
+    pulse = Pulse(0.1, 0.2)
+    assert pulse.due_in(5.0) is None
+    pulse.sent(5.0)
+    assert pulse.waited_s(9.0) == 0.0
+    pulse.begin(10.0)
+    assert pulse.due_in(10.0) == 0.0
+    pulse.sent(10.0)
+    assert pulse.due_in(10.03) == pytest.approx(0.07)
+    assert pulse.waited_s(10.5) == pytest.approx(0.5)
+    pulse.end()
+    assert pulse.due_in(11.0) is None
+    assert pulse.waited_s(11.0) == 0.0
+    assert pulse.answered(11.0) is None
+
+
+def test_answers_belong_to_the_oldest_question() -> None:
+    pulse = Pulse(0.1, 0.2)
+    pulse.begin(0.0)
+    pulse.sent(0.0)
+    pulse.sent(0.1)
+    assert pulse.answered(0.25) == pytest.approx(0.25)
+    assert pulse.waited_s(0.3) == pytest.approx(0.2)
+    assert pulse.answered(0.35) == pytest.approx(0.25)
+    assert pulse.answered(0.36) is None
+    assert pulse.round_trip_s == pytest.approx(0.25)
+
+
+def test_questions_without_answers_come_to_an_end() -> None:
+    pulse = Pulse(0.1, 0.2)
+    pulse.begin(0.0)
+    for at in range(UNANSWERED_MAX):
+        assert pulse.due_in(at * 0.1) == pytest.approx(0.0)
+        pulse.sent(at * 0.1)
+    assert pulse.due_in(100.0) == pytest.approx(0.1)
+    pulse.answered(100.0)
+    assert pulse.due_in(100.0) == 0.0
+
+
+def test_a_long_way_is_no_dead_one() -> None:
+    pulse = Pulse(0.1, 0.2)
+    pulse.begin(0.0)
+    for at in range(10):
+        pulse.sent(float(at))
+        assert not pulse.late(at + 0.19)
+        pulse.answered(at + 0.5)
+    # It is used to half a second by now, so 0.45 s are nothing.
+    pulse.sent(20.0)
+    assert not pulse.late(20.45)
+    assert pulse.late(21.5)
+    # A new stream on the same way begins with what is known of it.
+    pulse.begin(30.0)
+    pulse.sent(30.0)
+    assert not pulse.late(30.45)
+
+
+def test_a_short_way_has_its_patience() -> None:
+    pulse = Pulse(0.1, 0.2)
+    pulse.begin(0.0)
+    pulse.sent(0.0)
+    assert not pulse.late(0.2)
+    assert pulse.late(0.21)
+    pulse.answered(0.001)
+    for at in range(1, 20):
+        pulse.sent(float(at))
+        pulse.answered(at + 0.001)
+    pulse.sent(50.0)
+    assert not pulse.late(50.19)
+    assert pulse.late(50.21)
