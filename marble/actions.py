@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol, TypeVar
 import pyarrow as pa
 import pyarrow.flight as flight
 
-from marble.config import format_endpoint, parse_endpoint
+from marble.config import addresses_of, canonical_endpoint
 from marble.errors import MarbleError, NotLeaderError, OutcomeUnknownError, UnavailableError, UsageError
 from marble.local import LocalBackend
 from marble.lsm import payload
@@ -373,7 +373,7 @@ def decode_changes(body: bytes | pa.Buffer) -> tuple[list[Change], dict[int, str
         node = check_node(change["node"], "node of a change")
         changes.append(Change(_one_of(ChangeKind, change["kind"], "kind of a change"), node))
         if change.get("endpoint") is not None:
-            endpoints[node] = format_endpoint(*parse_endpoint(change["endpoint"], what=f"endpoint of node {node}"))
+            endpoints[node] = canonical_endpoint(change["endpoint"], what=f"endpoint of node {node}")
     return changes, endpoints, transition
 
 
@@ -385,8 +385,9 @@ def check_endpoints(changes: Sequence[Change], endpoints: Mapping[int, str], kno
             raise UsageError(f"node {change.node} is new: say where it is found")
     for node, endpoint in endpoints.items():
         for other, place in known.items():
-            if other != node and place == endpoint and other not in removed:
-                raise UsageError(f"node {node} cannot be at {endpoint}: node {other} is there")
+            shared = set(addresses_of(place)).intersection(addresses_of(endpoint))
+            if other != node and shared and other not in removed:
+                raise UsageError(f"node {node} cannot be at {min(shared)}: node {other} is there")
 
 
 def check_node(value: object, what: str) -> int:

@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 from marble._core.entry_batch import Proposal
 from marble.checkpoint import Checkpoints
-from marble.config import parse_endpoint
+from marble.config import canonical_endpoint
 from marble.desk import Desk
 from marble.driver import Driver
 from marble.engine import Engine
@@ -287,7 +287,7 @@ class Node:
         desk, places = self._desk(group), dict(endpoints or {})
         if self._transport is not None:
             for endpoint in places.values():
-                parse_endpoint(endpoint)
+                canonical_endpoint(endpoint)
 
         def change() -> None:
             self._groups.use(group)

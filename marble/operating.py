@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from marble.actions import check_endpoints
-from marble.config import format_endpoint, parse_endpoint
+from marble.config import canonical_endpoint
 from marble.errors import OutcomeUnknownError
 from marble.node import Node
 from marble.types import Change, ChangeKind, Transition
@@ -69,7 +69,7 @@ class Operated(abc.ABC):
             If the changes make no sense.
         """
         node = self._running("change_membership")
-        places = {each: format_endpoint(*parse_endpoint(where)) for each, where in (endpoints or {}).items()}
+        places = {each: canonical_endpoint(where) for each, where in (endpoints or {}).items()}
         check_endpoints(changes, places, node.endpoints)
         return wait_for(node.change_membership(changes, places, transition), timeout_s, "the change").index
 

@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from marble.actions import ACTIONS, Actions, may_forward
-from marble.config import parse_endpoint
+from marble.config import addresses_of, parse_endpoint
 from marble.database import check_scan
 from marble.engine import NodeStoppedError
 from marble.errors import (
@@ -275,7 +275,8 @@ class TablesService:
         mine = known.get(self._node.options.node_id)
         # Every node can answer; this one is named first, as the client has found it already.
         nodes = sorted(known.values(), key=lambda endpoint: endpoint != mine)
-        locations = [flight.Location.for_grpc_tcp(*parse_endpoint(endpoint)) for endpoint in nodes]
+        addresses = [address for endpoint in nodes for address in addresses_of(endpoint)]
+        locations = [flight.Location.for_grpc_tcp(*parse_endpoint(address)) for address in addresses]
         endpoint = flight.FlightEndpoint(encode_ticket(view.info.name), locations)
         descriptor = flight.FlightDescriptor.for_path(view.info.name)
         return flight.FlightInfo(view.info.schema, descriptor, [endpoint], view.row_count, -1)

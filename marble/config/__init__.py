@@ -10,12 +10,21 @@ what it may hold and, for a key that does not exist, the nearest one that does.
 """
 
 from marble.config.cluster import ENTRY_BYTES_MAX, HEARTBEAT_TICKS, NODES_MAX, RaftClusterConfig
-from marble.config.endpoints import DEFAULT_PORT, format_endpoint, parse_endpoint, parse_url
+from marble.config.endpoints import (
+    ADDRESSES_MAX,
+    DEFAULT_PORT,
+    addresses_of,
+    canonical_endpoint,
+    format_endpoint,
+    parse_endpoint,
+    parse_url,
+)
 from marble.config.http import HttpConfig
 from marble.config.node import PRIORITY_MAX, NodeConfig, load_config, parse_config
 from marble.config.security import SecurityConfig, TlsConfig, TokensConfig
 
 __all__ = [
+    "ADDRESSES_MAX",
     "DEFAULT_PORT",
     "ENTRY_BYTES_MAX",
     "HEARTBEAT_TICKS",
@@ -27,6 +36,8 @@ __all__ = [
     "SecurityConfig",
     "TlsConfig",
     "TokensConfig",
+    "addresses_of",
+    "canonical_endpoint",
     "format_endpoint",
     "load_config",
     "parse_config",

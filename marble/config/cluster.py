@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
-from marble.config.endpoints import endpoints_of, format_endpoint, parse_endpoint
+from marble.config.endpoints import addresses_of, canonical_endpoint, endpoints_of
 from marble.config.security import SecurityConfig
 from marble.config.values import check_bool, check_int, check_keys, shown
 from marble.errors import UsageError
@@ -41,7 +41,8 @@ class RaftClusterConfig:
         each other.
     node_endpoints
         Where the nodes are found: a sequence of ``host:port``, which gives the nodes the ids 1, 2, ... in this order,
-        or a mapping of node id to ``host:port``.
+        or a mapping of node id to ``host:port``. A node that is reached over several networks has several, with commas
+        between (``"10.0.0.1:5001,10.1.0.1:5001"``, at most 4): the others use all of them, clients the first.
     election_timeout_ms
         A follower that hears of no leader for this long, up to twice of it (chosen anew each time), starts an election.
         Must be above two heartbeat intervals.
@@ -210,9 +211,9 @@ class RaftClusterConfig:
         UsageError
             If no node of the cluster has it.
         """
-        canonical = format_endpoint(*parse_endpoint(endpoint))
+        canonical = canonical_endpoint(endpoint)
         for node, other in self.endpoints.items():
-            if other == canonical:
+            if canonical == other or canonical in addresses_of(other):
                 return node
         nodes = ", ".join(self.endpoints.values())
         raise UsageError(f"no node of the cluster has the endpoint {canonical!r}: it has {nodes}")

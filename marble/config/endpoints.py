@@ -11,6 +11,9 @@ from marble.errors import UsageError
 
 DEFAULT_PORT: Final = 5001
 
+ADDRESSES_MAX: Final = 4
+"""Ways to one node: each costs a few connections to every other node."""
+
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?")
 _IPV6 = re.compile(r"[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9_.-]{1,15})?")
 _SCHEMES = ("grpc://", "grpc+tcp://")
@@ -65,6 +68,29 @@ def format_endpoint(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def canonical_endpoint(text: object, *, what: str = "endpoint") -> str:
+    """Where a node is found, in canonical form: ``host:port``, or several with commas between, those first that are preferred.
+
+    Raises
+    ------
+    UsageError
+        If an address is malformed or named twice, or there are more than `ADDRESSES_MAX`.
+    """
+    if not isinstance(text, str) or "," not in text:
+        return format_endpoint(*parse_endpoint(text, what=what))
+    addresses = [format_endpoint(*parse_endpoint(part.strip(), what=what)) for part in text.split(",")]
+    if len(addresses) > ADDRESSES_MAX:
+        raise UsageError(f"{what} {text!r} has {len(addresses)} addresses: a node has at most {ADDRESSES_MAX}")
+    if len(set(addresses)) < len(addresses):
+        raise UsageError(f"{what} {text!r} names an address twice")
+    return ",".join(addresses)
+
+
+def addresses_of(endpoint: str) -> tuple[str, ...]:
+    """Each ``host:port`` in what `canonical_endpoint` gave."""
+    return tuple(endpoint.split(","))
+
+
 def parse_url(url: object) -> tuple[str, ...]:
     """Endpoints of a cluster from ``grpc://h1:5001,h2:5002``, in the order given, each once.
 
@@ -87,11 +113,14 @@ def parse_url(url: object) -> tuple[str, ...]:
 
 
 def endpoints_of(given: Iterable[object], what: str) -> tuple[str, ...]:
-    """The endpoints `given`, in canonical form and order, each once; `what` says in errors where they were given."""
+    """The endpoints `given`, in canonical form and order, no address twice; `what` says in errors where they were given."""
     seen: dict[str, int] = {}
+    endpoints = []
     for position, text in enumerate(given, start=1):
-        endpoint = format_endpoint(*parse_endpoint(text, what=f"{what} {position}"))
-        if endpoint in seen:
-            raise UsageError(f"{what} {position} is {endpoint!r}, which number {seen[endpoint]} has already")
-        seen[endpoint] = position
-    return tuple(seen)
+        endpoint = canonical_endpoint(text, what=f"{what} {position}")
+        for address in addresses_of(endpoint):
+            if address in seen:
+                raise UsageError(f"{what} {position} is {address!r}, which number {seen[address]} has already")
+            seen[address] = position
+        endpoints.append(endpoint)
+    return tuple(endpoints)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from marble.config.cluster import RaftClusterConfig
-from marble.config.endpoints import format_endpoint, parse_endpoint
+from marble.config.endpoints import addresses_of, canonical_endpoint, format_endpoint, parse_endpoint
 from marble.config.http import HttpConfig
 from marble.config.security import SecurityConfig
 from marble.config.values import check_bool, check_int, check_keys, read_table, shown
@@ -50,7 +50,7 @@ class NodeConfig:
         What all nodes agree on.
     listen
         ``host:port`` to bind, where that differs from where others find the node; port 0 takes any free one.
-        None: the node's endpoint.
+        None: the node's endpoint. A node with several addresses needs it.
     priority
         Of several nodes that could lead, the one with the highest is to; 0 to `PRIORITY_MAX`.
     join
@@ -102,12 +102,17 @@ class NodeConfig:
         if self.listen is not None:
             listen = format_endpoint(*parse_endpoint(self.listen, what="[node] listen", free_port=True))
             object.__setattr__(self, "listen", listen)
+        elif len(addresses_of(self.endpoint)) > 1:
+            raise UsageError(
+                f"[node] listen is missing: node {self.id} has several addresses, {self.endpoint}, and listens at one, "
+                "which may be that of all interfaces, 0.0.0.0 or [::]"
+            )
         self.cluster.check_security(self.security)
         check_level(self.log_level, "[node] log_level")
         check_format(self.log_format, "[node] log_format")
 
     def _check_joining(self, given: str) -> None:
-        endpoint = format_endpoint(*parse_endpoint(given, what="[node] endpoint"))
+        endpoint = canonical_endpoint(given, what="[node] endpoint")
         if not self.join:
             raise UsageError(f"[node] endpoint {endpoint!r} beside an id is for a node with join = true")
         for node, other in self.cluster.endpoints.items():

@@ -28,13 +28,10 @@ from typing import Final
 
 import pyarrow as pa
 
-from marble.errors import UsageError
+from marble.config import canonical_endpoint
 from marble.transport.codec import Codec, Envelope, Lane
 from marble.transport.link import Link, lane_of
 from marble.transport.pump import Surroundings
-
-PATHS_MAX: Final = 4
-"""Addresses of one node: each costs a few connections to every other node."""
 
 LOOK_S: Final = 0.02
 """Between two looks whether any way stands, for who waits for one."""
@@ -45,16 +42,7 @@ QUICKER: Final = 0.7
 
 def addresses_of(endpoint: str) -> tuple[str, ...]:
     """The addresses in ``host:port`` or ``host:port,host:port``. Raises UsageError if they are none, or too many."""
-    addresses = tuple(endpoint.split(","))
-    for address in addresses:
-        host, colon, port = address.rpartition(":")
-        if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-            raise UsageError(f"{endpoint!r} is not an endpoint: expected host:port")
-    if len(addresses) > PATHS_MAX:
-        raise UsageError(f"{endpoint!r} has {len(addresses)} addresses where {PATHS_MAX} are allowed")
-    if len(set(addresses)) < len(addresses):
-        raise UsageError(f"{endpoint!r} names an address twice")
-    return addresses
+    return tuple(canonical_endpoint(endpoint).split(","))
 
 
 class Paths:

@@ -1,13 +1,27 @@
-"""Flight clients by endpoint, one each, made on first use. Thread-safe."""
+"""Flight clients by endpoint, one each, made on first use. Thread-safe.
+
+A node that is found at several addresses is called at the first that takes connections; while it is called, it is seen every
+now and then whether it still does.
+"""
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
+from typing import Final
 
 import pyarrow.flight as fl
 
+from marble.config import parse_endpoint
 from marble.errors import UnavailableError
 from marble.transport.wire import connect
+
+LOOK_S: Final = 1.0
+"""How old the knowledge may be that one of several addresses takes connections."""
+
+ANSWER_S: Final = 0.5
+"""How long an address may take to accept a connection before the next one is tried."""
 
 
 class ClientPool:
@@ -16,10 +30,15 @@ class ClientPool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._clients: dict[str, fl.FlightClient] = {}
+        self._chosen: dict[str, tuple[str, float]] = {}
         self._closed = False
 
     def get(self, endpoint: str) -> fl.FlightClient:
-        """The client of the node at `endpoint`. Raises UnavailableError after `close`."""
+        """The client of the node at `endpoint`, which may be several addresses. Raises UnavailableError after `close`.
+
+        With several addresses it may take `ANSWER_S` for each that does not answer.
+        """
+        endpoint = self._choose(endpoint) if "," in endpoint else endpoint
         with self._lock:
             if self._closed:
                 raise UnavailableError("the connections are closed")
@@ -28,6 +47,19 @@ class ClientPool:
                 client = self._clients[endpoint] = connect(endpoint)
             return client
 
+    def _choose(self, endpoint: str) -> str:
+        addresses = endpoint.split(",")
+        now = time.monotonic()
+        chosen, seen = self._chosen.get(endpoint, (addresses[0], -LOOK_S))
+        if now - seen < LOOK_S:
+            return chosen
+        # The one in use first: what is under way there goes on.
+        for address in sorted(addresses, key=lambda address: address != chosen):
+            if _takes_connections(address):
+                self._chosen[endpoint] = (address, now)
+                return address
+        return chosen
+
     def close(self) -> None:
         """Close all. Idempotent."""
         with self._lock:
@@ -35,3 +67,11 @@ class ClientPool:
             clients, self._clients = self._clients, {}
         for client in clients.values():
             client.close()
+
+
+def _takes_connections(address: str) -> bool:
+    try:
+        socket.create_connection(parse_endpoint(address), ANSWER_S).close()
+    except OSError:
+        return False
+    return True

@@ -13,13 +13,14 @@ import pytest
 
 from marble._core import entry_batch
 from marble._core.entry_batch import Proposal
+from marble.config import ADDRESSES_MAX
 from marble.errors import UsageError
 from marble.raft.messages import Message, MessageKind
 from marble.testing.relay import Line, Relay
 from marble.transport.codec import Envelope
 from marble.transport.flight import FlightTransport
 from marble.transport.options import TransportOptions
-from marble.transport.paths import PATHS_MAX, Paths, addresses_of
+from marble.transport.paths import Paths, addresses_of
 from marble.transport.snapshot_rows import piece_row
 from marble.types import EntryKind, Position
 
@@ -240,7 +241,7 @@ def test_addresses(endpoint: str, addresses: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["", "a", "a:1,", ",a:1", "a:1,a:1", "a:1,b", ",".join(f"h:{n}" for n in range(1, PATHS_MAX + 2))]
+    "endpoint", ["", "a", "a:1,", ",a:1", "a:1,a:1", "a:1,b", ",".join(f"h:{n}" for n in range(1, ADDRESSES_MAX + 2))]
 )
 def test_what_is_no_endpoint(endpoint: str) -> None:
     with pytest.raises(UsageError):
