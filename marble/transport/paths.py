@@ -166,6 +166,10 @@ class Paths:
 
         return broken
 
+    def send_message(self, data: bytes | pa.Buffer) -> bool:
+        """Queue a user's message if that is possible at once. Whether it was queued."""
+        return self._links[self._messages_way()].send_message(data)
+
     def send_messages(self, messages: list[bytes | pa.Buffer], timeout_s: float) -> int:
         """Queue users' messages; wait up to `timeout_s` seconds for the peer and for room. How many were queued, in order."""
         if not self.wait_connected(timeout_s):
