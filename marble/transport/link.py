@@ -30,7 +30,7 @@ from marble.env import Clock
 from marble.metrics import Metrics
 from marble.raft.messages import MessageKind
 from marble.transport.codec import MESSAGES_PER_PACKET_MAX, Codec, Envelope, Lane, Packet
-from marble.transport.compression import Squeezer, wrap
+from marble.transport.compression import ALL_FEATURES, Squeezer, wrap
 from marble.transport.messages import MESSAGE_SCHEMA, MessageCodec, MessageLoad
 from marble.transport.options import TransportOptions
 from marble.transport.pulse import Pulse
@@ -121,7 +121,7 @@ class EnvelopeLoad:
 
     def packets(self, features: int) -> list[Packet]:
         packets = self._codec.encode(self._peer, self._unsent)
-        return [wrap(packet, self._squeezer, features) for packet in packets] if features else packets
+        return [wrap(packet, self._squeezer, features) for packet in packets] if features & ALL_FEATURES else packets
 
     def wrote(self, nbytes: int, seconds: float) -> None:
         self._squeezer.wrote(nbytes, seconds)
