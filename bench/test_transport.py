@@ -28,19 +28,21 @@ SIZES = {"heartbeat": 0, "1KiB": 128, "1MiB": 131072}
 BURST = 1000
 
 
-def message(size: str) -> Envelope:
+def message(size: str, before: int = 0) -> Envelope:
+    """The one of a run of appends that comes after the entry `before`, or a heartbeat."""
     if SIZES[size] == 0:
         return Envelope(0, Message(MessageKind.HEARTBEAT, 1, 2, 1))
     payload = entry_batch.encode_payload(pa.record_batch({"a": np.arange(SIZES[size], dtype=np.int64)}))
-    batch = entry_batch.build(0, 1, 1, [Proposal(EntryKind.WRITE, 1, payload)])
-    return Envelope(0, Message(MessageKind.APPEND_ENTRIES, 1, 2, 1, entries=entry_batch.span(batch)), batch)
+    batch = entry_batch.build(0, before + 1, 1, [Proposal(EntryKind.WRITE, 1, payload)])
+    span = entry_batch.span(batch)
+    return Envelope(0, Message(MessageKind.APPEND_ENTRIES, 1, 2, 1, before, min(before, 1), entries=span), batch)
 
 
 ANSWER = Envelope(0, Message(MessageKind.HEARTBEAT_RESPONSE, 2, 1, 1))
 
 
 class Pair:
-    """Node 2 answers every message of node 1 with a small one."""
+    """Node 2 answers every message of node 1 with a small one, and every entry of a merged append."""
 
     def __init__(self) -> None:
         self.answers = threading.Semaphore(0)
@@ -50,17 +52,20 @@ class Pair:
         for transport in (self.one, self.two):
             transport.set_peers(endpoints)
         self.one.start(self._count)
-        self.two.start(lambda envelopes: self.two.send(1, [ANSWER] * len(envelopes)) and None)
+        self.two.start(self._answer)
 
     def _count(self, envelopes: list[Envelope]) -> None:
         self.answers.release(len(envelopes))
+
+    def _answer(self, envelopes: list[Envelope]) -> None:
+        self.two.send(1, [ANSWER] * sum(max(1, len(each.message.entries or ())) for each in envelopes))
 
     def round_trip(self, envelope: Envelope) -> None:
         assert self.one.send(2, [envelope])
         assert self.answers.acquire(timeout=30)
 
-    def burst(self, envelope: Envelope) -> None:
-        for _ in range(BURST):
+    def burst(self, envelopes: list[Envelope]) -> None:
+        for envelope in envelopes:
             assert self.one.send(2, [envelope])
         for _ in range(BURST):
             assert self.answers.acquire(timeout=30)
@@ -121,7 +126,8 @@ def test_round_trip(benchmark: Any, pair: Pair, size: str) -> None:
 @pytest.mark.parametrize("size", ["heartbeat", "1KiB"])
 def test_burst(benchmark: Any, pair: Pair, size: str) -> None:
     benchmark.group = f"{BURST} messages {size}"
-    benchmark.pedantic(pair.burst, args=(message(size),), rounds=5, warmup_rounds=1)
+    run = [message(size, before) for before in range(BURST)]
+    benchmark.pedantic(pair.burst, args=(run,), rounds=5, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("size", ["heartbeat", "1KiB"])

@@ -1,6 +1,7 @@
 """From this node to one peer: a few streams, so that nothing small and urgent waits behind anything large.
 
 Rule 1: whoever sends never waits. What cannot be queued is dropped and the caller is told; Raft tolerates loss.
+Rule 2: what has gathered leaves together, small appends as one (`marble.transport.merging`); what has not is not waited for.
 
 Each lane is a `Pump` with a stream and a connection of its own:
 
@@ -31,6 +32,7 @@ from marble.metrics import Metrics
 from marble.raft.messages import MessageKind
 from marble.transport.codec import MESSAGES_PER_PACKET_MAX, Codec, Envelope, Lane, Packet
 from marble.transport.compression import ALL_FEATURES, Squeezer, wrap
+from marble.transport.merging import merge_appends
 from marble.transport.messages import MESSAGE_SCHEMA, MessageCodec, MessageLoad
 from marble.transport.options import TransportOptions
 from marble.transport.pulse import Pulse
@@ -120,7 +122,8 @@ class EnvelopeLoad:
         return True
 
     def packets(self, features: int) -> list[Packet]:
-        packets = self._codec.encode(self._peer, self._unsent)
+        envelopes = merge_appends(self._unsent) if len(self._unsent) > 1 else self._unsent
+        packets = self._codec.encode(self._peer, envelopes)
         return [wrap(packet, self._squeezer, features) for packet in packets] if features & ALL_FEATURES else packets
 
     def wrote(self, nbytes: int, seconds: float) -> None:
