@@ -26,6 +26,7 @@ import contextlib
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, Final, TypeVar
@@ -46,6 +47,7 @@ from marble.local import ANSWER_MARGIN_S, LocalBackend, scan_view, then
 from marble.lsm.view import TableView
 from marble.promises import Committed, Lane
 from marble.schema import TableInfo, check_table_name, conform_keys
+from marble.stopwatch import Calls
 from marble.transport import wire
 from marble.transport.faults import to_flight_error
 from marble.transport.intake import Intake, StreamEndedError, Ways
@@ -74,19 +76,33 @@ def _answering(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def answer(self: TablesService, *arguments: Any) -> Any:
+        begun, outcome = time.monotonic(), "ok"
         try:
             self.check_running()
             return method(self, *arguments)
         except (MarbleError, pa.ArrowException, flight.FlightError) as error:
+            outcome = type(error).__name__
             raise to_flight_error(_abroad(error)) from None
         except OSError as error:
             # So says Arrow of a stream whose client has gone.
+            outcome = "gone"
             raise flight.FlightUnavailableError(f"the stream broke: {error}") from None
         except Exception as error:
+            outcome = "failed"
             logger.exception("%s failed", method.__name__)
             raise to_flight_error(error) from error
+        finally:
+            self._calls.ended(_called(method.__name__, arguments), outcome, time.monotonic() - begun)
 
     return answer  # type: ignore[return-value]
+
+
+def _called(method: str, arguments: Sequence[Any]) -> str:
+    """What was called, in one of few words: what clients invent counts as one."""
+    if method != "do_action":
+        return method
+    kind = arguments[1].type
+    return f"do_action/{kind if kind in ACTIONS else 'unknown'}"
 
 
 class TablesService:
@@ -105,6 +121,7 @@ class TablesService:
         self._node = backend.node
         self._machine = backend.machine
         self._timeout_s = backend.node.options.propose_timeout_s
+        self._calls = Calls(backend.node.metrics)
         self._relays = Relays(self._find_leader, self._timeout_s)
         self._stopped: Future[None] = Future()
         self._lock = threading.Lock()

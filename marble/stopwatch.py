@@ -1,19 +1,22 @@
-"""How long the callers of one group wait: for a majority, for their writes to take effect here, for their reads to be confirmed.
+"""How long callers wait: for a majority, for their writes to take effect here, for their reads to be confirmed, for any answer.
 
 Rule 1: the cost is per batch that the core took, never per write: the writes of one batch share their times.
 Rule 2: what a leader had under way when it lost its post is not measured: its callers are told elsewhere, if at all.
 
-Not thread-safe: the engine thread owns it.
+A `Stopwatch` is the engine thread's; `Calls` may be used on any.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from marble.metrics import Metrics
 from marble.promises import Offer
+
+STREAMS: Final = frozenset({"do_put", "do_exchange"})
+"""Calls that last as long as their client likes."""
 
 
 class _Batch(NamedTuple):
@@ -72,3 +75,16 @@ class Stopwatch:
         """This node leads no longer: what is under way may be replaced by other entries."""
         self._committing.clear()
         self._applying.clear()
+
+
+class Calls:
+    """Calls of clients at a node's port, by method and by what became of them."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def ended(self, method: str, outcome: str, seconds: float) -> None:
+        """A call of `method`, one of few, ended after `seconds` in `outcome`: "ok", or the name of an error's class."""
+        self._metrics.counter("requests", method=method, outcome=outcome).add()
+        if method not in STREAMS:
+            self._metrics.histogram("request_seconds", method=method).observe(seconds)

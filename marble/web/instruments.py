@@ -80,7 +80,9 @@ _ALL: Final = (
     _histogram("commit_seconds", "a write of this node's callers, from the log until a majority had it"),
     _histogram("read_index_seconds", "confirming a linearizable read"),
     _histogram(
-        "request_seconds", "a call of a client, from its arrival to its answer; of streams, until they begin", "method"
+        "request_seconds",
+        "a call of a client, from its arrival until its answer begins; no streams of writes",
+        "method",
     ),
     _counter("requests", "calls", "calls of clients, streams among them, by what became of them", "method", "outcome"),
     # Disk and memory.
@@ -127,6 +129,12 @@ _ALL: Final = (
     _counter("transport_protocol_errors", "calls", "calls closed because of what they carried"),
     _counter("transport_calls_refused", "calls", "calls of other clusters or nodes, or above the limits"),
     _counter("transport_internal_errors", "errors", "our own faults in the transport; the node stops"),
+    _counter("transport_unauthenticated", "calls", "calls without the right credentials"),
+    _counter("transport_forbidden", "calls", "calls that their token does not allow"),
+    _counter(
+        "security_reloads", "times", "certificates, tokens or the secret were read anew because a file had changed"
+    ),
+    _counter("security_reload_failures", "times", "that failed, and the old ones are used still"),
     _counter("messages_dropped_inbox_full", "messages", "messages that the engine had no room for"),
     _counter("messages_refused", "messages", "messages that no correct member of the group would send"),
     _counter("messages_misdirected", "messages", "messages for another node or group"),

@@ -158,7 +158,7 @@ def test_who_sends_too_much_or_nonsense_is_refused(quick: Port) -> None:
     assert b" 431 " in quick.raw(b"GET /" + b"x" * 1019)
     assert b" 431 " in quick.raw(b"GET / HTTP/1.1\r\nA: " + b"x" * 1005)
     assert b" 400 " in quick.raw(b"nonsense\r\n\r\n")
-    assert b" 400 " in quick.raw(b"GET /\r\n")
+    assert b" 400 " in quick.raw(b"GET /\r\n\r\n")
     assert quick.ask("/healthz")[0] == 200
 
 
