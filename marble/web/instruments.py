@@ -129,6 +129,15 @@ _ALL: Final = (
     _counter("transport_protocol_errors", "calls", "calls closed because of what they carried"),
     _counter("transport_calls_refused", "calls", "calls of other clusters or nodes, or above the limits"),
     _counter("transport_internal_errors", "errors", "our own faults in the transport; the node stops"),
+    _counter("transport_user_messages_sent", "messages", "messages that users of the transport sent"),
+    _counter("transport_user_bytes_sent", "bytes", "of these messages"),
+    _counter("transport_user_messages_received", "messages", "messages for users of the transport that arrived"),
+    _counter("transport_user_bytes_received", "bytes", "of these messages"),
+    _counter(
+        "transport_user_messages_missed",
+        "messages",
+        "messages that were lost on the way, as the gaps in the others show",
+    ),
     _counter("transport_unauthenticated", "calls", "calls without the right credentials"),
     _counter("transport_forbidden", "calls", "calls that their token does not allow"),
     _counter(

@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
 
-from marble.config import RaftClusterConfig
+from marble.config import HttpConfig, RaftClusterConfig
 from marble.errors import MarbleError, UnavailableError
 from marble.lsm.machine import TableMachine
 from marble.server import RaftServer, create_arrow_flight_transport, create_raft_server
@@ -60,6 +60,9 @@ def rows(first: int, end: int, tag: str = "x") -> pa.RecordBatch:
 
 class Cluster:
     """Servers of one cluster; `start` and `stop_node` as one likes."""
+
+    http: Mapping[int, HttpConfig] = {}
+    """The HTTP ports of nodes that have one."""
 
     def __init__(self, directory: Path, nodes: int = 3, **settings: Any) -> None:
         self.directory = directory
@@ -113,7 +116,12 @@ class Cluster:
         join = self.joined.get(node)
         transport = create_arrow_flight_transport(join or self.config.endpoints[node])
         server = create_raft_server(
-            transport, data_dir=self.directory / str(node), machine=machine, node_id=node if join else None, join=join
+            transport,
+            data_dir=self.directory / str(node),
+            machine=machine,
+            node_id=node if join else None,
+            join=join,
+            http=self.http.get(node),
         )
         server.initialize(self.config)
         server.start()
