@@ -23,6 +23,9 @@ from marble.config import HttpConfig, RaftClusterConfig
 from marble.errors import UnavailableError, UsageError
 from marble.metrics import EDGES, Metrics
 from marble.server import create_raft_server
+from marble.transport.security import Security
+from marble.transport.tokens import parse_tokens
+from marble.web.authority import token_authority
 from marble.web.http import HttpLimits, HttpServer
 from marble.web.observer import Observer
 
@@ -152,6 +155,29 @@ def test_who_has_no_token_gets_health_and_no_more(tmp_path: Path) -> None:
             assert port.ask(path, Authorization="Bearer right")[0] == 200
     finally:
         port.server.stop()
+
+
+def test_the_tokens_are_those_of_the_flight_port() -> None:
+    metrics = Metrics()
+    now: list[Security] = [Security()]
+    may = token_authority(lambda: now[0], metrics)
+    assert may(None), "without tokens everybody may look"
+    now[0] = Security(tokens=parse_tokens('[tokens.scraper]\ntoken = "0123456789abcdef0123"\naccess = "read"\n'))
+    refused = metrics.counter("transport_unauthenticated")
+    assert may("Bearer 0123456789abcdef0123")
+    assert not may(None)
+    assert refused.value == 0, "who brings nothing is asked, not counted"
+    for wrong in (
+        "Bearer 0123456789abcdef0124",
+        "0123456789abcdef0123",
+        "Basic 0123456789abcdef0123",
+        "Bearer ",
+        "Bearer \udc80",
+    ):
+        assert not may(wrong)
+    assert refused.value == 5
+    now[0] = Security(tokens=parse_tokens(""))
+    assert not may("Bearer 0123456789abcdef0123"), "a token that was taken back is of no use"
 
 
 def test_who_sends_too_much_or_nonsense_is_refused(quick: Port) -> None:
