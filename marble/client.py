@@ -164,7 +164,7 @@ class RemoteBackend:
             self._leader = None
         backoff = Backoff(deadline, self._closed)
         while True:
-            error: MarbleError = UnavailableError(f"no leader is known to {', '.join(self._candidates())}")
+            silent: list[str] = []
             followed = 0
             candidates = self._candidates()
             while candidates:
@@ -173,7 +173,7 @@ class RemoteBackend:
                 try:
                     status = as_object(self._action(endpoint, "status", b"", timeout_s))
                 except MarbleError as failure:
-                    error = failure
+                    silent.append(str(failure))
                     continue
                 self._learn(status)
                 if status["role"] == "leader":
@@ -185,7 +185,7 @@ class RemoteBackend:
                     followed += 1
                     candidates = [named, *(each for each in candidates if each != named)]
             self._leader = None
-            backoff.wait(UnavailableError(f"no node took the write: {error}"))
+            backoff.wait(UnavailableError(f"no node took the write: {_no_leader(self._candidates(), silent)}"))
 
     def _learn(self, status: dict[str, Any]) -> None:
         self._learnt = tuple(each for each in status["nodes"].values() if each not in self._given)
@@ -407,7 +407,7 @@ class RemoteBackend:
 
     def _action(self, endpoint: str, name: str, body: bytes, timeout_s: float) -> bytes:
         """One action at one node; what Flight raises comes out as a MarbleError."""
-        return act(self._client(endpoint), name, body, timeout_s)
+        return act(self._client(endpoint), name, body, timeout_s, peer=endpoint)
 
     def _call(self, attempt: Callable[[str, float], T], only: Sequence[str] | None = None) -> T:
         """Run `attempt`, which may be repeated, at one node after the other until one answers or the time is up.
@@ -418,6 +418,7 @@ class RemoteBackend:
         backoff = Backoff(deadline, self._closed)
         while True:
             error: MarbleError = UnavailableError("no node answers")
+            refused: dict[str, None] = {}
             candidates = self._candidates() if only is None else self._willing_first(only)
             for number, endpoint in enumerate(candidates):
                 self._check_open()
@@ -428,7 +429,7 @@ class RemoteBackend:
                     self._silent.discard(endpoint)
                     return answer
                 except (MarbleError, *STREAM_ERRORS) as failure:
-                    error = from_flight_error(failure)
+                    error = from_flight_error(failure, peer=endpoint)
                 if isinstance(error, NotLeaderError):
                     self._leader = error.leader
                 elif not isinstance(error, UnavailableError | OutcomeUnknownError):
@@ -436,7 +437,21 @@ class RemoteBackend:
                 else:
                     self._silent.add(endpoint)
                     self._leader = None if endpoint == self._leader else self._leader
+                    refused[str(error)] = None
+            if len(refused) > 1:
+                error = UnavailableError("; ".join(refused))
             backoff.wait(error)
+
+
+def _no_leader(nodes: Sequence[str], silent: Sequence[str]) -> str:
+    """Why there is nobody to write to: `silent` has what came of asking those of `nodes` that did not answer."""
+    if len(silent) >= len(nodes):
+        return f"none answers ({'; '.join(silent)}): `marble doctor {','.join(nodes)}` says more"
+    but = f" ({'; '.join(silent)})" if silent else ""
+    return (
+        f"no leader is known to {', '.join(nodes)}{but}: a majority of the voters must run and reach each other, see "
+        f"`marble doctor {nodes[0]}`"
+    )
 
 
 def _first_rows(

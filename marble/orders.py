@@ -158,12 +158,15 @@ def act(
     stamp: Stamp | None = None,
     *,
     changes: bool = False,
+    peer: str = "",
 ) -> bytes:
-    """One action; what Flight raises comes out as a MarbleError: a lost answer, if it `changes` something, as unknown outcome."""
+    """One action of `peer`; what Flight raises comes out as a MarbleError: a lost answer, if it `changes` something, as unknown
+    outcome.
+    """
     try:
         answers = list(client.do_action(fl.Action(name, body), call_options(timeout_s, stamp=stamp)))
     except STREAM_ERRORS as error:
-        raise from_flight_error(error, changes=changes or stamp is not None) from None
+        raise from_flight_error(error, changes=changes or stamp is not None, peer=peer) from None
     if len(answers) != 1:
         raise ProtocolError(f"a node answered {name} {len(answers)} times")
     return bytes(answers[0].body.to_pybytes())

@@ -10,6 +10,7 @@ the outcome is then unknown, and only an error that the server itself sent makes
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Final
 
 import pyarrow as pa
@@ -31,6 +32,36 @@ from marble.errors import (
 
 MESSAGE_CHARACTERS_MAX: Final = 1000
 """Errors travel in HTTP/2 trailers, of which gRPC accepts 8 KiB in all."""
+
+_PREFIX: Final = re.compile(r"^Flight \w+ \w+ error, with message: ")
+_LAST_ERROR: Final = re.compile(r"^failed to connect to all addresses; last error: \w+: ")
+_CAUSES: Final = tuple(
+    (re.compile(pattern), words)
+    for pattern, words in (
+        ("Connection refused", "the connection is refused: nothing listens there (does the node run?)"),
+        (
+            "hostname lookup|address lookup failed|resolv",
+            "the name of the host is not known (a slip? else DNS, /etc/hosts)",
+        ),
+        ("No route to host|Network is unreachable", "there is no way to that address (the network, a VPN, routes?)"),
+        (
+            "FD Shutdown|connection attempt timed out|Connection timed out|Timeout occurred",
+            "no connection in time (a firewall, or the machine is down?)",
+        ),
+        ("Deadline Exceeded", "no answer in time (a slow disk, a busy node, or something else on this port?)"),
+        ("Failed parsing HTTP/2|Expected SETTINGS", "another program is on that port, or a node that speaks TLS"),
+        (
+            "CERTIFICATE_VERIFY_FAILED|certificate verify failed",
+            "its certificate is not trusted (`marble doctor` says why)",
+        ),
+        (
+            "Ssl handshake failed|SSL_ERROR_SSL|handshaker shutdown",
+            "the TLS handshake failed (`marble doctor` says why)",
+        ),
+        ("Connection reset|Socket closed|recvmsg|Broken pipe", "the connection broke"),
+    )
+)
+"""What gRPC says of common causes, by a part of it, and what a user can do with."""
 
 _FLIGHT_CLASSES: Final[dict[type[MarbleError], type[fl.FlightError]]] = {
     UsageError: fl.FlightServerError,
@@ -70,7 +101,7 @@ def to_flight_error(error: BaseException) -> fl.FlightError:
     return (flight_class or fl.FlightInternalError)(message, json.dumps(info).encode())
 
 
-def from_flight_error(error: BaseException, *, changes: bool = False) -> MarbleError:
+def from_flight_error(error: BaseException, *, changes: bool = False, peer: str = "") -> MarbleError:
     """The `MarbleError` behind an exception that a Flight call raised.
 
     Parameters
@@ -80,6 +111,8 @@ def from_flight_error(error: BaseException, *, changes: bool = False) -> MarbleE
     changes
         Whether the call may have changed something: then a lost answer is an OutcomeUnknownError, else an
         UnavailableError.
+    peer
+        Who was called, ``host:port``: for the message, if no server has written it.
     """
     if isinstance(error, MarbleError):
         return error
@@ -87,25 +120,32 @@ def from_flight_error(error: BaseException, *, changes: bool = False) -> MarbleE
     if told is not None:
         return told
     lost: type[MarbleError] = OutcomeUnknownError if changes else UnavailableError
+    who = f"{peer}: " if peer else ""
     if isinstance(error, fl.FlightUnavailableError | fl.FlightTimedOutError | fl.FlightCancelledError):
-        return lost(f"no answer: {error}")
+        return lost(f"{who}{cause_of(error)}")
     if isinstance(error, fl.FlightUnauthenticatedError):
-        return UnauthenticatedError(f"refused: {error}")
+        return UnauthenticatedError(f"{who}refused: {cause_of(error)}")
     if isinstance(error, fl.FlightUnauthorizedError):
-        return ForbiddenError(f"refused: {error}")
+        return ForbiddenError(f"{who}refused: {cause_of(error)}")
     if isinstance(error, OSError):
-        return lost(f"the stream broke: {error}")
+        return lost(f"{who}the stream broke: {cause_of(error)}")
     if isinstance(error, fl.FlightError):
-        return lost(f"the server failed: {error}")
+        return lost(f"{who}the server failed: {cause_of(error)}")
     if isinstance(error, pa.ArrowException):
-        return ProtocolError(f"the answer is not what it should be: {error}")
+        if isinstance(error, pa.ArrowNotImplementedError):
+            return ProtocolError(f"{who}this is not a marble node, or one of another version: {cause_of(error)}")
+        return ProtocolError(f"{who}the answer is not what it should be: {cause_of(error)}")
     return InvariantError(f"{type(error).__name__}: {error}")
 
 
 def cause_of(error: BaseException) -> str:
     """What a user should read of an error, without what gRPC says to those who work on gRPC."""
-    text = str(from_flight_error(error) if getattr(error, "extra_info", b"") else error)
-    return text.partition(" gRPC client debug context")[0]
+    text = str(_told(error) or error)
+    text = _PREFIX.sub("", text.partition(" gRPC client debug context")[0]).strip()
+    for pattern, words in _CAUSES:
+        if pattern.search(text):
+            return words
+    return _LAST_ERROR.sub("", text).rstrip(".") or type(error).__name__
 
 
 def is_refusal(error: BaseException) -> bool:

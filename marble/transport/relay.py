@@ -112,7 +112,7 @@ class Relays:
             try:
                 results = list(self._client(endpoint).do_action(flight.Action(name, body), options))
             except pa.ArrowException as error:
-                told = from_flight_error(error, changes=not repeatable)
+                told = from_flight_error(error, changes=not repeatable, peer=f"the leader, {endpoint}")
                 if not isinstance(told, NotLeaderError) and not (repeatable and isinstance(told, UnavailableError)):
                     raise told from None
                 if time.monotonic() + RETRY_WAIT_S >= deadline or self._stopping.wait(RETRY_WAIT_S):
