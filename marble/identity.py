@@ -50,7 +50,7 @@ def unseal(data: bytes, what: str, where: str) -> dict[str, Any]:
     """What `seal` made `data` of. Raises CorruptionError if it is not that, to the byte."""
     try:
         found = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CorruptionError(f"the {what} cannot be read", where, 0) from None
     if not isinstance(found, dict) or seal(found) != data:
         raise CorruptionError(f"the {what} is damaged", where, 0)
@@ -102,7 +102,7 @@ def bind(
         data = files.read(IDENTITY_FILE)
         try:
             found = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise CorruptionError("the identity file cannot be read", where, 0) from None
         # One without a checksum was written by an early version, or is told by what it lacks.
         if isinstance(found, dict) and "checksum" in found and seal(found) != data:
@@ -112,7 +112,7 @@ def bind(
             found.pop("checksum", None)
             bound, number = found.pop("voters", None), found.pop("incarnation", None)
         if found != mine:
-            raise UsageError(f"{where} belongs to {found}, not to {mine}: choose another directory")
+            raise UsageError(f"{where} belongs to {ascii(found)[:200]}, not to {mine}: choose another directory")
         if not isinstance(bound, list) or not all(isinstance(voter, int) for voter in bound):
             raise CorruptionError("the identity file does not say who the first voters were", where, 0)
         incarnation = _parse(number)

@@ -180,6 +180,7 @@ class TablesService:
         self, context: Any, path: tuple[str, str], reader: Any, answer: Callable[[bytes], None], acks_max: int = 1
     ) -> None:
         name, verb = path
+        wire.check_texts(reader.schema)
         write = self._backend.write_entry if verb == wire.UPSERT else self._backend.delete_entry
 
         term, lane = 0, Lane()
@@ -239,6 +240,7 @@ class TablesService:
 
     def _look_up(self, name: str, consistency: str, at_index: int | None, reader: Any, writer: Any) -> None:
         schema: pa.Schema | None = None
+        wire.check_texts(reader.schema)
         for chunk in _chunks(reader):
             self.check_running()
             keys = chunk.data

@@ -47,12 +47,16 @@ def parse_endpoint(text: object, *, what: str = "endpoint", free_port: bool = Fa
         raise UsageError(f'{what} {text!r} must be "host:port", without a scheme')
     host, colon, port = text.rpartition(":")
     if not colon:
-        raise UsageError(f'{what} {text!r} has no port: write "host:port", e.g. "{text or "127.0.0.1"}:{DEFAULT_PORT}"')
+        raise UsageError(
+            f'{what} {text!r} has no port: write "host:port", e.g. "{_plain(text) or "127.0.0.1"}:{DEFAULT_PORT}"'
+        )
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
         good = ":" in host and _IPV6.fullmatch(host) is not None
     elif ":" in host:
-        raise UsageError(f'{what} {text!r} looks like an IPv6 address: write it in brackets, "[{host}]:{port}"')
+        raise UsageError(
+            f'{what} {text!r} looks like an IPv6 address: write it in brackets, "[{_plain(host)}]:{_plain(port)}"'
+        )
     else:
         good = _HOST.fullmatch(host) is not None
     if not good:
@@ -61,6 +65,11 @@ def parse_endpoint(text: object, *, what: str = "endpoint", free_port: bool = Fa
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and lowest <= int(port) <= 65535):
         raise UsageError(f"{what} {text!r} has port {port!r}, which is not a number from {lowest} to 65535")
     return host.lower(), int(port)
+
+
+def _plain(text: str) -> str:
+    """`text` without what a terminal would act on: it may be a stranger's."""
+    return text.encode("unicode_escape").decode("ascii")
 
 
 def format_endpoint(host: str, port: int) -> str:

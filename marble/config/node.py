@@ -143,8 +143,9 @@ def parse_config(text: str, directory: Path) -> NodeConfig:
     """
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"not valid TOML: {error}") from None
+    except (ValueError, RecursionError) as error:
+        # Not only TOMLDecodeError: a number of thousands of digits and lists in lists without end have errors of their own.
+        raise UsageError(f"not valid TOML: {str(error)[:200]}") from None
     for key in tables:
         if key not in ("node", "cluster"):
             near = difflib.get_close_matches(key, ("node", "cluster"), n=1, cutoff=0.0)[0]

@@ -186,8 +186,12 @@ class Scan:
         if chain is not None and seal.chain != chain:
             raise self._damage(number, 0, "the segment does not follow the one before it, which may have lost its end")
         data, at = window.view(0, seal.length)
-        schema = pa.ipc.read_schema(pa.py_buffer(data[at : at + seal.length]))
-        found = (schema.metadata or {}).get(b"marble.format", b"?").decode(errors="replace")
+        try:
+            schema = pa.ipc.read_schema(pa.py_buffer(data[at : at + seal.length]))
+            found = ascii((schema.metadata or {}).get(b"marble.format", b"?").decode(errors="replace"))[1:-1]
+            names = ascii(", ".join(schema.names))[1:-1]
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise self._damage(number, 0, f"its header is sealed and holds no schema ({error})") from None
         if found != FORMAT:
             where = self._files.describe(path)
             raise CorruptionError(
@@ -195,9 +199,9 @@ class Scan:
             )
         if not schema.equals(ENTRY_SCHEMA):
             # Versions before the first release changed the columns and kept the number of the format.
-            where, columns = self._files.describe(path), ", ".join(schema.names)
+            where = self._files.describe(path)
             raise CorruptionError(
-                f"the log has the columns {columns}, this marble reads {', '.join(ENTRY_SCHEMA.names)}: use the marble "
+                f"the log has the columns {names}, this marble reads {', '.join(ENTRY_SCHEMA.names)}: use the marble "
                 "that wrote it",
                 where,
                 0,

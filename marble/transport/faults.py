@@ -160,11 +160,11 @@ def _told(error: BaseException) -> MarbleError | None:
         return None
     try:
         info = json.loads(extra)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(info, dict) or not isinstance(info.get("message"), str):
         return None
-    kind = ERROR_CODES.get(info.get("code", ""))
+    kind = ERROR_CODES.get(str(info.get("code")))
     if kind is None:
         return None
     if kind is NotLeaderError:

@@ -302,9 +302,36 @@ def decode_schema(text: object) -> pa.Schema:
     if not isinstance(text, str) or len(text) > TABLE_BYTES_MAX:
         raise UsageError("a schema must be base64 of an IPC message: base64.b64encode(schema.serialize())")
     try:
-        return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text, validate=True)))
+        schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text, validate=True)))
     except (binascii.Error, pa.ArrowException, OSError, ValueError) as error:
         raise UsageError(f"a schema must be base64 of an IPC message: {str(error)[:200]}") from None
+    return check_texts(schema)
+
+
+def check_texts(schema: pa.Schema) -> pa.Schema:
+    """Return `schema`, which a stranger sent, if all names in it are texts. Arrow takes any bytes, and raises at the first look at them.
+
+    Raises
+    ------
+    UsageError
+        If a name of a column or of a nested field, or a time zone, is not UTF-8, or not fit to be shown.
+    """
+    try:
+        _look_at(schema)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"names in a schema must be UTF-8: {error}") from None
+    return schema
+
+
+def _look_at(fields: Iterable[pa.Field]) -> None:
+    for field in fields:
+        type_ = field.type
+        for text in (field.name, getattr(type_, "tz", None) or ""):
+            if not text.isprintable():
+                raise UsageError(f"a name in a schema has characters that cannot be shown: {text[:80]!a}")
+        if isinstance(type_, pa.DictionaryType):
+            type_ = type_.value_type
+        _look_at(type_.field(i) for i in range(type_.num_fields))
 
 
 def options_to_json(options: TableOptions) -> dict[str, Any]:
