@@ -144,6 +144,16 @@ class Net:
         text = f"table bridge faults\ndelete table bridge faults\ntable bridge faults {{\nchain forward {{\n{chain}\n{rules}}}\n}}\n"
         self._bridge.run("nft", "-f", "-", text=text)
 
+    def lead(self, source: str, ways: dict[str, str]) -> None:
+        """Let each connection that `source` opens to one ``address:port`` go to another one. Holds for those opened from now on."""
+        rules = ""
+        for given, other in ways.items():
+            address, _, port = given.partition(":")
+            rules += f"ip daddr {address} tcp dport {port} dnat to {other}\n"
+        chain = "type nat hook output priority -100; policy accept;"
+        text = f"table ip relays\ndelete table ip relays\ntable ip relays {{\nchain output {{\n{chain}\n{rules}}}\n}}\n"
+        self.hosts[source].run("nft", "-f", "-", text=text)
+
     def dropped(self) -> int:
         """How many packets the rules in force have dropped."""
         words = self._bridge.run("nft", "list", "table", "bridge", "faults").split()

@@ -27,6 +27,7 @@ from marble.demo.processes import NodeProcess, Nodes, serve_command
 from marble.testing.history import History, check
 
 CLIENTS = "clients"
+RELAYS = "relays"
 PORT = 5001
 DEADLINE_S = 90.0
 ELECTION_TIMEOUT_MS = 1000
@@ -258,6 +259,48 @@ class Cluster:
             yield clients
 
 
+class Lines:
+    """The relays between all nodes (`process.relays`), on a host of their own. Clients reach the nodes without them."""
+
+    def __init__(self, net: Net, host: str, nodes: Sequence[int], log: Path) -> None:
+        place = net.hosts[host]
+        ways = {}
+        for one in nodes:
+            leads = {}
+            for other in nodes:
+                if other != one:
+                    target = f"{net.hosts[str(other)].address}:{PORT}"
+                    leads[target] = f"{place.address}:{6000 + 16 * one + other}"
+                    ways[f"{one}-{other}"] = (leads[target], target)
+            net.lead(str(one), leads)
+        program = str(Path(__file__).with_name("relays.py"))
+        command = place.command(sys.executable, "-P", program, json.dumps(ways))
+        with log.open("ab") as errors:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+        assert self._process.stdout.readline(), log.read_text()
+        self._ways = list(ways)
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate(timeout=DEADLINE_S)
+
+    def set(self, line: Mapping[str, Any], around: Sequence[int] = (), *, reset: bool = False) -> Counter[str]:
+        """Make the lines to and from these nodes (none: all) such, both ways; what they have counted so far, together."""
+        total: Counter[str] = Counter()
+        for name in self._ways:
+            if around and not any(str(node) in name.split("-") for node in around):
+                continue
+            command = {"name": name, "there": dict(line), "back": dict(line), "reset": reset}
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
+            total.update(json.loads(self._process.stdout.readline()))
+        return total
+
+
 class Watch:
     """Asks the nodes about themselves, through the clients' host."""
 
@@ -301,6 +344,19 @@ class Watch:
         self.leader()
         self.until(lambda told: all(each["applied_index"] >= commit for each in told.values()), "all replicas")
         return time.monotonic() - since
+
+
+@contextlib.contextmanager
+def related_cluster(directory: Path, count: int = 3) -> Iterator[tuple[Cluster, Lines]]:
+    """A cluster of `count` nodes, ready, that reach each other through relays."""
+    numbers = range(1, count + 1)
+    with network([*map(str, numbers), CLIENTS, RELAYS]) as net:
+        endpoints = {node: f"{net.hosts[str(node)].address}:{PORT}" for node in numbers}
+        with Lines(net, RELAYS, numbers, directory / "relays.log") as lines:
+            cluster = Cluster(net, directory, endpoints)
+            with cluster.nodes:
+                cluster.nodes.start()
+                yield cluster, lines
 
 
 @contextlib.contextmanager
