@@ -293,14 +293,14 @@ class LsmReader {
         // The filter says no most quickly, and the keys of runs mostly overlap.
         if (!file.MayContain(hash) || key < file.first_key()) continue;
         const size_t number = file.FindBlock(key);
-        if (number == file.blocks() || key < file.first_key(number)) continue;
+        if (number == file.blocks()) continue;
         ARROW_ASSIGN_OR_RAISE(std::shared_ptr<const Block> block, file.Load(number));
-        const int64_t row = block->Find(key);
+        const int64_t row = block->FindExact(key);
         if (row < 0) continue;
         if (block->is_deleted(row)) break;
         const Source* source = &block->source;
         *out = {source, static_cast<uint32_t>(row), std::move(block)};
-        TouchRow(*out);
+        TouchRow(*layout_->schema, *out);
         break;
       }
       return arrow::Status::OK();

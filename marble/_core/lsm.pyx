@@ -21,7 +21,7 @@ from marble._core.memtable cimport CKeyCodec, CLayout, CState, Snapshot
 from marble._core.scan_face cimport CMergeCursor, CScanBatch, CScanOptions, column_numbers, scan_options
 from marble._core.sstable cimport CTableFile, SSTable, raise_read_status
 from pyarrow.includes.common cimport CStatus
-from pyarrow.includes.libarrow cimport CArray, CArrayData, CBuffer, CRecordBatch, CScalar
+from pyarrow.includes.libarrow cimport CArray, CArrayData, CBuffer, CDataType, CRecordBatch, CScalar, CSchema
 
 import pyarrow as pa
 
@@ -50,7 +50,8 @@ cdef extern from "point.hpp" namespace "marble":
         uint32_t row
 
     cbool encode_key "marble::EncodeKey"(const CKeyCodec& codec, object values, string* key) except +
-    PyObject* point_value "marble::PointValue"(CSource& source, int column, uint32_t row) except? NULL
+    PyObject* point_value "marble::PointValue"(
+        const CDataType& type, CSource& source, int column, uint32_t row) except? NULL
 
 
 cdef extern from "arrow/array/util.h" namespace "arrow" nogil:
@@ -184,7 +185,8 @@ cdef class Reader:
         cdef string encoded
         cdef PyObject* value
         cdef int column
-        if not encode_key(self.reader.get().layout().get().codec.get()[0], key, &encoded):
+        cdef CLayout* layout = self.reader.get().layout().get()
+        if not encode_key(layout.codec.get()[0], key, &encoded):
             return False
         # The memtables answer sooner than the GIL is given back and fetched again. A file may keep its reader waiting.
         if not self.reader.get().FindInMemory(encoded, &hit) and self.reader.get().has_files():
@@ -195,9 +197,13 @@ cdef class Reader:
             return None
         if <size_t>len(names) != hit.source.columns.size():
             raise UsageError(f"the table has {hit.source.columns.size()} columns, got {len(names)} names")
-        row = {}
-        for column in range(len(names)):
-            value = point_value(hit.source[0], column, hit.row)
+        row = dict.fromkeys(names)
+        for column in range(<int>layout.key.size()):
+            row[names[layout.key[column]]] = key[column]
+        for column in range(<int>len(names)):
+            if layout.HasInKey(column):
+                continue
+            value = point_value(layout.schema.get().field(column).get().type().get()[0], hit.source[0], column, hit.row)
             if value == NULL:
                 row[names[column]] = wrap_array(make_array(hit.source.columns[column]))[hit.row].as_py()
             else:

@@ -19,6 +19,7 @@
 #include <arrow/record_batch.h>
 #include <arrow/type.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -74,6 +75,9 @@ struct Layout {
       return arrow::Status::OK();
     });
   }
+
+  // Whether a column, by position in `schema`, belongs to the key.
+  bool HasInKey(int column) const noexcept { return std::find(key.begin(), key.end(), column) != key.end(); }
 
   arrow::Status CheckBatch(const arrow::RecordBatch& batch) const {
     if (batch.schema().get() != schema.get()) {
@@ -158,7 +162,7 @@ struct State {
     for (size_t r = 0; r < runs.size(); ++r) {
       const Run& run = *runs[r];
       if (view.word < run.words[0] || view.word > run.words[run.size - 1]) continue;
-      size_t at = LowerBoundWord(run.words.get(), 0, run.size, view.word);
+      size_t at = LowerBoundWordAlone(run.words.get(), run.size, view.word);
       if (run.words[at] != view.word) continue;
       if (!shape.whole) {
         at = LowerBoundTail(run, at, view, shape);

@@ -6,6 +6,7 @@
 // Invariants:
 //   1. A key is encoded here only if `KeyCodec` would encode the array that pyarrow makes of it to the same bytes;
 //      everything else is left to that, with its conversions and its errors.
+//      Then the values are equal to those of the row that it finds, and may stand for them.
 //   2. A value is given out only in a form equal to that of pyarrow's `as_py`; other types are left to that.
 //   3. No Python error is left set by what is left to others.
 #pragma once
@@ -141,10 +142,9 @@ std::string_view BytesOf(const ColumnView& view, uint32_t row) noexcept {
   return {reinterpret_cast<const char*>(view.data) + first, static_cast<size_t>(end - first)};
 }
 
-// The value in `row` of a column, as a new reference. Null without a Python error: it is left to others.
-inline PyObject* PointValue(const Source& source, int column, uint32_t row) noexcept {
+// The value in `row` of a column of `type`, as a new reference. Null without a Python error: it is left to others.
+inline PyObject* PointValue(const arrow::DataType& type, const Source& source, int column, uint32_t row) noexcept {
   const ColumnView& view = source.views[static_cast<size_t>(column)];
-  const arrow::DataType& type = *source.columns[static_cast<size_t>(column)]->type;
   const auto bit = [&view, row](const uint8_t* bits) { return arrow::bit_util::GetBit(bits, view.offset + row); };
   const auto bytes = [](std::string_view value) {
     return PyBytes_FromStringAndSize(value.data(), static_cast<Py_ssize_t>(value.size()));
@@ -213,8 +213,9 @@ inline PyObject* PointValue(const Source& source, int column, uint32_t row) noex
   }
 }
 
-// Reads a byte of each page that the row's bytes lie in, so that whoever holds the GIL later waits for no disk.
-inline void TouchRow(const PointHit& hit) noexcept {
+// Reads a byte of each page that the row's bytes lie in, so that whoever holds the GIL later waits for no disk. The types are
+// those of `schema`: those that the columns name lie elsewhere, and must be fetched from memory for each block.
+inline void TouchRow(const arrow::Schema& schema, const PointHit& hit) noexcept {
   constexpr size_t kPage = 4096;
   uint8_t sum = 0;
   const auto touch = [&sum](std::string_view bytes) {
@@ -223,7 +224,7 @@ inline void TouchRow(const PointHit& hit) noexcept {
   };
   for (size_t i = 0; i < hit.source->views.size(); ++i) {
     const ColumnView& view = hit.source->views[i];
-    const arrow::DataType& type = *hit.source->columns[i]->type;
+    const arrow::DataType& type = *schema.field(static_cast<int>(i))->type();
     if (view.validity != nullptr) sum = static_cast<uint8_t>(sum + view.validity[(view.offset + hit.row) / 8]);
     switch (type.id()) {
       case arrow::Type::STRING:

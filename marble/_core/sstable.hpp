@@ -115,6 +115,15 @@ struct Block {
     const int64_t row = LowerBound(key);
     return row < size() && this->key(row) == key ? row : -1;
   }
+  // As Find, with less to fetch from memory: whether the key begins as all of the block do is seen at the end, with the rest.
+  int64_t FindExact(std::string_view key) const noexcept {
+    const uint64_t word = WordOf(key, skip);
+    for (const ColumnView& view : source.views) __builtin_prefetch(&view);
+    const auto at = static_cast<int64_t>(LowerBoundWordAlone(words.get(), static_cast<size_t>(size()), word));
+    for (const ColumnView& view : source.views) __builtin_prefetch(view.values + at * 4);  // Mostly offsets.
+    if (at == size() || words[static_cast<size_t>(at)] != word) return -1;
+    return this->key(at) == key ? at : Find(key);  // Others may have the same word.
+  }
 };
 
 class TableFile {
@@ -335,8 +344,9 @@ inline size_t TableFile::FindBlock(std::string_view key) const noexcept {
   const std::string_view common = last_key().substr(0, skip_);
   const int order = key.substr(0, skip_).compare(common);
   if (order != 0) return order < 0 ? 0 : blocks();
-  size_t i = LowerBoundWord(words_.data(), 0, words_.size(), WordOf(key, skip_));
-  if (i == blocks() || last_key(i) >= key) return i;
+  const uint64_t word = WordOf(key, skip_);
+  size_t i = LowerBoundWord(words_.data(), 0, words_.size(), word);
+  if (i == blocks() || words_[i] != word || last_key(i) >= key) return i;
   // Words that tie are mostly few; where they are not, halve.
   size_t end = blocks();
   for (++i; i < end;) {
