@@ -5,6 +5,7 @@ it touches nothing of the driver's: only the log (which may be read by several t
 files of its own.
 Rule 2: of one group at most one job that touches the machine and one that touches files of snapshots are out at a time, so
 the machine sees the entries in order and by one thread.
+Rule 3: an error that a job keeps has no traceback: its frames would hold what the job worked on, and files would stay for it.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ class WriteJob:
             self._store.write(self.meta, self._endpoints, state.batches(self._wait), self._wait)
             self._store.prune(self.meta.index)
         except (OSError, UnavailableError) as error:
-            self.error = error
+            self.error = error.with_traceback(None)
 
     def _wait(self, nbytes: int) -> None:
         if self._given_up:
@@ -232,7 +233,7 @@ class ReceiveJob:
         except (OSError, MarbleError) as error:
             if not isinstance(error, OSError | ProtocolError | CorruptionError | UnavailableError):
                 raise
-            self.error = error
+            self.error = error.with_traceback(None)
 
     def _receive_snapshot(self, pieces: Sequence[tuple[int, pa.Buffer]]) -> None:
         check(self.info is not None, "a job receives neither a snapshot nor a file")
@@ -275,7 +276,7 @@ class DiscardJob:
         try:
             self._store.discard_partial()
         except OSError as error:
-            self.error = error
+            self.error = error.with_traceback(None)
 
 
 class CollectJob:
@@ -294,7 +295,7 @@ class CollectJob:
             self._store.contents.discard()
             self._machine.collect(self._store.kept)
         except (OSError, CorruptionError, UnavailableError) as error:
-            self.error = error
+            self.error = error.with_traceback(None)
 
 
 class CompactJob:
@@ -312,7 +313,7 @@ class CompactJob:
         try:
             self._machine.compact(self._pace)
         except (OSError, UnavailableError, CorruptionError) as error:
-            self.error = error
+            self.error = error.with_traceback(None)
 
 
 MachineJob = ApplyJob | RestoreJob

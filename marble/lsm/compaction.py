@@ -42,6 +42,8 @@ class CompactionPolicy:
     """How much larger each level may be than the one above it."""
     file_bytes_max: int = 32 * _MIB
     """About where files of level 1 and below are split."""
+    merge_rows: int = 65536
+    """So many rows are merged at a time; a file ends between two such parts."""
     compressed_level: int = 2
     """From this level on, files are compressed if the table says how. What is above is written anew too often."""
 
@@ -114,10 +116,10 @@ def backlog_bytes(levels: Levels, policy: CompactionPolicy) -> int:
     return sum(file.nbytes for file in levels[0]) if late > 0 else 0
 
 
-def merged(plan: Plan, info: TableInfo, expired_until: int | None) -> Iterator[Versions]:
-    """The content of `plan`'s files as it is to be written, by key."""
+def merged(plan: Plan, info: TableInfo, expired_until: int | None, merge_rows: int) -> Iterator[Versions]:
+    """The content of `plan`'s files as it is to be written, by key, up to `merge_rows` rows at a time."""
     reader = Reader([], [[file.opened for file in run] for run in plan.runs])
-    for versions in reader.scan_versions(drop_tombstones=plan.drop_tombstones):
+    for versions in reader.scan_versions(merge_rows, drop_tombstones=plan.drop_tombstones):
         kept = versions if expired_until is None else _expire(versions, info, expired_until, plan.drop_tombstones)
         if kept[0].num_rows:
             yield kept

@@ -188,7 +188,11 @@ class TableFiles:
                 )
                 found = self._write_one(_Pieces(writer, first, source, bytes_max), pace)
                 row = {name: getattr(found, name) for name in FILES_SCHEMA.names if name != "level"}
-                written.append(self.open(row, info))
+                try:
+                    written.append(self.open(row, info))
+                except Exception:
+                    self.release([found.name])
+                    raise
         except Exception:
             self.release(file.name for file in written)
             raise

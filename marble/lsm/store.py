@@ -156,7 +156,7 @@ class Store:
         try:
             written = self.files.write(
                 tree.info,
-                merged(plan, tree.info, until),
+                merged(plan, tree.info, until, policy.merge_rows),
                 bytes_max=policy.file_bytes_max if plan.level else None,
                 compression=policy.compression(tree.info, plan.level),
                 pace=pace,

@@ -261,6 +261,7 @@ PLANS: Final[dict[str, Plan]] = {
             disk=DiskFaults(10_000, 0.05, 1_000_000, failed_syncs=0.03, full=0.03),
             process=ProcessFaults(0.12, 0.06, 2_000_000, 0.01, elections=0.05),
             tables=TableFiles(read_errors=0.02, retention=8),
+            snapshot_distance=20,
         ),
         # Files that are damaged or gone, at one node at a time: found before they are believed, and fetched from a peer that has them.
         replace(

@@ -27,14 +27,14 @@ from marble.testing.world import World
 MEANWHILE: Final = 0.2
 """Chance that compaction and the removal of files happen in the middle of a flush or a compaction."""
 
-SPARE_SNAPSHOTS_MAX: Final = 5
-"""A file that nobody needs has gone before so many snapshots were written."""
+SPARE_SNAPSHOTS_MAX: Final = 2
+"""A file that nobody needs goes when a snapshot was written, and has gone before so many more are."""
 
 LOOKED_AT: Final = 0.15
 """Chance that all rows are compared with the model after entries were applied. After anything else that touches files they always are."""
 
 _COMPACTION: Final = CompactionPolicy(
-    level0_files=2, level0_files_max=4, level0_share=2, level1_bytes=4096, ratio=2, file_bytes_max=2048
+    level0_files=2, level0_files_max=4, level0_share=2, level1_bytes=4096, ratio=2, file_bytes_max=2048, merge_rows=8
 )
 """Tiny, so that files are merged all the time, three levels deep."""
 
