@@ -283,6 +283,11 @@ class Relay:
                 self._back.set(back)
         self._wake()
 
+    def retarget(self, target: str) -> None:
+        """Pass new connections on to `target`."""
+        with self._lock:
+            self._target = _address(target)
+
     def refuse(self, refusing: bool = True) -> None:
         """Reset new connections at once, or take them again."""
         with self._lock:
@@ -421,6 +426,10 @@ class RelayProcess:
         """As `Relay.set`."""
         self._ask({name: asdict(line) for name, line in (("there", there), ("back", back)) if line is not None})
 
+    def retarget(self, target: str) -> None:
+        """As `Relay.retarget`."""
+        self._ask({"target": target})
+
     def reset(self) -> None:
         """As `Relay.reset`."""
         self._ask({"reset": True})
@@ -448,7 +457,10 @@ class RelayProcess:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Relay until the standard input ends. Each line of it is a JSON object, of `Line`'s fields; each is answered."""
+    """Relay until the standard input ends. Each line of it is a JSON object, and is answered.
+
+    Its keys: ``there`` and ``back`` with fields of `Line`, ``target``, ``reset``.
+    """
     parser = argparse.ArgumentParser(prog="python -m marble.testing.relay", description=main.__doc__)
     parser.add_argument("target", metavar="HOST:PORT")
     parser.add_argument("--listen", metavar="HOST:PORT", default="127.0.0.1:0")
@@ -458,6 +470,8 @@ def main(arguments: list[str] | None = None) -> None:
         for text in sys.stdin:
             request = json.loads(text)
             relay.set(**{name: Line(**request[name]) for name in ("there", "back") if name in request})
+            if "target" in request:
+                relay.retarget(request["target"])
             if request.get("reset"):
                 relay.reset()
             sys.stdout.write(json.dumps({"endpoint": relay.endpoint, **relay.counts()}) + "\n")
