@@ -41,6 +41,7 @@ from marble.service import TablesService
 from marble.transport.arrow_flight import ArrowFlightTransport, create_arrow_flight_transport
 from marble.transport.flight import FlightTransport
 from marble.transport.options import TransportOptions
+from marble.transport.watching import WatchedSecurity
 from marble.types import EntryKind, Members, Role
 from marble.web.watch import Watch, Watched
 
@@ -227,6 +228,7 @@ class RaftServer(Operated, Watched):
                 # The columns beside a payload take less than the smallest payload: at most as much again.
                 options=TransportOptions(entry_bytes_max=2 * self._config.message_bytes_max + MESSAGE_OVERHEAD_BYTES),
                 metrics=metrics,
+                security=WatchedSecurity(self._security, self._options.node_id, metrics),
             )
             stack.callback(carrier.stop, STOP_GRACE_S)
             files = SystemFiles(self._data_dir)

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, Protocol
 
 import pyarrow as pa
 import pyarrow.flight as fl
 
 from marble.errors import ProtocolError
+from marble.transport.security import PLAIN, Credentials
 
 RAFT_COMMAND: Final = b"marble.raft/1"
 """The Flight descriptor's command that opens a stream between nodes."""
@@ -150,12 +151,21 @@ class FlightStream:
 
 
 class FlightCarrier:
-    """Arrow Flight over gRPC: each stream is a ``DoExchange`` of `RAFT_COMMAND`. Stateless."""
+    """Arrow Flight over gRPC: each stream is a ``DoExchange`` of `RAFT_COMMAND`.
+
+    Parameters
+    ----------
+    credentials
+        Gives what counts when a stream is opened: certificates, and the proof that a node calls.
+    """
+
+    def __init__(self, credentials: Callable[[], Credentials] = lambda: PLAIN) -> None:
+        self._credentials = credentials
 
     def open(self, address: str, schema: pa.Schema, *, connect_timeout_s: float, silent_peer_s: float) -> FlightStream:
-        client = fl.FlightClient(
-            f"grpc://{address}",
-            generic_options=[
+        client = self._credentials().client(
+            address,
+            [
                 # Without its own pool a channel shares the connection, and the reconnect pauses, of an earlier one.
                 ("grpc.use_local_subchannel_pool", 1),
                 # gRPC's name for the time that one attempt to connect may take.

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.flight as fl
 
 from marble._core.entry_batch import ENTRY_SCHEMA
+from marble.config import SecurityConfig
 from marble.env import Clock, Random, SystemClock, SystemRandom
 from marble.errors import InvariantError, ProtocolError, UnavailableError, UsageError
 from marble.metrics import Metrics
@@ -32,14 +33,16 @@ from marble.transport.codec import Codec, Envelope, Lane
 from marble.transport.compression import unwrap
 from marble.transport.faults import cause_of, to_flight_error
 from marble.transport.handshake import ECHO, Acquaintances, Chunk, Handshake
+from marble.transport.listening import Listening
 from marble.transport.messages import MessageCodec, MessageIntake
 from marble.transport.messaging import SEND_TIMEOUT_S, Messaging, OnMessages, Peer
 from marble.transport.options import TransportOptions
 from marble.transport.paths import Peering, make_link
 from marble.transport.peers import Peers, host_of
-from marble.transport.port import FlightService, Port
+from marble.transport.port import FlightService
 from marble.transport.pump import Surroundings
 from marble.transport.watch import Watch
+from marble.transport.watching import WatchedSecurity
 
 _log = logging.getLogger("marble.transport")
 _FINISH_S: Final = 1.0
@@ -66,6 +69,8 @@ class FlightTransport(Messaging):
         Limits; jitter; time; where everything is counted (names begin with ``transport_``).
     carrier
         What opens streams to peers. None: Flight.
+    security
+        Certificates, tokens and the cluster's secret; watched from `start` to `stop`. None: whoever reaches the port comes in.
 
     Raises
     ------
@@ -87,12 +92,12 @@ class FlightTransport(Messaging):
         clock: Clock | None = None,
         metrics: Metrics | None = None,
         carrier: Carrier | None = None,
+        security: WatchedSecurity | None = None,
     ) -> None:
         super().__init__(options or TransportOptions(), metrics or Metrics())
         self.node_id = node_id
         self._codec = Codec(cluster_id, node_id, self.options.entry_bytes_max)
         self._clock = clock or SystemClock()
-        self._host = host_of(endpoint)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._started = False
@@ -107,14 +112,22 @@ class FlightTransport(Messaging):
         self._garbage = self.metrics.counter("transport_protocol_errors")
         self._refused = self.metrics.counter("transport_calls_refused")
         self._faults = self.metrics.counter("transport_internal_errors")
-        try:
-            self._server = Port(f"grpc://{endpoint}", self)
-            self._port = int(self._server.port)
-        except (fl.FlightError, pa.ArrowException, OSError) as error:
-            raise UnavailableError(f"cannot listen on {endpoint}: {error}") from None
-        self._handshake = Handshake(self._codec, advertised or self.endpoint, self.options.strangers_max, self.metrics)
+        self._security = security or WatchedSecurity(SecurityConfig(), node_id, self.metrics)
+        current = self._security.current
+        self._listening = Listening(
+            endpoint,
+            self,
+            current,
+            cluster_id=cluster_id,
+            options=self.options,
+            clock=self._clock,
+            metrics=self.metrics,
+            node_id=node_id,
+        )
+        place, most = advertised or self.endpoint, self.options.strangers_max
+        self._handshake = Handshake(self._codec, place, most, self.metrics, lambda: current().secret)
         self._around = Surroundings(
-            carrier or FlightCarrier(),
+            carrier or FlightCarrier(lambda: current().peer_credentials(cluster_id, node_id)),
             self._handshake,
             self.options,
             random or SystemRandom(),
@@ -139,12 +152,12 @@ class FlightTransport(Messaging):
 
     @property
     def port(self) -> int:
-        return self._port
+        return self._listening.port
 
     @property
     def endpoint(self) -> str:
         """``host:port`` with the real port."""
-        return f"{self._host}:{self._port}"
+        return f"{self._listening.host}:{self._listening.port}"
 
     def start(
         self,
@@ -186,6 +199,8 @@ class FlightTransport(Messaging):
             self._receiver, self._on_messages = receiver, on_messages
             self._started = True
         self._watch.start()
+        self._listening.watch()
+        self._security.start(self._listening.take_up)
         self._peers.start()
 
     def set_peers(self, endpoints: Mapping[int, str]) -> None:
@@ -295,28 +310,11 @@ class FlightTransport(Messaging):
             link.request_stop()
         with self._lock:
             self._idle.wait_for(lambda: self._calls == 0, max(0.0, deadline_s - _CANCEL_RESERVE_S))
-        ended = self._stop_server(end)
+        self._security.stop()
+        ended = self._listening.stop(end)
         for link in links:
             ended = link.join(end - self._clock.monotonic()) and ended
         return self._watch.stop(end - self._clock.monotonic()) and ended
-
-    def _stop_server(self, end: float) -> bool:
-        """Cancel all calls. A thread of its own waits for them, since a handler may never look at its stream."""
-        stopper = threading.Thread(
-            target=_shutdown.shut_down, args=(self._server, 0.0), name=f"marble-stop-{self.node_id}", daemon=True
-        )
-        stopper.start()
-        stopper.join(max(0.0, end - self._clock.monotonic()))
-        finalizer = _shutdown.finalizer_of(self._server)
-        if stopper.is_alive():
-            # pyarrow would wait for the same handler at exit, without a deadline.
-            finalizer.detach()
-            _shutdown.immortalize(self._server)
-            _log.warning("node %d stops although a handler of its port has not ended", self.node_id)
-            return False
-        # Breaks the cycle between the Python and the C++ server, and frees the port.
-        finalizer()
-        return True
 
     def _check_usable(self) -> None:
         if self._forked:
@@ -328,7 +326,7 @@ class FlightTransport(Messaging):
         """In a forked child: gRPC's threads are not here, so that every call and every destructor would hang."""
         self._forked = True
         atexit.unregister(self.stop)
-        _shutdown.finalizer_of(self._server).detach()
+        self._listening.abandon()
         _shutdown.immortalize(self)
 
     # What follows runs on gRPC's threads.
@@ -371,15 +369,15 @@ class FlightTransport(Messaging):
                 self._refused.add()
                 raise UnavailableError(f"node {self.node_id} does not take messages now")
             chunks = iter(arrival)
-            hello = self._handshake.greet(chunks)
-            if hello is None:
+            guest = self._handshake.greet(chunks)
+            if guest is None:
                 return
-            if hello.question:
-                arrival.answer(self._handshake.hello(hello.sender, hello.lane))
+            hello = guest.hello
+            if not arrival.answer(self._handshake.reply(guest)) or hello.question:
+                return
+            if not self._handshake.confirm(guest, chunks):
                 return
             with self._peers.visit(hello.sender, hello.endpoint):
-                if not arrival.answer(self._handshake.hello(hello.sender, hello.lane)):
-                    return
                 if hello.lane is Lane.MESSAGES:
                     self._messages.take(hello.sender, chunks)
                 else:

@@ -29,6 +29,7 @@ class TransportOptions:
       takes longer than ``answer_s`` and longer than is usual there. Together below the interval of heartbeats.
     - ``calls_max``: calls of clients served at once; the next one is refused.
     - ``strangers_max``: streams that have not yet said who they are; the next one is refused.
+    - ``slow_reader_s``: a client that has not read for so long, while a write waits for it, is dropped with its connection.
     """
 
     entry_bytes_max: int = 256 << 20
@@ -49,6 +50,7 @@ class TransportOptions:
     calls_max: int = 1024
     strangers_max: int = 64
     compression: str = "auto"
+    slow_reader_s: float = 120.0
 
     def __post_init__(self) -> None:
         if self.compression not in COMPRESSIONS:

@@ -5,14 +5,17 @@ Rule 1: nothing is decided here, and nothing is kept between calls.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import pyarrow.flight as fl
 
+from marble.errors import MarbleError
 from marble.transport import wire
+from marble.transport.admission import Admission, AdmissionFactory, check_node
 from marble.transport.carrier import RAFT_COMMAND, Arrival, FlightArrival
+from marble.transport.faults import to_flight_error
 
 
 class FlightService(Protocol):
@@ -57,14 +60,29 @@ class PortOwner(Protocol):
 
 
 class Port(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow has no type hints
-    """Listens on `location` (a Flight URI) from construction on, for `owner`."""
+    """Listens on `location` (a Flight URI) from construction on, for `owner`.
 
-    def __init__(self, location: str, owner: PortOwner) -> None:
+    Parameters
+    ----------
+    admission
+        Looks at every call before its handler.
+    options
+        More arguments of `pyarrow.flight.FlightServerBase`: certificates.
+    """
+
+    def __init__(
+        self, location: str, owner: PortOwner, admission: AdmissionFactory, options: Mapping[str, Any]
+    ) -> None:
         self._owner = owner
-        super().__init__(location, middleware={wire.CallHeaders.KEY: wire.CallHeadersFactory()})
+        middleware = {Admission.KEY: admission, wire.CallHeaders.KEY: wire.CallHeadersFactory()}
+        super().__init__(location, middleware=middleware, **options)
 
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         if descriptor.command == RAFT_COMMAND:
+            try:
+                check_node(context)
+            except MarbleError as error:
+                raise to_flight_error(error) from None
             self._owner.take_messages(FlightArrival(reader, writer))
             return
         with self._owner.serve() as service:

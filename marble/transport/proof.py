@@ -150,7 +150,7 @@ class CallerProof:
         self._hello = hello
         return hello if self._secret is None else hello + _sealed(_HELLO, self._nonce)
 
-    def check_answer(self, data: bytes, peer: int) -> tuple[bytes, bytes | None]:
+    def check_answer(self, data: bytes, who: str) -> tuple[bytes, bytes | None]:
         """The answer to the hello, and the last word to send, if any.
 
         Raises
@@ -163,11 +163,11 @@ class CallerProof:
             return answer, None
         body = _opened(proof, _ANSWER) if proof else None
         if body is None:
-            raise ProtocolError(f"node {peer} has no cluster secret, and this one has: give both the same secret_file")
+            raise ProtocolError(f"{who} has no cluster secret, and this one has: give both the same secret_file")
         nonce, mac = body[:_NONCE], body[_NONCE:]
         digest = _digest(self._hello, answer)
         if not hmac.compare_digest(self._secret.mac(_CALLEE, self._nonce, nonce, digest), mac):
-            raise ProtocolError(f"node {peer} has another cluster secret than this one: give both the same secret_file")
+            raise ProtocolError(f"{who} has another cluster secret than this one: give both the same secret_file")
         return answer, _sealed(_LAST, self._secret.mac(_CALLER, nonce, self._nonce, digest))
 
 
@@ -201,9 +201,9 @@ class CalleeProof:
         return answer + _sealed(_ANSWER, self._nonce + self._secret.mac(_CALLEE, self._theirs, self._nonce, digest))
 
     @property
-    def awaits_last_word(self) -> bool:
-        """Whether the next chunk must be the caller's proof."""
-        return self._expected is not None
+    def needed(self) -> bool:
+        """Whether the caller must prove that it knows the secret: its last word comes right after the answer."""
+        return self._secret is not None
 
     def check_last_word(self, data: bytes) -> None:
         """Raises ProtocolError unless `data` is the caller's proof."""

@@ -325,8 +325,7 @@ class Pump:
                 raise fl.FlightCancelledError("the link stops")
             self._heard = None
             self._greeting_at = self._around.clock.monotonic()
-            stream.write(self._around.handshake.hello(self.peer, self._lane), None)
-            self._features = self._around.handshake.call(self.peer, stream)
+            self._features = self._around.handshake.call(self.peer, self._lane, stream)
         except BaseException:
             self._forget(stream)
             raise

@@ -25,7 +25,7 @@ _log = logging.getLogger("marble.transport")
 STOP_TIMEOUT_S: Final = 2.0
 
 
-class Watched:
+class WatchedSecurity:
     """The security of one node. Thread-safe.
 
     Parameters
