@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-from marble.metrics import Metrics
+from marble.metrics import Counter, Histogram, Metrics
 from marble.promises import Offer
 
 STREAMS: Final = frozenset({"do_put", "do_exchange"})
@@ -82,9 +82,17 @@ class Calls:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._known: dict[tuple[str, str], tuple[Counter, Histogram | None]] = {}
+        """Both are of few words, so that there are few of these."""
 
     def ended(self, method: str, outcome: str, seconds: float) -> None:
         """A call of `method`, one of few, ended after `seconds` in `outcome`: "ok", or the name of an error's class."""
-        self._metrics.counter("requests", method=method, outcome=outcome).add()
-        if method not in STREAMS:
-            self._metrics.histogram("request_seconds", method=method).observe(seconds)
+        known = self._known.get((method, outcome))
+        if known is None:
+            count = self._metrics.counter("requests", method=method, outcome=outcome)
+            took = None if method in STREAMS else self._metrics.histogram("request_seconds", method=method)
+            # Two threads may make it at once: the instruments are the same.
+            known = self._known[method, outcome] = (count, took)
+        known[0].add()
+        if known[1] is not None:
+            known[1].observe(seconds)

@@ -41,6 +41,8 @@ const remember = (fresh, uptime) => {
 
 const draw = () => {
   if (state.moments === null) return;
+  // How far the others are, only a leader knows.
+  charts[3].known = state.moments.role.at(-1) === "leader" ? [true, true] : [false, true];
   const now = state.uptime + (performance.now() - state.heard) / 1000;
   const shown = document.body.dataset.state === "lost" ? now : state.uptime;
   for (const chart of charts) chart.draw(state.moments, shown, state.span);
@@ -91,7 +93,8 @@ const drawParts = (node, health, uptime) => {
     ["tables in memory", bytes(node.memory_bytes)],
     ["writes here", `${bytes(latest("write_bytes"))}/s`],
     ["reads here", `${count(latest("reads"))}/s`],
-    ["messages", `${count(latest("messages_sent"))}/s out, ${count(latest("messages_received"))}/s in`],
+    ["messages out", `${count(latest("messages_sent"))}/s`],
+    ["messages in", `${count(latest("messages_received"))}/s`],
     ["up for", duration(uptime)],
   ];
   $("facts").replaceChildren(...facts.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));

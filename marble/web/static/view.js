@@ -93,11 +93,11 @@ const GAP_S = 3.5;
 // zero means that there was nothing to measure, and these words say so where there is nothing else.
 export class Chart {
   constructor(title, unit, lines, format, empty = null) {
-    Object.assign(this, { unit, lines, format, empty, hover: null });
+    Object.assign(this, { unit, lines, format, empty, hover: null, known: lines.map(() => true) });
     this.value = el("p", { class: "now" }, "–");
     this.svg = svg("svg", { role: "img", "aria-label": title });
-    const key = lines.length > 1 ? el("span", { class: "key" }, ...lines.map((line, i) => el("span", { class: i ? "two" : "one" }, line.name))) : null;
-    this.root = el("figure", { class: "card chart" }, el("h3", {}, title, key), this.value, this.svg);
+    this.keys = lines.length > 1 ? lines.map((line, i) => el("span", { class: i ? "two" : "one" }, line.name)) : [];
+    this.root = el("figure", { class: "card chart" }, el("h3", {}, title, el("span", { class: "key" }, ...this.keys)), this.value, this.svg);
     this.svg.addEventListener("pointermove", (event) => this.point(event.offsetX));
     this.svg.addEventListener("pointerleave", () => this.point(null));
   }
@@ -116,7 +116,8 @@ export class Chart {
     const inner = { w: width - PAD.left - PAD.right, h: height - PAD.top - PAD.bottom };
     const from = moments.at.findIndex((at) => at >= now - span);
     const times = from < 0 ? [] : moments.at.slice(from);
-    const series = this.lines.map((line) => (from < 0 ? [] : moments[line.key].slice(from)));
+    const series = this.lines.map((line, i) => (from < 0 || !this.known[i] ? [] : moments[line.key].slice(from)));
+    this.keys.forEach((key, i) => (key.hidden = !this.known[i]));
     const top = roof(Math.max(...series.flat(), this.lines[0].floor ?? 1e-9));
     const x = (at) => PAD.left + inner.w * (1 - (now - at) / span);
     const y = (value) => PAD.top + inner.h * (1 - value / top);
@@ -129,6 +130,7 @@ export class Chart {
     drawn.push(label(PAD.left, height - 3, `${duration(Math.round(span))} ago`, "start"));
     drawn.push(label(width - PAD.right, height - 3, "now", "end"));
     series.forEach((values, i) => {
+      if (!values.length) return;
       for (const run of runs(times, this.empty ? values : null)) {
         const points = run.map((k) => `${x(times[k]).toFixed(1)},${y(values[k]).toFixed(1)}`);
         if (i === 0) {
@@ -141,13 +143,13 @@ export class Chart {
     const at = this.hover === null ? times.length - 1 : nearest(times, now - span * (1 - (this.hover - PAD.left) / inner.w));
     if (this.hover !== null && at >= 0) {
       drawn.push(svg("line", { class: "cursor", x1: x(times[at]), x2: x(times[at]), y1: PAD.top, y2: base }));
-      series.forEach((values, i) => drawn.push(svg("circle", { class: `point ${i ? "two" : "one"}`, cx: x(times[at]), cy: y(values[at]), r: 4 })));
+      series.forEach((values, i) => values.length && drawn.push(svg("circle", { class: `point ${i ? "two" : "one"}`, cx: x(times[at]), cy: y(values[at]), r: 4 })));
     }
     const nothing = this.empty !== null && !series.flat().some((value) => value > 0);
     if (nothing) drawn.push(label(width / 2, PAD.top + inner.h / 2 + 4, this.empty, "middle"));
     this.svg.replaceChildren(...drawn);
     const fresh = at >= 0 && (this.hover !== null || now - times[at] < GAP_S);
-    const words = fresh && !nothing ? series.map((values) => this.format(values[at])) : ["–"];
+    const words = fresh && !nothing ? series.filter((values) => values.length).map((values) => this.format(values[at])) : ["–"];
     const when = this.hover !== null && at >= 0 ? ` ${duration(Math.max(0, now - times[at]))} ago` : "";
     this.value.replaceChildren(words.join(" / "), el("small", {}, ` ${this.unit}${when}`));
   }
