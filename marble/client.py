@@ -438,8 +438,8 @@ class RemoteBackend:
                     self._silent.add(endpoint)
                     self._leader = None if endpoint == self._leader else self._leader
                     refused[str(error)] = None
-            if len(refused) > 1:
-                error = UnavailableError("; ".join(refused))
+            if refused and isinstance(error, UnavailableError):
+                error = UnavailableError(f"{'; '.join(refused)}; see `marble doctor {','.join(candidates)}`")
             backoff.wait(error)
 
 

@@ -28,7 +28,7 @@ from marble._core.entry_batch import Proposal
 from marble._core.term_index import TermIndex
 from marble.compacting import Compactor
 from marble.errors import ProtocolError, UnavailableError, UsageError, check
-from marble.jobs import Applied, ApplyJob, Due, FileJob, Log, MachineJob, RestoreJob, WriteJob
+from marble.jobs import Applied, ApplyJob, Due, FileJob, Log, MachineJob, RebuildJob, RestoreJob, WriteJob
 from marble.logstore.snapshots import SnapshotStore
 from marble.machine import Pace, StateMachine
 from marble.members import check_endpoints, encode_members
@@ -302,6 +302,9 @@ class Driver:
                 # The log no longer has what would be applied before.
                 self._applying = None if snapshots.has_install else snapshots.take_restore(self._persisted)
                 return self._applying
+            self._applying = snapshots.take_rebuild(end)
+            if self._applying is not None:
+                return self._applying
             due, end = snapshots.due(), first if snapshots.stalled else end
         if first < end or (snapshots is not None and snapshots.overdue):
             nbytes = self.raft.log.bytes(first, end)
@@ -318,6 +321,16 @@ class Driver:
             self._replicated = dict(job.info.endpoints)
             self.outcome.members_changed = True
             self.raft.applied(job.info.index)
+            return
+        if isinstance(job, RebuildJob):
+            assert self.snapshots is not None
+            if self.snapshots.rebuilt(job):
+                # As if the entries up to there had been applied, all at once.
+                self._replicated = dict(job.info.endpoints)
+                self.outcome.members_changed = True
+                self.raft.applied(job.info.index)
+            if job.error is None:
+                self.snapshots.want()
             return
         for applied in job.memberships:
             self._replicated = dict(applied.endpoints)
@@ -468,32 +481,3 @@ class Driver:
             self.raft.report_snapshot(message.to, False)
         else:
             self._send_one(envelope)
-
-
-def turn(drivers: Iterable[Driver], log: Log) -> None:
-    """Run the groups of one node inline until none has anything left to do. One sync serves all of them.
-
-    Raises whatever the log or the machine raised: the node must then stop.
-    """
-    drivers = list(drivers)
-    busy = True
-    while busy:
-        begun = [(driver, driver.begin()) for driver in drivers if driver.has_ready()]
-        purged = [driver for driver in drivers if driver.take_purged()]
-        if purged or any(number for _, number in begun):
-            log.sync()
-        if purged:
-            log.purge()
-        for driver, number in begun:
-            if number:
-                driver.persisted(number)
-        busy = bool(begun)
-        for driver in drivers:
-            while (job := driver.take_apply()) is not None:
-                job.run()
-                driver.finish_apply(job)
-                busy = True
-            while (file_job := driver.take_snapshot()) is not None:
-                file_job.run()
-                driver.finish_snapshot(file_job)
-                busy = True

@@ -108,12 +108,24 @@ class Fetching:
         self._job: ReceiveJob | DiscardJob | None = None
         self._wait: dict[str, int] = {}
         """Damaged file -> ticks before it is asked for again."""
+        self._rebuild = False
+        """Whether the snapshot is to be built from, and not to become one of this node (`marble.rebuilding`)."""
+        self.built_from: SnapshotInfo | None = None
+        """Such a one that is complete, for whoever takes it away."""
 
     # -- what is wanted ----------------------------------------------------------------------------------------------
 
-    def want(self, message: Message, info: SnapshotInfo) -> None:
-        """Fetch the snapshot `info`, which the leader's `message` offers."""
-        offer = self.offer
+    def in_vain(self, refs: Sequence[FileRef]) -> bool:
+        """Whether all peers were asked for one of `refs` a while ago, and none had it."""
+        return any(ref.name in self._wait for ref in refs)
+
+    def want(self, message: Message, info: SnapshotInfo, *, rebuild: bool = False) -> None:
+        """Fetch the snapshot `info`, which the leader's `message` offers; or, to `rebuild`, which its sender described."""
+        offer, other, self._rebuild = self.offer, self._rebuild is not rebuild, rebuild
+        if other:
+            self.offer, self.info = message, info
+            self._begin()
+            return
         if self.info == info:
             # The same again, perhaps of another leader: go on where it stands.
             self.offer = message
@@ -157,7 +169,7 @@ class Fetching:
         assert offer is not None
         sources = [offer.sender] if ref is None else self._sources()
         self._asking = _Asking(ref, sources, Position(info.index, info.term))
-        self._job = ReceiveJob(self._store, info, ref)
+        self._job = ReceiveJob(self._store, info, ref, keep=not self._rebuild)
 
     def _sources(self) -> list[int]:
         """Who may have a file of the snapshot: who offers it, then the others."""
@@ -183,9 +195,10 @@ class Fetching:
         if job.error is not None:
             return self._failed(asking, job.error)
         if job.complete:
+            self.built_from = self.info if self._rebuild else None
             offer, self.info, self.offer, self._asking = self.offer, None, None, None
             self._window.reset()
-            return offer
+            return None if self.built_from is not None else offer
         if job.missing:
             self._missing = job.missing
             self._ask_for(self._missing[0])
@@ -241,6 +254,8 @@ class Fetching:
             self._wait[asking.ref.name] = HEAL_AGAIN_FACTOR * self._patience_ticks
             return None
         self._job = DiscardJob(self._store.group, self._store)
+        if self._rebuild:
+            return None
         return Message(
             MessageKind.INSTALL_SNAPSHOT_RESPONSE,
             self._node_id,
@@ -275,7 +290,7 @@ class Fetching:
 
     def _receive(self, asking: _Asking, pieces: list[tuple[int, pa.Buffer]]) -> None:
         healed = self._healed if self.info is None else None
-        self._job = ReceiveJob(self._store, self.info, asking.ref, pieces, healed=healed)
+        self._job = ReceiveJob(self._store, self.info, asking.ref, pieces, healed=healed, keep=not self._rebuild)
 
     def _nbytes(self, asking: _Asking) -> int:
         if asking.ref is not None:

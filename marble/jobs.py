@@ -10,7 +10,7 @@ Rule 3: an error that a job keeps has no traceback: its frames would hold what t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -138,6 +138,40 @@ class RestoreJob:
         self._machine.restore(self.info.index, self._store.read(self.info))
 
 
+class RebuildJob:
+    """A peer's snapshot, which was fetched, and entries of the log take the place of a machine's state, of which files are damaged.
+
+    - ``applied_index`` of the machine before. If the snapshot is older, it is the same after; if not, the snapshot's index.
+    """
+
+    def __init__(
+        self, store: SnapshotStore, machine: HealingMachine, info: SnapshotInfo, log: Log, applied: int
+    ) -> None:
+        self.group = info.group
+        self.nbytes = NEVER
+        self.info = info
+        self.applied_index = applied
+        self.error: Exception | None = None
+        """Why that could not be. All is as before."""
+        self._store = store
+        self._machine = machine
+        self._log = log
+
+    def run(self) -> None:
+        """Raises nothing that a disk or a damaged file could cause."""
+        try:
+            self._machine.rebuild(self.info.index, self._store.received(self.info), self._entries())
+        except (OSError, UnavailableError, CorruptionError) as error:
+            self.error = error
+
+    def _entries(self) -> Iterator[pa.RecordBatch]:
+        first = self.info.index + 1
+        while first <= self.applied_index:
+            batch = self._log.read(self.group, first, self.applied_index + 1, APPLY_BYTES_MAX)
+            first += batch.num_rows
+            yield batch
+
+
 class WriteJob:
     """A captured state becomes a snapshot's file."""
 
@@ -200,6 +234,8 @@ class ReceiveJob:
         Offsets and bytes, in order and without gaps.
     healed
         Told the name of the file, which stood damaged here, once it has arrived.
+    keep
+        Whether the snapshot becomes one of this node. If not, it can be read with `SnapshotStore.received` when it is complete.
     """
 
     def __init__(
@@ -209,6 +245,8 @@ class ReceiveJob:
         ref: FileRef | None = None,
         pieces: Sequence[tuple[int, pa.Buffer]] = (),
         healed: Callable[[str], None] | None = None,
+        *,
+        keep: bool = True,
     ) -> None:
         self.info = info
         self.ref = ref
@@ -221,6 +259,7 @@ class ReceiveJob:
         self._store = store
         self._pieces = pieces
         self._healed = healed
+        self._keep = keep
 
     def run(self) -> None:
         """Raises nothing that a full disk or a wrong piece could cause."""
@@ -248,7 +287,8 @@ class ReceiveJob:
         self.missing = self._store.contents.missing(refs) if refs else []
         if not self.missing:
             self._store.contents.discard()
-            receiver.finish()
+            if self._keep:
+                receiver.finish()
             self.complete = True
 
     def _receive_file(self, ref: FileRef, pieces: Sequence[tuple[int, pa.Buffer]]) -> None:
@@ -316,5 +356,5 @@ class CompactJob:
             self.error = error.with_traceback(None)
 
 
-MachineJob = ApplyJob | RestoreJob
+MachineJob = ApplyJob | RestoreJob | RebuildJob
 FileJob = WriteJob | ReceiveJob | DiscardJob | CollectJob

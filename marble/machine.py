@@ -213,6 +213,16 @@ class HealingMachine(Protocol):
         """As `StateMachine.restore`, also if files are missing or damaged: these are `damaged` then."""
         ...
 
+    def rebuild(self, index: int, batches: Iterable[pa.RecordBatch], entries: Iterable[pa.RecordBatch]) -> None:
+        """Replace the whole state by what a `MachineState` at `index` gave out, brought forward by `entries`, which follow it.
+
+        `entries` end at `applied_index`, and were applied here before: nobody is told of them again. There are none if `index` is
+        not below it. Readers see the old state or the new one. On the thread of `apply`.
+
+        Raises CorruptionError if that cannot be; the old state then stays.
+        """
+        ...
+
     def blame(self, error: CorruptionError) -> bool:
         """Whether `error` is about a file of this machine. If it is damaged indeed, it is `damaged` from now on. Any thread."""
         ...

@@ -7,7 +7,8 @@ Rule 2: a snapshot of the leader reaches the core only when its file is whole, a
 what the core then throws out of the log nobody is reading.
 Rule 3: a file that the state consists of goes only when neither the machine nor a snapshot needs it, and not between the
 offer of a snapshot and the next one that is whole: what has arrived of it nobody refers to yet.
-Rule 4: a file that the machine finds damaged is fetched from a peer, by its name, while everything else goes on.
+Rule 4: a file that the machine finds damaged is fetched from a peer, by its name, while everything else goes on; if no peer has
+it, the machine is built anew from a peer's snapshot (`marble.rebuilding`). A leader that cannot apply because of it hands over.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from marble.errors import CorruptionError, check
-from marble.jobs import ApplyJob, CollectJob, Due, FileJob, Log, RestoreJob, WriteJob
-from marble.logstore.snapshots import SnapshotStore
+from marble.jobs import ApplyJob, CollectJob, Due, FileJob, Log, RebuildJob, RestoreJob, WriteJob
+from marble.logstore.snapshots import SnapshotInfo, SnapshotStore
 from marble.machine import HealingMachine, Pace, StateMachine, StoredMachine
 from marble.raft.core import Raft
 from marble.raft.messages import Message, MessageKind
+from marble.rebuilding import DESCRIPTION, Rebuilding, described
 from marble.transfer import Transfer
 from marble.transport.codec import Envelope
-from marble.types import Position, SnapshotMeta
+from marble.types import NO_NODE, Position, Role, SnapshotMeta
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,10 @@ class Snapshots:
         self._out: FileJob | None = None
         self._install: Message | None = None
         self._restore: tuple[int, RestoreJob] | None = None
+        self._rebuild: SnapshotInfo | None = None
+        """What the machine is built anew from, from when all of it is here until that is done."""
+        self._rebuilding = Rebuilding(raft.id, lambda message: post(Envelope(group, message)), policy.patience_ticks)
+        self._stalled_ticks = 0
 
     # -- taking one --------------------------------------------------------------------------------------------------
 
@@ -180,7 +186,8 @@ class Snapshots:
         return self._out
 
     def _take_collect(self) -> CollectJob | None:
-        if not self._collect or self._stored is None or self.transfer.receiving is not None or self.installing:
+        busy = self.transfer.receiving is not None or self.installing or self._rebuild is not None
+        if not self._collect or self._stored is None or busy:
             return None
         self._collect = False
         return CollectJob(self._group, self._store, self._stored)
@@ -202,7 +209,9 @@ class Snapshots:
                 # The disk may be full: not at once again.
                 self._not_before = self._raft.applied_index + max(1, self._policy.distance // 4)
             return
-        answer = self.transfer.finish_job(job)
+        answer, fetching = self.transfer.finish_job(job), self.transfer.fetching
+        if fetching.built_from is not None:
+            self._rebuild, fetching.built_from = fetching.built_from, None
         if answer is not None and answer.kind is MessageKind.INSTALL_SNAPSHOT:
             self._install = answer
         elif answer is not None:
@@ -241,7 +250,8 @@ class Snapshots:
         log, tail = raft.log, policy.distance if policy.tail is None else policy.tail
         tail = 0 if tailless else tail
         end = self.index - tail
-        pinned = self.transfer.pinned_index
+        needed = (self.transfer.pinned_index, None if self._rebuild is None else self._rebuild.index)
+        pinned = min((index for index in needed if index is not None), default=None)
         if pinned is not None:
             end = min(end, pinned)
         # A tail of a few large entries may be more than what is worth keeping.
@@ -269,6 +279,9 @@ class Snapshots:
         match message.kind:
             case MessageKind.SNAPSHOT_FETCH:
                 self.transfer.serve(message, raft.term)
+                return None
+            case MessageKind.SNAPSHOT_PIECE if message.context == DESCRIPTION:
+                self._described(envelope)
                 return None
             case MessageKind.SNAPSHOT_PIECE:
                 refusal = self.transfer.arrived(envelope)
@@ -326,12 +339,63 @@ class Snapshots:
         self._bytes, self.stalled = 0, None
         self._collect = True
 
+    # -- one from any peer, in the place of damaged files ------------------------------------------------------------
+
+    def _described(self, envelope: Envelope) -> None:
+        """A peer has told of its newest snapshot: fetch it, if the log here can make up for what it lacks."""
+        raft, message = self._raft, envelope.message
+        if not self._rebuilding.expects(message):
+            return
+        useful = not message.reject and message.log_index + 1 >= raft.log.first_index
+        if self.installing or self.transfer.receiving is not None or self._rebuild is not None:
+            self._rebuilding.rest()
+        elif not useful:
+            self._rebuilding.next_source(raft.term)
+        else:
+            info = described(self._group, envelope)
+            self._rebuilding.found()
+            self._collect = False
+            self.transfer.fetching.want(message, info, rebuild=True)
+
+    def take_rebuild(self, committed_end: int) -> RebuildJob | None:
+        """The job that builds the machine anew, if a snapshot for that is here and all of it is known to be committed here.
+
+        Parameters
+        ----------
+        committed_end
+            Behind the last entry that may be applied.
+        """
+        info, raft = self._rebuild, self._raft
+        if info is None or self._healing is None or info.index >= committed_end:
+            return None
+        leaps = info.index > raft.applied_index
+        if info.index + 1 < raft.log.first_index or (leaps and info.members != raft.members):
+            # The log has gone on, or the group became another: a newer snapshot is needed, or the entries themselves.
+            self._rebuild = None
+            self._rebuilding.rest()
+            return None
+        return RebuildJob(self._store, self._healing, info, self._log, raft.applied_index)
+
+    def rebuilt(self, job: RebuildJob) -> bool:
+        """`job` has run. Returns whether the machine is further than it was."""
+        self._rebuild = None
+        self._collect = True
+        if job.error is not None:
+            self._rebuilding.rest()
+            return False
+        self.stalled = None
+        return job.info.index > job.applied_index
+
     # -- time --------------------------------------------------------------------------------------------------------
 
     def tick(self) -> list[int]:
         """A tick has passed. Returns peers that fetch no longer what they were offered."""
+        self._rebuilding.tick(self._raft.term)
         if self._healing is not None:
             self._heal(self._healing)
+        self._stalled_ticks = 0 if self.stalled is None else self._stalled_ticks + 1
+        if self._stalled_ticks and self._stalled_ticks % self._policy.patience_ticks == 0:
+            self._hand_over()
         return self.transfer.tick(self._raft.progress)
 
     def _heal(self, machine: HealingMachine) -> None:
@@ -346,3 +410,18 @@ class Snapshots:
             peers = [node for node in raft.members.all if node != raft.id]
             peers.sort(key=lambda node: (node != raft.leader, node))
             self.transfer.fetching.heal(damaged, peers, Position(max(1, raft.applied_index), max(1, raft.term)))
+            busy = self.transfer.receiving is not None or self._rebuild is not None
+            if not busy and self.transfer.fetching.in_vain(damaged):
+                self._rebuilding.ask(peers, raft.term)
+
+    def _hand_over(self) -> None:
+        """A leader that cannot apply answers nobody: let the voter lead that has most of the log."""
+        raft = self._raft
+        if raft.role is not Role.LEADER or raft.transferee != NO_NODE:
+            return
+        able = {
+            node: each for node, each in raft.progress.items() if each.recent_active and node in raft.members.voters
+        }
+        able.pop(raft.id, None)
+        if able:
+            raft.transfer_leadership(max(able, key=lambda node: (able[node].match_index, -node)))

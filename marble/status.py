@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from marble.driver import Driver
+from marble.machine import HealingMachine
 from marble.metrics import Metrics
 from marble.options import NodeOptions
 from marble.raft.progress import Progress
@@ -26,7 +27,7 @@ def status_of(driver: Driver, options: NodeOptions, log_bytes: int, wall_us: int
     the latest that a leader wrote into an entry applied here. Only a leader knows ``peers``.
     """
     raft, machine, members = driver.raft, driver.machine, driver.raft.members
-    endpoints = driver.endpoints
+    endpoints, snapshots = driver.endpoints, driver.snapshots
     return {
         **versions(),
         "cluster_id": options.cluster_id,
@@ -54,6 +55,8 @@ def status_of(driver: Driver, options: NodeOptions, log_bytes: int, wall_us: int
         "log_bytes": log_bytes,
         "memory_bytes": getattr(machine, "memory_bytes", 0),
         "backlog_bytes": getattr(machine, "backlog_bytes", 0),
+        "damaged_files": len(machine.damaged()) if isinstance(machine, HealingMachine) else 0,
+        "stalled": snapshots is not None and snapshots.stalled is not None,
         "wall_us": wall_us,
         "entry_time_us": getattr(machine, "time_us", 0),
         "peers": {str(peer): _progress(progress) for peer, progress in sorted(raft.progress.items())},

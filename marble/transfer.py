@@ -24,6 +24,7 @@ from marble.jobs import DiscardJob, ReceiveJob
 from marble.logstore.snapshots import SnapshotInfo, SnapshotStore
 from marble.raft.messages import Message, MessageKind
 from marble.raft.progress import Progress, ProgressState
+from marble.rebuilding import DESCRIPTION, describe
 from marble.transport.codec import Envelope
 from marble.transport.snapshot_rows import offer_of, offer_row, piece_row
 from marble.transport.window import Window
@@ -78,6 +79,8 @@ class Transfer:
         self._piece_bytes_max = piece_bytes_max
         self._patience_ticks = patience_ticks
         self._sending: dict[int, _Sending] = {}
+        self._lent: dict[int, _Sending] = {}
+        """Snapshots that peers build from: pinned as well, but the log behind them need not stay."""
         window = Window(window_bytes_max, piece_bytes_max)
         self.fetching = Fetching(
             node_id, store, lambda message: post(Envelope(group, message)), patience_ticks, window, healed
@@ -107,9 +110,12 @@ class Transfer:
 
     def serve(self, fetch: Message, term: int) -> None:
         """Answer a SNAPSHOT_FETCH."""
-        sending = self._sending.get(fetch.sender)
-        if sending is not None:
-            sending.ticks = 0
+        if fetch.context == DESCRIPTION:
+            self._describe(fetch, term)
+            return
+        for sending in (self._sending.get(fetch.sender), self._lent.get(fetch.sender)):
+            if sending is not None:
+                sending.ticks = 0
         row = None
         try:
             data = self._piece(fetch)
@@ -129,6 +135,34 @@ class Transfer:
             context=fetch.context,
         )
         self._post(Envelope(self._group, answer, row))
+
+    def _describe(self, fetch: Message, term: int) -> None:
+        """Tell a peer of the newest snapshot here, and keep that while it is asked for."""
+        self._take_back(fetch.sender)
+        info = self._store.newest()
+        position, row = Position(0, 0), None
+        if info is not None:
+            self._store.pin(info.index)
+            self._lent[fetch.sender] = _Sending(info)
+            position = Position(info.index, info.term)
+            row = piece_row(self._group, position, DESCRIPTION, describe(info))
+        answer = Message(
+            MessageKind.SNAPSHOT_PIECE,
+            self._node_id,
+            fetch.sender,
+            term,
+            log_index=position.index,
+            log_term=position.term,
+            reject=row is None,
+            context=DESCRIPTION,
+        )
+        self._post(Envelope(self._group, answer, row))
+
+    def _take_back(self, peer: int) -> None:
+        """`peer` asks no longer for what it was lent."""
+        lent = self._lent.pop(peer, None)
+        if lent is not None:
+            self._store.unpin(lent.info.index)
 
     def _piece(self, fetch: Message) -> bytes:
         """What is asked for. Raises UnavailableError or CorruptionError if it is not to be had here."""
@@ -208,5 +242,9 @@ class Transfer:
             elif sending.ticks > 10 * self._patience_ticks:
                 self.release(peer)
                 silent.append(peer)
+        for peer, lent in list(self._lent.items()):
+            lent.ticks += 1
+            if lent.ticks > 10 * self._patience_ticks:
+                self._take_back(peer)
         self.fetching.tick()
         return silent

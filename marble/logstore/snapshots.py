@@ -221,6 +221,13 @@ class SnapshotStore:
         self._receiver = Receiver(self, info, path, file, total)
         return self._receiver
 
+    def received(self, info: SnapshotInfo) -> Iterator[pa.RecordBatch]:
+        """The rows of what is being received, when all of it is there and checked; any thread. Raises as `read`."""
+        receiver = self._receiver
+        if receiver is None or receiver.info != info:
+            raise UnavailableError(f"a snapshot at {info.index} is not being received any more")
+        return FileReader(self._files, receiver.path).rows()
+
     @property
     def has_partial(self) -> bool:
         """Whether something of a snapshot has arrived, and not all of it."""

@@ -8,13 +8,58 @@ had an old mapping.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import abc
+from collections.abc import Callable, Iterable
 from functools import partial
+
+import pyarrow as pa
 
 from marble.errors import CorruptionError
 from marble.lsm.store import Store
 from marble.lsm.tree import Below, Tree
 from marble.machine import FILES_SCHEMA, FileRef
+
+
+class Healing(abc.ABC):
+    """What a machine of tables does to be a `marble.machine.HealingMachine`."""
+
+    _store: Store | None
+
+    @property
+    @abc.abstractmethod
+    def applied_index(self) -> int: ...
+    @abc.abstractmethod
+    def restore(self, index: int, batches: Iterable[pa.RecordBatch]) -> None: ...
+    @abc.abstractmethod
+    def _restore(self, index: int, batches: Iterable[pa.RecordBatch], *, salvage: bool) -> None: ...
+    @abc.abstractmethod
+    def _rebuild(self, index: int, batches: Iterable[pa.RecordBatch], entries: Iterable[pa.RecordBatch]) -> None: ...
+    @abc.abstractmethod
+    def _all_trees(self) -> list[Tree]: ...
+
+    def salvage(self, index: int, batches: Iterable[pa.RecordBatch]) -> None:
+        """As `restore`, also if files are missing or damaged: see `marble.machine.HealingMachine`."""
+        self._restore(index, batches, salvage=True)
+
+    def rebuild(self, index: int, batches: Iterable[pa.RecordBatch], entries: Iterable[pa.RecordBatch]) -> None:
+        """Build the state anew from one at `index` and the entries that follow it; see `marble.machine.HealingMachine`."""
+        if index >= self.applied_index:
+            self.restore(index, batches)
+        else:
+            self._rebuild(index, batches, entries)
+
+    def blame(self, error: CorruptionError) -> bool:
+        """Note that a file is damaged, if `error` says so of one of this machine's; returns whether it does. Any thread."""
+        return self._store is not None and Damage(self._store, self._all_trees).blame(error)
+
+    def damaged(self) -> list[FileRef]:
+        """The files of the present state that are damaged or missing."""
+        return [] if self._store is None else Damage(self._store, self._all_trees).found()
+
+    def healed(self, name: str) -> None:
+        """The file with this name is there again and sound: use it. Raises CorruptionError if it is not."""
+        if self._store is not None:
+            Damage(self._store, self._all_trees).healed(name)
 
 
 class Damage:

@@ -29,13 +29,13 @@ from marble.errors import CorruptionError, InvariantError, UsageError, check
 from marble.lsm import payload
 from marble.lsm.apply import apply_operations
 from marble.lsm.catalog import Catalog
-from marble.lsm.damage import Damage
+from marble.lsm.damage import Healing
 from marble.lsm.files import TableFiles
 from marble.lsm.snapshot import TableState, restored
 from marble.lsm.store import CompactionTask, Store, StorePolicy
 from marble.lsm.tree import Below, TableData, Tree
 from marble.lsm.view import TableView
-from marble.machine import FileRef, Pace, Result
+from marble.machine import Pace, Result
 from marble.schema import TableInfo
 from marble.sessions import Sessions
 from marble.table_options import expired_until
@@ -55,7 +55,7 @@ class _State:
     """What readers have asked for, by table; it goes with the state. Two threads may make two, which are alike."""
 
 
-class TableMachine:
+class TableMachine(Healing):
     """All tables of one Raft group: a `marble.machine.StoredMachine`.
 
     Thread safety: `apply`, `capture` and `restore` on one thread; `compact` on one; `collect`, and what `capture` returned, on
@@ -313,10 +313,6 @@ class TableMachine:
         """
         self._restore(index, batches, salvage=False)
 
-    def salvage(self, index: int, batches: Iterable[pa.RecordBatch]) -> None:
-        """As `restore`, also if files are missing or damaged: see `marble.machine.HealingMachine`."""
-        self._restore(index, batches, salvage=True)
-
     def _restore(self, index: int, batches: Iterable[pa.RecordBatch], *, salvage: bool) -> None:
         check(index >= self.applied_index, f"a snapshot of entry {index} would undo entries up to {self.applied_index}")
         found = restored(index, batches, None if self._store is None else self._store.files, salvage)
@@ -335,6 +331,20 @@ class TableMachine:
             self._state = state
             self._account()
         self._failed = False
+
+    def _rebuild(self, index: int, batches: Iterable[pa.RecordBatch], entries: Iterable[pa.RecordBatch]) -> None:
+        beside = TableMachine(retention=self._retention)
+        beside._store = self._store
+        beside._restore(index, batches, salvage=False)
+        for batch in entries:
+            beside.apply(batch)
+        check(beside.applied_index == self.applied_index, f"entries up to {beside.applied_index} were rebuilt")
+        self._begun = None
+        self._sessions, self._time_us, self._catalog = beside._sessions, beside._time_us, beside._catalog
+        with self._lock:
+            self._trees = beside._trees
+            self._show(replace(beside._state))
+            self._account()
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -386,19 +396,6 @@ class TableMachine:
     def _all_trees(self) -> list[Tree]:
         with self._lock:
             return list(self._trees.values())
-
-    def blame(self, error: CorruptionError) -> bool:
-        """Note that a file is damaged, if `error` says so of one of this machine's; returns whether it does. Any thread."""
-        return self._store is not None and Damage(self._store, self._all_trees).blame(error)
-
-    def damaged(self) -> list[FileRef]:
-        """The files of the present state that are damaged or missing."""
-        return [] if self._store is None else Damage(self._store, self._all_trees).found()
-
-    def healed(self, name: str) -> None:
-        """The file with this name is there again and sound: use it. Raises CorruptionError if it is not."""
-        if self._store is not None:
-            Damage(self._store, self._all_trees).healed(name)
 
     def _edit(self, tree: Tree, change: Callable[[Below], Below | None]) -> bool:
         """Replace what lies below the memtable of `tree`, also for readers, whose content stays the same."""

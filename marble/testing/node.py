@@ -17,7 +17,7 @@ from marble.env import SystemRandom
 from marble.errors import CorruptionError, InvariantError, NotLeaderError, UnavailableError
 from marble.groups import Groups, Write
 from marble.identity import bind
-from marble.jobs import CompactJob, FileJob, MachineJob, RestoreJob, WriteJob
+from marble.jobs import CompactJob, FileJob, MachineJob, RebuildJob, RestoreJob, WriteJob
 from marble.logstore.log import Log, LogOptions
 from marble.logstore.replay import GroupState
 from marble.logstore.segment import segment_numbers, segment_path
@@ -470,6 +470,9 @@ class SimulatedNode:
         if isinstance(job, RestoreJob):
             self._world.injected["snapshots installed"] += 1
             self._loop.note(self.id, "has restored a snapshot at {}", job.info.index)
+        if isinstance(job, RebuildJob) and job.error is None:
+            self._world.injected["tables built anew"] += 1
+            self._loop.note(self.id, "has built its tables anew from a snapshot at {}", job.info.index)
         self._groups.finish_apply(job)
         self._check(self.seats[job.group])
         self.tables.check_job(self.seats[job.group], job)

@@ -14,7 +14,7 @@ import pyarrow as pa
 from marble._core.checksum import Xxh3Name
 from marble._core.sstable import BlockCache, SSTable
 from marble.errors import CorruptionError
-from marble.jobs import CollectJob, CompactJob, FileJob, MachineJob, ReceiveJob, RestoreJob, WriteJob
+from marble.jobs import CollectJob, CompactJob, FileJob, MachineJob, RebuildJob, ReceiveJob, RestoreJob, WriteJob
 from marble.lsm.compaction import CompactionPolicy
 from marble.lsm.files import DIRECTORY, TableFiles
 from marble.lsm.store import StorePolicy
@@ -158,7 +158,7 @@ class NodeTables:
         error = getattr(job, "error", None) or getattr(job, "stalled", None)
         if isinstance(error, CorruptionError) and error.path is not None and not self.excuses(error):
             raise error
-        changed = isinstance(job, RestoreJob | WriteJob | CollectJob | CompactJob)
+        changed = isinstance(job, RestoreJob | RebuildJob | WriteJob | CollectJob | CompactJob)
         changed |= isinstance(job, ReceiveJob) and (job.arrived or job.complete)
         if isinstance(job, ReceiveJob) and job.info is None and job.arrived:
             self._world.injected["healed files"] += 1

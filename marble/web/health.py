@@ -192,6 +192,11 @@ def _apply(seen: Observation, limits: Limits) -> Check:
 
 
 def _storage(seen: Observation, limits: Limits) -> Check:
+    damaged = seen.status.get("damaged_files", 0)
+    if damaged:
+        return Check(
+            False, f"{damaged} files of tables are damaged: reads that need them fail until they are fetched anew"
+        )
     backlog = seen.status.get("backlog_bytes", 0)
     if backlog > limits.backlog_bytes:
         return Check(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from random import Random
 
 import pytest
 
 from marble._core.entry_batch import Proposal, build
 from marble._core.term_index import EntrySpan, TermIndex
-from marble.driver import Driver, DurableState, turn
+from marble.driver import Driver, DurableState
 from marble.logstore.log import Log, LogOptions
 from marble.lsm import payload
 from marble.lsm.machine import TableMachine
@@ -19,6 +20,35 @@ from marble.raft.progress import ProgressState
 from marble.testing.disk import DiskCrash, SimulatedFiles
 from marble.transport.codec import Envelope
 from marble.types import EntryKind, HardState, Members, Role
+
+
+def turn(drivers: Iterable[Driver], log: Log) -> None:
+    """Run the groups of one node inline until none has anything left to do. One sync serves all of them.
+
+    Raises whatever the log or the machine raised: the node must then stop.
+    """
+    drivers = list(drivers)
+    busy = True
+    while busy:
+        begun = [(driver, driver.begin()) for driver in drivers if driver.has_ready()]
+        purged = [driver for driver in drivers if driver.take_purged()]
+        if purged or any(number for _, number in begun):
+            log.sync()
+        if purged:
+            log.purge()
+        for driver, number in begun:
+            if number:
+                driver.persisted(number)
+        busy = bool(begun)
+        for driver in drivers:
+            while (job := driver.take_apply()) is not None:
+                job.run()
+                driver.finish_apply(job)
+                busy = True
+            while (file_job := driver.take_snapshot()) is not None:
+                file_job.run()
+                driver.finish_snapshot(file_job)
+                busy = True
 
 
 class Bench:

@@ -80,6 +80,7 @@ def test_a_node_that_is_well_is_well_in_every_part() -> None:
         ({"committed_before": 1000}, set(), True, True),
         ({"committed_before": 1001}, {"apply"}, True, False),
         ({"status": STATUS | {"backlog_bytes": LIMITS.backlog_bytes + 1}}, {"storage"}, True, True),
+        ({"status": STATUS | {"damaged_files": 1}}, {"storage"}, True, True),
         ({"disk": None}, {"disk"}, True, False),
         ({"disk": Disk(10, 10, read_only=True)}, {"disk"}, True, False),
         ({"disk": Disk(LIMITS.disk_free_bytes - 1, 2**40)}, {"disk"}, True, False),
