@@ -56,6 +56,8 @@ class Report:
     committed: int = 0
     undecided: int = 0
     """Histories whose check gave up."""
+    back_us: int = 0
+    """From the end of all faults until each group has committed something anew."""
 
 
 class Simulation:
@@ -88,6 +90,7 @@ class Simulation:
             Client(self.world, number, self.nodes, self.sales) for number in range(1, plan.load.clients + 1)
         ]
         self.operator = Operator(self.world, self.nodes)
+        self._back_us = 0
         for node in self.nodes.values():
             self.loop.after(self.loop.between(0, 50_000), node.start)
         for client in self.clients:
@@ -262,9 +265,12 @@ class Simulation:
         for client in self.clients:
             client.finish()
         begun = loop.now
+        before = {group: len(ledger.committed) for group, ledger in world.ledgers.items()}
         while loop.now < begun + self.plan.heal_us:
             for _ in range(64):
                 loop.step()
+                if not self._back_us and all(len(world.ledgers[group].committed) > before[group] for group in before):
+                    self._back_us = loop.now - begun
             if self._is_done():
                 return
             if loop.now > begun + UNHEALED_US:
@@ -334,6 +340,7 @@ class Simulation:
         report.steps, report.simulated_us = self.loop.steps, self.loop.now
         report.injected = dict(self.world.injected)
         report.acknowledged, report.lost = self.sales.acknowledged, self.sales.lost
+        report.back_us = self._back_us
         report.undecided = int(verdict.answer is Answer.UNDECIDED)
         for ledger in self.world.ledgers.values():
             report.reads += ledger.reads_answered

@@ -61,8 +61,10 @@ class Network:
         inside = (
             list(around) or [node for node in nodes if loop.chance(0.4)] or [nodes[loop.between(0, len(nodes) - 1)]]
         )
-        partial = loop.chance(0.3)
+        partial = loop.chance(faults.partial)
         ways = loop.between(0, 3)
+        if faults.ways != "any":
+            ways = 0 if faults.ways == "both" else 1 + ways % 2
         links = []
         for one in inside:
             for other in nodes:

@@ -36,6 +36,10 @@ class NetworkFaults:
     lag_us: int = 2_000 * MILLISECOND
     flap: float = 0.2
     """Chance that a cut opens and closes all the time while it lasts."""
+    ways: str = "any"
+    """Cuts are "both" ways, "one" way, or "any" of these."""
+    partial: float = 0.3
+    """Chance that a cut takes only some of the links around those whom it hits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +289,34 @@ PLANS: Final[dict[str, Plan]] = {
 }
 """The mixes that have a name. ``swarm`` and ``swarm-files`` are not among them: see `plan_for`."""
 
+_CUT: Final = NetworkFaults(loss=0, duplication=0, cuts=0.4, ways="both", partial=0.0, flap=0.0, lags=0)
+_BARE: Final = replace(_CUT, cuts=0, slow=0)
+
+SCENARIOS: Final[dict[str, Plan]] = {
+    plan.name: plan
+    for plan in (
+        replace(_CALM, name="partition", network=_CUT),
+        replace(_CALM, name="one-way", network=replace(_CUT, ways="one")),
+        replace(_CALM, name="partial-partition", network=replace(_CUT, partial=1.0)),
+        # So many cuts at once that for most of the time nobody hears a majority.
+        replace(_CALM, name="no-majority", network=replace(_CUT, cuts=2.0, cut_us=5_000 * MILLISECOND), at_leaders=0.0),
+        replace(_CALM, name="loss", network=replace(_BARE, loss=0.3)),
+        replace(_CALM, name="delay", network=replace(_BARE, delay_us=100 * MILLISECOND)),
+        # A connection that breaks takes with it what is on the way.
+        replace(_CALM, name="resets", network=replace(_CUT, cuts=2.0, cut_us=50 * MILLISECOND)),
+        # What arrives is whole, since checksums cover it: a flipped bit is a packet that does not arrive, and ends its stream.
+        replace(_CALM, name="flipped-bits", network=replace(_CUT, loss=0.02, cuts=0.5, cut_us=20 * MILLISECOND)),
+        # It takes nothing in and says nothing, while its kernel takes what it is sent; then it goes on where it stood.
+        replace(_CALM, name="stopped", clocks=ClockFaults(jumps=0, pauses=0.15, pause_us=6_000 * MILLISECOND)),
+        replace(_CALM, name="silent-peer", clocks=ClockFaults(jumps=0, pauses=0.15, pause_us=60_000 * MILLISECOND)),
+        replace(_CALM, name="slow-disk", disk=DiskFaults(slow=0.5, slow_us=1_000 * MILLISECOND)),
+        # A disk that is full stops its node, and somebody starts it again when there is room.
+        replace(_CALM, name="full-disk", disk=DiskFaults(slow=0, full=0.1)),
+    )
+}
+"""What `tests/process` does to real processes, under the same names: one kind of fault each. No part of ``all``, nor of a swarm."""
+
+
 SWARM: Final = "swarm"
 SWARM_FILES: Final = "swarm-files"
 _IN_MEMORY: Final = [name for name, plan in PLANS.items() if plan.tables is None]
@@ -305,10 +337,11 @@ def plan_for(name: str, seed: int, nodes: int = 0) -> Plan:
         plan = _drawn(Random(f"plan {seed}"))
     elif name == SWARM_FILES:
         plan = _with_files(Random(f"plan {seed}"))
-    elif name in PLANS:
-        plan = PLANS[name]
+    elif name in PLANS or name in SCENARIOS:
+        plan = PLANS[name] if name in PLANS else SCENARIOS[name]
     else:
-        raise UsageError(f"there is no plan {name!r}: choose one of {', '.join((SWARM, SWARM_FILES, *PLANS))}")
+        known = ", ".join((SWARM, SWARM_FILES, *PLANS, *SCENARIOS))
+        raise UsageError(f"there is no plan {name!r}: choose one of {known}")
     return replace(plan, nodes=nodes) if nodes else plan
 
 
