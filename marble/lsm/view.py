@@ -18,7 +18,7 @@ from marble._core.memtable import Snapshot
 from marble.errors import CorruptionError
 from marble.filters import columns_read, filter_batches
 from marble.lsm.keyrange import KeyRange
-from marble.lsm.pushdown import push_down
+from marble.lsm.pushdown import is_key_range, push_down
 from marble.schema import TableInfo
 
 SCAN_BATCH_ROWS_MAX: Final = 65536
@@ -133,6 +133,8 @@ class TableView:
         if filter is not None:
             pushed, may_match = push_down(self.info, filter)
             bounds &= pushed
+            if is_key_range(self.info, filter):
+                filter = None  # noqa: A001
         if self.expired_until is not None:
             living = living_filter(self.info, self.expired_until)
             filter = living if filter is None else filter & living  # noqa: A001
