@@ -12,6 +12,7 @@ from typing import Final, Literal, Protocol, get_args, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 
 from marble.errors import UsageError
 from marble.requests import ScanRequest, TableChange
@@ -136,9 +137,12 @@ def check_scan(
                 f"got {type(filter).__name__}"
             )
         try:
-            schema.empty_table().filter(filter)
+            # As a column of a scan of nothing: a filter of nothing would start threads.
+            (made,) = ds.dataset(schema.empty_table()).scanner(columns={"filter": filter}).projected_schema
         except pa.ArrowException as error:
             raise UsageError(f"{where}: the filter does not fit the table: {error}") from error
+        if made.type != pa.bool_():
+            raise UsageError(f"{where}: the filter does not fit the table: it is {made.type} and not true or false")
     return schema if columns is None else pa.schema([schema.field(name) for name in columns])
 
 
