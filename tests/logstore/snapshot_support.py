@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pyarrow as pa
 
-from marble.logstore.snapshots import SnapshotInfo, SnapshotStore
+from marble.env import Files
+from marble.logstore.snapshots import Receiver, SnapshotInfo, SnapshotStore
 from marble.machine import SNAPSHOT_SCHEMA
 from marble.types import Members, SnapshotMeta
 
@@ -36,3 +39,18 @@ def content(store: SnapshotStore, info: SnapshotInfo) -> list[dict[str, object]]
 
 def expected(index: int, count: int = 3, size: int = 300) -> list[dict[str, object]]:
     return [row for batch in state(index, count, size) for row in batch.to_pylist()]
+
+
+def check_whole(files: Files, indexes: Sequence[int]) -> SnapshotStore:
+    """All there is on `files` are whole snapshots of some of `indexes`."""
+    store = SnapshotStore(files, 1)
+    for info in store.infos():
+        assert info.index in indexes
+        assert info.meta == meta(info.index)
+        assert content(store, info) == expected(info.index)
+    return store
+
+
+def transfer(source: SnapshotStore, info: SnapshotInfo, receiver: Receiver, size: int = 400) -> None:
+    while not receiver.complete:
+        receiver.write(receiver.offset, source.piece(info, receiver.offset, size))

@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from logstore.snapshot_support import ENDPOINTS, MEMBERS, NAME, content, expected, meta, state, write
+from logstore.snapshot_support import (
+    ENDPOINTS,
+    MEMBERS,
+    NAME,
+    check_whole,
+    content,
+    expected,
+    meta,
+    state,
+    transfer,
+    write,
+)
 from logstore.support import disk
 
-from marble.env import Files, SystemFiles, SystemRandom
+from marble.env import SystemFiles, SystemRandom
 from marble.errors import CorruptionError, InvariantError, ProtocolError, UnavailableError
 from marble.logstore.snapshot_file import FILE_SCHEMA
-from marble.logstore.snapshots import SYNC_BYTES, Receiver, SnapshotInfo, SnapshotStore
+from marble.logstore.snapshots import SYNC_BYTES, SnapshotInfo, SnapshotStore
 from marble.machine import SNAPSHOT_SCHEMA
 from marble.testing.disk import DiskCrash, SimulatedFiles
 from marble.types import Members, SnapshotMeta
-
-
-def check_whole(files: Files, indexes: Sequence[int]) -> SnapshotStore:
-    """All there is on `files` are whole snapshots of some of `indexes`."""
-    store = SnapshotStore(files, 1)
-    for info in store.infos():
-        assert info.index in indexes
-        assert info.meta == meta(info.index)
-        assert content(store, info) == expected(info.index)
-    return store
-
-
-def transfer(source: SnapshotStore, info: SnapshotInfo, receiver: Receiver, size: int = 400) -> None:
-    while not receiver.complete:
-        receiver.write(receiver.offset, source.piece(info, receiver.offset, size))
 
 
 @pytest.fixture
@@ -304,16 +301,13 @@ def test_one_that_was_made_here_while_it_was_on_its_way_stays(files: SimulatedFi
 def test_a_disk_that_fails_to_read_does_not_make_a_snapshot_damaged(files: SimulatedFiles) -> None:
     store = SnapshotStore(files, 1)
     info = write(store, 10)
-    reads = 0
-    while True:
-        reads += 1
+    for reads in itertools.count(1):
         files.fail_read_at = files.reads + reads
         try:
             found = content(store, info)
+            break
         except OSError as error:
             failure = str(error)
-            continue
-        break
     assert "simulated failure of read" in failure
     assert reads > 4
     assert found == expected(10)

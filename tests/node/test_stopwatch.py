@@ -58,7 +58,7 @@ def test_a_node_measures_what_it_does(tmp_path: Path) -> None:
         status = database.status()
     metrics = status["metrics"]
     assert metrics["writes_committed"] == 4
-    assert metrics["reads_confirmed"] >= 1
+    assert metrics["reads_confirmed"] == 0  # Whoever is alone need not ask whether it still leads.
     assert metrics["entries_applied"] >= 4
     assert metrics["bytes_applied"] > metrics["write_bytes_committed"] / 2 > 0
     assert metrics["write_seconds"]["count"] == metrics["commit_seconds"]["count"] == 4
