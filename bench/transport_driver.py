@@ -24,9 +24,10 @@ from typing import Any, Final, Protocol
 import pyarrow as pa
 import pyarrow.flight as fl
 
+from marble._core.packing import MESSAGE_SCHEMA
 from marble.transport.arrow_flight import create_arrow_flight_transport
 from marble.transport.codec import Codec
-from marble.transport.messages import MESSAGE_SCHEMA, MessageCodec
+from marble.transport.messages import MessageCodec
 
 DEADLINE_S: Final = 120.0
 CHUNK_BYTES: Final = 1 << 20

@@ -5,6 +5,9 @@ from typing import Final, final
 import pyarrow as pa
 from typing_extensions import Buffer
 
+MESSAGE_SCHEMA: pa.Schema
+"""Of a batch of messages: one column ``bytes`` of uint8, without nulls."""
+
 QUEUED: Final = 0
 """It is in the queue."""
 WAKE: Final = 1
@@ -66,6 +69,18 @@ class Outbox:
 
     def drain(self) -> list[bytes | pa.Buffer]:
         """Take everything."""
+
+def batch_of_bytes(bytes_: pa.Buffer) -> pa.RecordBatch:
+    """A batch of `MESSAGE_SCHEMA` with these bytes, not copied."""
+
+def bytes_of_batch(batch: pa.RecordBatch) -> pa.Buffer:
+    """The bytes of a batch of which nothing was checked before, not copied.
+
+    Raises
+    ------
+    ProtocolError
+        It is not of `MESSAGE_SCHEMA`, or lacks some of its bytes.
+    """
 
 def pack(items: list[bytes | pa.Buffer], out: Buffer) -> bytes:
     """Copy `items` into `out`, which they fill exactly; return their lengths as uint32."""

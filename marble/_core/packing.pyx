@@ -3,7 +3,8 @@
 
 Layout of a packed run: the bytes of the messages, one after the other, with nothing between; their lengths are kept beside
 it as little-endian uint32, one each.
-Ownership: an `Outbox` holds references to what it was given. `pack` copies. What `unpack` returns shares the memory of the
+A run travels as the one column of a record batch (`MESSAGE_SCHEMA`), without validity bits.
+Ownership: an `Outbox` holds references to what it was given. `pack` copies. A batch and its bytes share their memory. What `unpack` returns shares the memory of the
 run, which lives as long as one of its messages.
 Thread safety: an `Outbox` may be used from any thread: each method runs from begin to end under the GIL and calls nothing that
 could let go of it. `pack` and `unpack` are pure, and a ReceivedMessage is immutable.
@@ -22,7 +23,42 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.stdint cimport int64_t, uint8_t, uint32_t
 from libc.string cimport memcpy
 
+from libcpp cimport bool as cbool
+from libcpp.memory cimport shared_ptr
+
 from marble.errors import InvariantError, ProtocolError
+
+
+cdef extern from "arrow/api.h" namespace "arrow" nogil:
+    cdef cppclass CBuffer "arrow::Buffer":
+        pass
+    cdef cppclass CSchema "arrow::Schema":
+        pass
+    cdef cppclass CRecordBatch "arrow::RecordBatch":
+        pass
+    cdef cppclass CResult "arrow::Result" [T]:
+        cbool ok()
+        T ValueOrDie()
+
+
+cdef extern from "arrow/python/pyarrow.h" namespace "arrow::py":
+    int import_pyarrow() except -1
+    CResult[shared_ptr[CBuffer]] unwrap_buffer(object)
+    CResult[shared_ptr[CRecordBatch]] unwrap_batch(object)
+    object wrap_buffer(const shared_ptr[CBuffer]&)
+    object wrap_batch(const shared_ptr[CRecordBatch]&)
+    object wrap_schema(const shared_ptr[CSchema]&)
+
+
+cdef extern from "packing.hpp" namespace "marble" nogil:
+    const shared_ptr[CSchema]& BytesSchema()
+    shared_ptr[CRecordBatch] BatchOfBytes(shared_ptr[CBuffer] bytes)
+    shared_ptr[CBuffer] BytesOfBatch(const CRecordBatch& batch)
+
+
+import_pyarrow()
+
+MESSAGE_SCHEMA = wrap_schema(BytesSchema())
 
 cdef enum:
     QUEUED_ = 0
@@ -147,6 +183,23 @@ cdef class Outbox:
         cdef list left = self.items[self.head :]
         self.items, self.head = [], 0
         return left
+
+
+def batch_of_bytes(bytes_ not None):
+    cdef CResult[shared_ptr[CBuffer]] buffer = unwrap_buffer(bytes_)
+    if not buffer.ok():
+        raise InvariantError(f"expected a pyarrow.Buffer, got {type(bytes_).__name__}")
+    return wrap_batch(BatchOfBytes(buffer.ValueOrDie()))
+
+
+def bytes_of_batch(batch not None):
+    cdef CResult[shared_ptr[CRecordBatch]] value = unwrap_batch(batch)
+    cdef shared_ptr[CBuffer] found
+    if value.ok():
+        found = BytesOfBatch(value.ValueOrDie().get()[0])
+    if found.get() == NULL:
+        raise ProtocolError("not a batch of messages, or one with missing bytes")
+    return wrap_buffer(found)
 
 
 def pack(list items not None, out not None):

@@ -77,6 +77,7 @@ class Squeezer:
         self._seconds_per_byte = 0.0
         self._window_bytes = 0
         self._window_s = 0.0
+        self._saved = 0
         self._known: dict[Compression, tuple[float, float]] = {}
         """Of each codec: what part it leaves of a payload, and how many seconds a byte of it takes."""
         self._pause = 0
@@ -85,9 +86,13 @@ class Squeezer:
         self._after = metrics.counter("transport_bytes_after_compression")
 
     def wrote(self, nbytes: int, seconds: float) -> None:
-        """The stream took `nbytes` in `seconds`: while nothing holds it back it takes them into memory, at once."""
-        self._window_bytes += nbytes
+        """The stream took in `seconds` what was `nbytes` before any of it was squeezed since the last time.
+
+        While nothing holds it back it takes bytes into memory, at once.
+        """
+        self._window_bytes += max(0, nbytes - self._saved)
         self._window_s += seconds
+        self._saved = 0
         if self._window_bytes >= _WINDOW_BYTES:
             latest = self._window_s / self._window_bytes
             self._seconds_per_byte = (self._seconds_per_byte + latest) / 2 if self._seconds_per_byte else latest
@@ -113,6 +118,7 @@ class Squeezer:
                 self._pause = 0
                 self._before.add(body.size)
                 self._after.add(squeezed.size)
+                self._saved += body.size - squeezed.size
                 return choice, squeezed
         # What would have been lost on a payload that does not shrink is not lost on each that follows.
         self._pause = min(max(1, 2 * self._pause), _PAUSE_MAX)

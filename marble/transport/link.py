@@ -27,13 +27,14 @@ from typing import Final
 import pyarrow as pa
 
 from marble._core.entry_batch import ENTRY_SCHEMA
+from marble._core.packing import MESSAGE_SCHEMA
 from marble.env import Clock
 from marble.metrics import Metrics
 from marble.raft.messages import MessageKind
 from marble.transport.codec import MESSAGES_PER_PACKET_MAX, Codec, Envelope, Lane, Packet
 from marble.transport.compression import ALL_FEATURES, Squeezer, wrap
 from marble.transport.merging import merge_appends
-from marble.transport.messages import MESSAGE_SCHEMA, MessageCodec, MessageLoad
+from marble.transport.messages import MessageCodec, MessageLoad
 from marble.transport.options import TransportOptions
 from marble.transport.pulse import Pulse
 from marble.transport.pump import Pump, Surroundings
@@ -126,12 +127,9 @@ class EnvelopeLoad:
         packets = self._codec.encode(self._peer, envelopes)
         return [wrap(packet, self._squeezer, features) for packet in packets] if features & ALL_FEATURES else packets
 
-    def wrote(self, nbytes: int, seconds: float) -> None:
-        self._squeezer.wrote(nbytes, seconds)
-
-    def written(self) -> None:
+    def written(self, seconds: float) -> None:
         self._sent.add(len(self._unsent))
-        self._release(self._unsent)
+        self._squeezer.wrote(self._release(self._unsent), seconds)
         self._unsent = ()
 
     def give_up(self) -> int:
@@ -145,11 +143,13 @@ class EnvelopeLoad:
         self._release(waiting)
         return len(waiting)
 
-    def _release(self, envelopes: Sequence[Envelope]) -> None:
+    def _release(self, envelopes: Sequence[Envelope]) -> int:
+        """They count no longer; how many bytes that are."""
         size = sum(envelope.nbytes for envelope in envelopes)
         with self._lock:
             self._queued_messages -= len(envelopes)
             self._queued_bytes -= size
+        return size
 
 
 class Link:

@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 import pyarrow as pa
 
 from marble._core.checksum import xxh3_64
-from marble._core.packing import FULL, WAKE, Outbox, ReceivedMessage, pack, unpack
+from marble._core.packing import FULL, WAKE, Outbox, ReceivedMessage, batch_of_bytes, bytes_of_batch, pack, unpack
 from marble.env import Clock
 from marble.errors import ProtocolError, UnavailableError
 from marble.metrics import Metrics
@@ -33,7 +33,6 @@ from marble.transport.compression import Compression, Squeezer, unsqueeze
 from marble.transport.handshake import Chunk
 from marble.transport.options import TransportOptions
 
-MESSAGE_SCHEMA: Final = pa.schema([pa.field("bytes", pa.uint8(), nullable=False)])
 PIECE_BYTES_MAX: Final = 2 << 20
 """Bytes of messages in one packet. Half of what gRPC's implementations accept in one message unless told otherwise."""
 PACKET_BYTES_MAX: Final = 1 << 20
@@ -104,10 +103,7 @@ class MessageCodec:
         fields = (self._cluster, self.node_id, to, epoch, first, count, codec, offset, total)
         covered = _HEADER.pack(_MAGIC, PROTOCOL_VERSION, 0, 0, *fields)[_COVERED:] + lengths
         digest = xxh3_64(covered, seed)
-        batch = None
-        if body.size:
-            column = pa.Array.from_buffers(pa.uint8(), body.size, [None, body])
-            batch = pa.RecordBatch.from_arrays([column], schema=MESSAGE_SCHEMA)
+        batch = batch_of_bytes(body) if body.size else None
         return Packet(_HEADER.pack(_MAGIC, PROTOCOL_VERSION, 0, digest, *fields) + lengths, batch)
 
     def decode(
@@ -131,7 +127,7 @@ class MessageCodec:
             raise ProtocolError(f"a packet from {from_} to {to} on the stream from {sender} to {self.node_id}")
         if count > COUNT_MAX or len(head) != _HEADER.size + 4 * count:
             raise ProtocolError(f"a packet with {count} messages in {len(head)} bytes")
-        body = _NOTHING if batch is None else _body(batch)
+        body = _NOTHING if batch is None else bytes_of_batch(batch)
         if codec != Compression.NONE:
             body = unsqueeze(codec, body, sum(_numbers(bytes(head[_HEADER.size :]))), PIECE_BYTES_MAX)
         if xxh3_64(head[_COVERED:], xxh3_64(body)) != digest:
@@ -151,17 +147,6 @@ class MessageCodec:
 
 def _numbers(lengths: bytes) -> memoryview:
     return memoryview(lengths).cast("I")
-
-
-def _body(batch: pa.RecordBatch) -> pa.Buffer:
-    """The bytes that a batch brings. Arrow has checked nothing of it."""
-    if not batch.schema.equals(MESSAGE_SCHEMA):
-        raise ProtocolError("not a batch of messages")
-    column = batch.column(0)
-    validity, values = column.buffers()
-    if validity is not None or values is None or values.size < column.offset + len(column):
-        raise ProtocolError("a batch of messages with missing bytes")
-    return values.slice(column.offset, len(column))
 
 
 class MessageLoad:
@@ -246,10 +231,7 @@ class MessageLoad:
     def packets(self, features: int) -> Iterable[Packet]:
         return self._codec.encode(self._peer, self._epoch, self._next, self._unsent, self._squeezer, features)
 
-    def wrote(self, nbytes: int, seconds: float) -> None:
-        self._squeezer.wrote(nbytes, seconds)
-
-    def written(self) -> None:
+    def written(self, seconds: float) -> None:
         count = len(self._unsent)
         if not count:
             return
@@ -262,6 +244,7 @@ class MessageLoad:
         self._sent.add(count)
         self._users.add(count)
         self._bytes.add(size)
+        self._squeezer.wrote(size, seconds)
 
     def give_up(self) -> int:
         """Take no more until `accept`. Nothing is dropped: it is the user's to say when a message is of no use any more."""

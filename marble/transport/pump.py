@@ -58,12 +58,8 @@ class Load(Protocol):
         """What was taken, for a peer that understands `features`; one empty packet if that is nothing."""
         ...
 
-    def wrote(self, nbytes: int, seconds: float) -> None:
-        """The stream took a packet of so many bytes within so long."""
-        ...
-
-    def written(self) -> None:
-        """All that was taken has been written."""
+    def written(self, seconds: float) -> None:
+        """All that was taken has been written; for so long the stream had to be waited for."""
         ...
 
     def give_up(self) -> int:
@@ -398,10 +394,10 @@ class Pump:
     def _write_taken(self, stream: Stream) -> None:
         """One empty packet if that is nothing: it shows whether the stream still lives."""
         clock = self._around.clock
+        spent_s = 0.0
         for metadata, batch in self.load.packets(self._features):
             began = clock.monotonic()
             stream.write(metadata, batch)
-            nbytes = len(metadata) + (0 if batch is None else batch.nbytes)
-            self.load.wrote(nbytes, clock.monotonic() - began)
+            spent_s += clock.monotonic() - began
             self._packets.add()
-        self.load.written()
+        self.load.written(spent_s)

@@ -103,6 +103,15 @@ def test_a_link_that_becomes_slow_is_noticed() -> None:
     assert made.squeeze(TEXT, ALL_FEATURES)[0] is not Compression.NONE
 
 
+def test_what_was_saved_does_not_count_as_written() -> None:
+    """Else a slow link would look as fast as if it took what it was spared, and nothing would be compressed any more."""
+    made = squeezer(link_mib_s=10)
+    for _ in range(1000):
+        codec, squeezed = made.squeeze(TEXT, ALL_FEATURES)
+        assert codec is not Compression.NONE
+        made.wrote(TEXT.size, squeezed.size / (10 << 20))
+
+
 @pytest.mark.parametrize("codec", list(FEATURES))
 def test_nothing_is_unpacked_to_more_than_it_says_and_may(codec: Compression) -> None:
     _, squeezed = squeezer(codec.name.lower()).squeeze(TEXT, ALL_FEATURES)

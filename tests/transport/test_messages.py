@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marble._core.packing import ReceivedMessage
+from marble._core.packing import MESSAGE_SCHEMA, ReceivedMessage
 from marble.errors import ProtocolError, UnavailableError, UsageError
 from marble.metrics import Metrics
 from marble.raft.messages import Message, MessageKind
 from marble.transport.arrow_flight import ArrowFlightTransport, create_arrow_flight_transport
 from marble.transport.codec import Codec, Envelope, Packet
 from marble.transport.flight import FlightTransport
-from marble.transport.messages import MESSAGE_SCHEMA, PIECE_BYTES_MAX, MessageCodec, MessageIntake
+from marble.transport.messages import PIECE_BYTES_MAX, MessageCodec, MessageIntake
 from marble.transport.options import TransportOptions
 
 DEADLINE_S = 30.0
