@@ -179,7 +179,7 @@ def unsqueeze(number: int, squeezed: pa.Buffer | memoryview | bytes, size: int, 
 
 def wrap(packet: Packet, squeezer: Squeezer, features: int) -> Packet:
     """A packet of entries as it is to be sent: with its batch, or with that compressed behind its metadata."""
-    if packet.batch is None or not squeezer.wants(packet.batch.nbytes, features):
+    if packet.batch is None or not squeezer.wants(_BYTES_MIN, features) or packet.batch.nbytes < _BYTES_MIN:
         return packet
     body = entry_batch.encode_payload(packet.batch)
     codec, squeezed = squeezer.squeeze(body, features)
