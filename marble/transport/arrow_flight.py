@@ -10,14 +10,12 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Final
 
-import pyarrow as pa
-
 from marble._core.checksum import xxh3_64
 from marble._core.packing import ReceivedMessage
 from marble.config import format_endpoint, parse_endpoint
 from marble.errors import UsageError
 from marble.transport.flight import FlightTransport
-from marble.transport.messaging import SEND_TIMEOUT_S, MetricsCollector, OnMessages, Peer
+from marble.transport.messaging import SEND_TIMEOUT_S, MetricsCollector, OnMessages, Peer, Sendable
 from marble.transport.options import TransportOptions
 from marble.types import NODE_ID_MAX
 
@@ -102,16 +100,14 @@ class ArrowFlightTransport:
         """Give up the streams to a node. See `Messaging.disconnect_from_peer`."""
         self._started.disconnect_from_peer(peer)
 
-    def send_message(
-        self, peer: Peer, message: bytes | bytearray | memoryview | pa.Buffer, *, timeout_s: float = SEND_TIMEOUT_S
-    ) -> None:
+    def send_message(self, peer: Peer, message: Sendable, *, timeout_s: float = SEND_TIMEOUT_S) -> None:
         """Queue a message for a node. See `Messaging.send_message`."""
         (self._flight or self._started).send_message(peer, message, timeout_s=timeout_s)
 
     def send_messages(
         self,
         peer: Peer,
-        messages: Iterable[bytes | bytearray | memoryview | pa.Buffer],
+        messages: Iterable[Sendable],
         *,
         timeout_s: float = SEND_TIMEOUT_S,
     ) -> None:

@@ -39,6 +39,8 @@ PACKET_BYTES_MAX: Final = 1 << 20
 """Messages are put together up to here: enough that a packet's own cost no longer counts."""
 COUNT_MAX: Final = 16384
 """Messages in one packet."""
+SENDERS_MAX: Final = 4096
+"""Nodes of which it is known how far their messages have come: enough for every node that a cluster ever has."""
 
 _HEADER: Final = struct.Struct("<4sHHQQIIQQIIQQ")
 """magic, version, zero, checksum; cluster, sender, to, epoch, first, count, codec, offset, total. Lengths as uint32 follow."""
@@ -384,7 +386,11 @@ class MessageIntake:
     def take(self, node: int, chunks: Iterator[Chunk]) -> None:
         """Take one stream of `node` in until it ends. Raises ProtocolError, and what the stream raises."""
         with self._lock:
-            sender = self._senders.setdefault(node, _Sender())
+            # The one whose stream is the newest comes last, so that the first is the one to forget.
+            sender = self._senders.pop(node, None) or _Sender()
+            if len(self._senders) >= SENDERS_MAX:
+                del self._senders[next(iter(self._senders))]
+            self._senders[node] = sender
             sender.stream += 1
             stream = sender.stream
         # An older stream may wait for room with what this one brings again.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final
+from typing import Final, TypeAlias
 
 import pyarrow as pa
 
@@ -27,7 +27,8 @@ from marble.transport.messages import Mailbox
 from marble.transport.options import TransportOptions
 from marble.transport.paths import Peering
 
-Peer = int | str
+Sendable: TypeAlias = bytes | bytearray | memoryview | pa.Buffer | pa.RecordBatch
+Peer: TypeAlias = int | str
 """A node's id, or its ``host:port``."""
 OnMessages = Callable[[list[ReceivedMessage]], None]
 
@@ -124,9 +125,7 @@ class Messaging(abc.ABC):
         """What was counted: ``messages_sent``, ``messages_received``, ``streams_broken``, ..."""
         return MetricsCollector(self.metrics)
 
-    def send_message(
-        self, peer: Peer, message: bytes | bytearray | memoryview | pa.Buffer, *, timeout_s: float = SEND_TIMEOUT_S
-    ) -> None:
+    def send_message(self, peer: Peer, message: Sendable, *, timeout_s: float = SEND_TIMEOUT_S) -> None:
         """Queue `message` for a node. Messages to one node arrive in the order of these calls.
 
         A message arrives at most once. One that was queued is lost only if its stream breaks while it is under way, or one
@@ -137,7 +136,8 @@ class Messaging(abc.ABC):
         peer
             Id or ``host:port`` of a node that is connected to, or that has a stream open to this one.
         message
-            Its bytes. Bytes and immutable `pyarrow.Buffer` are not copied; what can be changed is.
+            Its bytes. Bytes and immutable `pyarrow.Buffer` are not copied; what can be changed is. A RecordBatch travels as an
+            Arrow IPC stream: ``pyarrow.ipc.open_stream(received.data)`` reads it, without a copy.
         timeout_s
             How long to wait, in seconds, for the peer to be reached and for room in the queue.
 
@@ -156,7 +156,7 @@ class Messaging(abc.ABC):
     def send_messages(
         self,
         peer: Peer,
-        messages: Iterable[bytes | bytearray | memoryview | pa.Buffer],
+        messages: Iterable[Sendable],
         *,
         timeout_s: float = SEND_TIMEOUT_S,
     ) -> None:
@@ -231,4 +231,9 @@ def _frozen(message: object) -> bytes | pa.Buffer:
         return message if not message.is_mutable else message.to_pybytes()
     if isinstance(message, bytes | bytearray | memoryview | ReceivedMessage):
         return bytes(message)
-    raise UsageError(f"a message must be bytes, not a {type(message).__name__}")
+    if isinstance(message, pa.RecordBatch):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, message.schema) as writer:
+            writer.write_batch(message)
+        return sink.getvalue()
+    raise UsageError(f"a message must be bytes or a RecordBatch, not a {type(message).__name__}")

@@ -103,8 +103,16 @@ def test_what_can_be_changed_is_copied_and_what_cannot_is_not_kept_from_others(p
     pair.one.send_message(2, changing)
     changing[:] = b"behind"
     assert pair.take() == b"before"
-    with pytest.raises(UsageError, match="must be bytes, not a str"):
+    with pytest.raises(UsageError, match="must be bytes or a RecordBatch, not a str"):
         pair.one.send_message(2, "text")  # type: ignore[arg-type]
+
+
+def test_batches_travel_as_streams_that_arrow_reads(pair: Pair) -> None:
+    batch = pa.record_batch({"key": [1, 2, 3], "value": ["a", None, "c"]})
+    pair.one.send_message(2, batch)
+    message = pair.two.receive_message(DEADLINE_S)
+    assert message is not None
+    assert pa.ipc.open_stream(message.data).read_next_batch().equals(batch)
 
 
 def test_the_other_side_answers_without_connecting(pair: Pair) -> None:
@@ -401,6 +409,7 @@ def test_what_comes_again_after_a_break_is_dropped() -> None:
     script.stream(numbered(1, 1, b"b", b"c", b"d"))
     script.stream(numbered(1, 0, b"a", b"b"))
     assert script.got == [b"a", b"b", b"c", b"d"]
+    assert len(script.intake._senders) == 1
     # Another queue counts anew, and gaps are counted.
     script.stream(numbered(2, 0, b"e"), numbered(2, 5, b"f"))
     assert script.got[4:] == [b"e", b"f"]
