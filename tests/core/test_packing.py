@@ -7,7 +7,7 @@ import weakref
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marble._core.packing import CLOSED, FULL, QUEUED, WAKE, Outbox, ReceivedMessage, pack, unpack
@@ -27,6 +27,7 @@ STEPS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(STEPS)
 def test_a_queue_does_what_its_twin_does(steps: list[tuple[str, object]]) -> None:
     real, twin = Outbox(50, 6), reference.Outbox(50, 6)
@@ -102,6 +103,7 @@ def test_many_are_queued_up_to_the_one_that_finds_no_room() -> None:
     assert box.fed()
 
 
+@settings(deadline=None)
 @given(MESSAGES)
 def test_what_was_packed_is_unpacked(items: list[bytes]) -> None:
     run, lengths = reference.pack(items)
@@ -116,6 +118,7 @@ def test_what_was_packed_is_unpacked(items: list[bytes]) -> None:
     assert [len(message) for message in messages] == list(map(len, items))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=30), st.binary(max_size=12))
 def test_lengths_that_do_not_fit_are_refused(run: bytes, lengths: bytes) -> None:
     try:

@@ -165,7 +165,7 @@ def decode(metadata: bytes) -> list[Envelope]:
     return TWO.decode(1, *unwrap(metadata, None, 1 << 20))
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_no_flipped_bit_goes_unnoticed(data: st.DataObject) -> None:
     sent, packet = wrapped()
@@ -182,6 +182,7 @@ def test_no_flipped_bit_goes_unnoticed(data: st.DataObject) -> None:
     assert got.batch.equals(sent.batch)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_garbage_is_refused(garbage: bytes) -> None:
     for start in (b"", b"MBLZ", struct.pack("<4sHHQII", b"MBLZ", 1, 1, 1000, 100, 0)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marble._core import entry_batch
@@ -90,6 +90,7 @@ def test_changes_of_the_membership_are_still_named() -> None:
     assert TWO.decode(1, *packet)[0].message == got.message
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.booleans(), st.booleans()), max_size=30))
 def test_a_follower_ends_with_the_same_entries_and_commits(steps: list[tuple[int, int, bool, bool]]) -> None:
     """Appends of several groups, each from where the last one ended, or one that starts anew, and terms that rise."""

@@ -323,6 +323,7 @@ ONE = MessageCodec(Codec("c", 1, 1), 5 << 20)
 TWO = MessageCodec(Codec("c", 2, 1), 5 << 20)
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=50), max_size=20), st.integers(0, 2**63), st.integers(0, 2**63))
 def test_packets_are_read_as_they_were_written(messages: list[bytes], epoch: int, first: int) -> None:
     (packet,) = ONE.encode(2, epoch, first, list(messages))
@@ -332,7 +333,7 @@ def test_packets_are_read_as_they_were_written(messages: list[bytes], epoch: int
     assert header.total == body.size
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_no_flipped_bit_goes_unnoticed(data: st.DataObject) -> None:
     (packet,) = ONE.encode(2, 1, 0, [b"one", b"three"])
@@ -348,6 +349,7 @@ def test_no_flipped_bit_goes_unnoticed(data: st.DataObject) -> None:
         TWO.decode(1, bytes(whole[: len(metadata)]), pa.RecordBatch.from_arrays([column], schema=packet.batch.schema))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_garbage_is_no_packet(garbage: bytes) -> None:
     with pytest.raises(ProtocolError):
