@@ -419,6 +419,7 @@ class Node:
             tail=options.purge_tail,
             piece_bytes_max=min(options.snapshot_piece_bytes, options.append_bytes_max),
             patience_ticks=options.election_ticks,
+            window_bytes_max=options.snapshot_window_bytes_max,
         )
         return Driver(
             group,

@@ -61,6 +61,8 @@ class NodeOptions:
     """Writes wait, and are then refused with UnavailableError, while tables' files lag further behind than this."""
     snapshot_piece_bytes: int = 1024 * 1024
     """What one message carries of a snapshot; at most ``append_bytes_max`` counts."""
+    snapshot_window_bytes_max: int = 16 * 1024 * 1024
+    """What is asked for ahead while a snapshot is fetched."""
     snapshot_bytes_per_s: int = 64 * 1024 * 1024
     """How fast a snapshot or a file of a table is written at most: unbridled, it would hold up the log's syncs on the same disk."""
     priority: int = 0
@@ -108,6 +110,7 @@ def options_of(
         segment_bytes_max=config.segment_bytes_max,
         cache_bytes_max=config.cache_bytes_max,
         snapshot_distance=config.snapshot_distance,
+        snapshot_window_bytes_max=config.transport.snapshot_window_bytes_max or 0,
         priority=priority,
         lease_reads=config.lease_reads,
         join=join,

@@ -40,7 +40,7 @@ from marble.options import NodeOptions, options_of
 from marble.service import TablesService
 from marble.transport.arrow_flight import ArrowFlightTransport, create_arrow_flight_transport
 from marble.transport.flight import FlightTransport
-from marble.transport.options import TransportOptions
+from marble.transport.wan import options_for
 from marble.transport.watching import WatchedSecurity
 from marble.types import EntryKind, Members, Role
 from marble.web.watch import Watch, Watched
@@ -225,8 +225,13 @@ class RaftServer(Operated, Watched):
                 self._options.cluster_id,
                 self._options.node_id,
                 advertised=self._endpoint,
-                # The columns beside a payload take less than the smallest payload: at most as much again.
-                options=TransportOptions(entry_bytes_max=2 * self._config.message_bytes_max + MESSAGE_OVERHEAD_BYTES),
+                options=options_for(
+                    self._config.transport,
+                    heartbeat_ms=self._config.heartbeat_interval_ms,
+                    election_ms=self._config.election_timeout_ms,
+                    # The columns beside a payload take less than the smallest payload: at most as much again.
+                    entry_bytes_max=2 * self._config.message_bytes_max + MESSAGE_OVERHEAD_BYTES,
+                ),
                 metrics=metrics,
                 security=WatchedSecurity(self._security, self._options.node_id, metrics),
             )

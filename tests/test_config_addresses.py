@@ -6,8 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from marble.config import ADDRESSES_MAX, NodeConfig, RaftClusterConfig, canonical_endpoint, parse_config
+from marble.config import (
+    ADDRESSES_MAX,
+    NodeConfig,
+    RaftClusterConfig,
+    TransportConfig,
+    canonical_endpoint,
+    parse_config,
+)
 from marble.errors import UsageError
+from marble.transport.wan import options_for
 
 TWO = ("10.0.0.1:5001, 10.1.0.1:5001", "10.0.0.2:5001,10.1.0.2:5001")
 
@@ -47,3 +55,36 @@ def test_a_node_with_several_addresses_says_where_it_listens() -> None:
 def test_the_canonical_form_stays(text: str) -> None:
     once = canonical_endpoint(text)
     assert canonical_endpoint(once) == once == text.lower()
+
+
+def test_the_way_between_nodes_has_a_profile_and_keys_that_override_it() -> None:
+    lan, wan = TransportConfig(), TransportConfig("wan", queue_bytes_max=2**20)
+    assert lan.connect_timeout_ms == 1000
+    assert wan.connect_timeout_ms == 5000
+    assert wan.queue_bytes_max == 2**20
+    text = '[node]\ndata_dir = "x"\nid = 1\n[cluster]\ncluster_id = "c"\nnode_endpoints = ["h:1"]\n'
+    cluster = parse_config(f'{text}[cluster.transport]\nprofile = "wan"\ncompression = "off"\n', Path()).cluster
+    options = options_for(cluster.transport, heartbeat_ms=400, election_ms=2000, entry_bytes_max=7)
+    assert (options.connect_timeout_s, options.ping_s, options.answer_s) == (5.0, 0.1, 0.2)
+    assert (options.round_trip_max_s, options.compression, options.entry_bytes_max) == (0.2, "off", 7)
+    # A dead way is left within a heartbeat.
+    assert options.ping_s + options.answer_s < 0.4
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('profile = "man"', 'must be "lan" or "wan"'),
+        ("profile = 3", "profile must be"),
+        ("connect_timeout_ms = 1", "connect_timeout_ms"),
+        ("silent_peer_ms = 0", "silent_peer_ms"),
+        ("queue_bytes_max = 1", "queue_bytes_max"),
+        ("snapshot_window_bytes_max = 0", "snapshot_window_bytes_max"),
+        ('compression = "gzip"', "compression must be one of"),
+        ("speed = 1", "speed"),
+    ],
+)
+def test_a_wrong_way_is_refused_by_name(line: str, words: str) -> None:
+    text = '[node]\ndata_dir = "x"\nid = 1\n[cluster]\ncluster_id = "c"\nnode_endpoints = ["h:1"]\n'
+    with pytest.raises(UsageError, match=words):
+        parse_config(f"{text}[cluster.transport]\n{line}\n", Path())

@@ -22,6 +22,7 @@ from marble.config.endpoints import (
 from marble.config.http import HttpConfig
 from marble.config.node import PRIORITY_MAX, NodeConfig, load_config, parse_config
 from marble.config.security import SecurityConfig, TlsConfig, TokensConfig
+from marble.config.transport import TransportConfig
 
 __all__ = [
     "ADDRESSES_MAX",
@@ -36,6 +37,7 @@ __all__ = [
     "SecurityConfig",
     "TlsConfig",
     "TokensConfig",
+    "TransportConfig",
     "addresses_of",
     "canonical_endpoint",
     "format_endpoint",

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from marble.config.endpoints import addresses_of, canonical_endpoint, endpoints_of
 from marble.config.security import SecurityConfig
-from marble.config.values import check_bool, check_int, check_keys, shown
+from marble.config.transport import TransportConfig
+from marble.config.values import check_bool, check_int, check_keys, read_table, shown
 from marble.errors import UsageError
 from marble.types import NODE_ID_MAX
 
@@ -78,6 +79,8 @@ class RaftClusterConfig:
         Size at which the log starts a new segment file.
     cache_bytes_max
         Recent entries that the log keeps in memory, in payload bytes.
+    transport
+        Limits of the way between nodes: ``[cluster.transport]``.
 
     Raises
     ------
@@ -101,6 +104,7 @@ class RaftClusterConfig:
     uncommitted_bytes_max: int = 256 * _MIB
     segment_bytes_max: int = 64 * _MIB
     cache_bytes_max: int = 64 * _MIB
+    transport: TransportConfig = field(default_factory=TransportConfig)
     endpoints: Mapping[int, str] = field(init=False, repr=False, compare=False)
     """Node id to canonical ``host:port``, in ascending id; read only."""
 
@@ -116,6 +120,8 @@ class RaftClusterConfig:
         copied = types.MappingProxyType(dict(endpoints)) if isinstance(given, Mapping) else tuple(endpoints.values())
         object.__setattr__(self, "node_endpoints", copied)
         object.__setattr__(self, "endpoints", types.MappingProxyType(endpoints))
+        if not isinstance(self.transport, TransportConfig):
+            raise UsageError(f"transport must be a TransportConfig, not {shown(self.transport)}")
         self._check_times()
         self._check_limits()
         self._check_switches()
@@ -176,6 +182,8 @@ class RaftClusterConfig:
         if isinstance(given, Mapping):
             # Keys of a TOML table are strings.
             arguments["node_endpoints"] = {_node_id(key): endpoint for key, endpoint in given.items()}
+        if "transport" in arguments:
+            arguments["transport"] = read_table(TransportConfig, arguments["transport"], f"{where}.transport")
         return cls(**arguments)
 
     @property

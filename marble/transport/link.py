@@ -19,6 +19,7 @@ Invariants:
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ import pyarrow as pa
 from marble._core.entry_batch import ENTRY_SCHEMA
 from marble._core.packing import MESSAGE_SCHEMA
 from marble.env import Clock
+from marble.logs import fields
 from marble.metrics import Metrics
 from marble.raft.messages import MessageKind
 from marble.transport.codec import MESSAGES_PER_PACKET_MAX, Codec, Envelope, Lane, Packet
@@ -39,6 +41,7 @@ from marble.transport.options import TransportOptions
 from marble.transport.pulse import Pulse
 from marble.transport.pump import Pump, Surroundings
 
+_log = logging.getLogger("marble.transport")
 _LANES: Final = {MessageKind.APPEND_ENTRIES: Lane.LOG, MessageKind.SNAPSHOT_PIECE: Lane.BULK}
 
 
@@ -185,6 +188,7 @@ class Link:
         self._watch_s = around.options.answer_s / 4 if several else around.options.silent_peer_s / 8
         self._pulse = Pulse(around.options.ping_s if several else around.options.idle_check_s, around.options.answer_s)
         self._started = False
+        self._warned = False
         loads = {
             lane: EnvelopeLoad(peer, codec, around.options, around.clock, around.metrics)
             for lane in (Lane.CONTROL, Lane.LOG, Lane.BULK)
@@ -274,6 +278,17 @@ class Link:
         for pump in self._pumps.values():
             if silent or pump.greeting_s(now) > self._options.silent_peer_s:
                 pump.break_off(f"no answer for {self._options.silent_peer_s:g} s")
+        taken_s = self._pulse.round_trip_s
+        if taken_s is not None and taken_s > self._options.round_trip_max_s and not self._warned:
+            self._warned = True
+            _log.warning(
+                "a round trip to node %d at %s takes %.0f ms: make election_timeout_ms ten times as much, or leaders change "
+                "without need",
+                self.peer,
+                self.endpoint,
+                1000 * taken_s,
+                extra=fields(peer=self.peer),
+            )
         return self._watch_s
 
     def start(self) -> None:

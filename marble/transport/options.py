@@ -27,6 +27,7 @@ class TransportOptions:
     - ``mailbox_bytes_max``, ``mailbox_count_max``: users' messages that have come and were not taken out, from all peers.
     - ``ping_s``, ``answer_s``: of several ways to a peer each is asked so often whether it lives, and not used while an answer
       takes longer than ``answer_s`` and longer than is usual there. Together below the interval of heartbeats.
+    - ``round_trip_max_s``: a round trip that usually takes longer is logged, once: the election timeout does not fit it.
     - ``calls_max``: calls of clients served at once; the next one is refused.
     - ``strangers_max``: streams that have not yet said who they are; the next one is refused.
     - ``slow_reader_s``: a client that has not read for so long, while a write waits for it, is dropped with its connection.
@@ -47,6 +48,7 @@ class TransportOptions:
     mailbox_count_max: int = 65536
     ping_s: float = 0.05
     answer_s: float = 0.1
+    round_trip_max_s: float = 60.0
     calls_max: int = 1024
     strangers_max: int = 64
     compression: str = "auto"

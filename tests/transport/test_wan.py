@@ -22,6 +22,7 @@ from marble._core.entry_batch import Proposal
 from marble.lsm import payload
 from marble.testing.relay import Line, Relay
 from marble.transport.flight import FlightTransport
+from marble.transport.options import TransportOptions
 from marble.types import EntryKind
 
 RATE = 12e6
@@ -151,3 +152,28 @@ def test_snapshot_fills_a_long_line(stack: contextlib.ExitStack, tmp_path: Path)
         return meter
 
     reach(attempt)
+
+
+def test_a_round_trip_that_elections_do_not_fit_is_logged_once(
+    stack: contextlib.ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = TransportOptions(idle_check_s=0.02, round_trip_max_s=0.02, silent_peer_s=0.8)
+    two = FlightTransport("127.0.0.1:0", "c", 2, options=options)
+    stack.callback(two.stop, 5.0)
+    relay = stack.enter_context(Relay(two.endpoint, there=Line(delay_s=0.03)))
+    one = FlightTransport("127.0.0.1:0", "c", 1, options=options)
+    stack.callback(one.stop, 5.0)
+    two.set_peers({1: one.endpoint})
+    two.start()
+    one.set_peers({2: relay.endpoint})
+    one.start()
+
+    def advice() -> list[str]:
+        return [record.getMessage() for record in caplog.records if "election_timeout_ms" in record.getMessage()]
+
+    wait_until(advice, "a warning")
+    histogram = one.metrics.histogram("transport_round_trip_s")
+    seen = histogram.spread().total
+    wait_until(lambda: histogram.spread().total > seen + 20, "more round trips")
+    assert len(advice()) == 1
+    assert "node 2" in advice()[0]
