@@ -6,7 +6,8 @@ in this module: a `Carrier` opens a `Stream`, the other end sees it as an `Arriv
 ``FlightTransport.take_messages``.
 
 Invariants of every carrier:
-- Chunks arrive whole, once and in order, or the stream breaks; a break is an error at both ends, never a gap.
+- Chunks arrive whole, once and in order, or the stream breaks, which is an error for who writes and an error or the end for who
+  reads, never a gap.
 - `Stream.write` blocks while the other end does not read and what is under way fills the carrier's bounded buffers.
 - `Stream.cancel` may be called from any thread, at any time, several times, and ends a `write`, an `answer` or a `finish` that waits.
 - What breaks a stream is raised as one of `STREAM_ERRORS`. A refusal that the other end has put into words is the Flight
