@@ -22,7 +22,9 @@ from marble.local import LocalBackend
 from marble.lsm import payload
 from marble.promises import Committed
 from marble.transport import wire
+from marble.transport.admission import authority, demand, may
 from marble.transport.relay import Relays
+from marble.transport.tokens import ANYWHERE, Access
 from marble.types import NODE_ID_MAX, Change, ChangeKind, EntryKind, Members, Role, Transition
 from marble.web.health import as_json
 from marble.web.watch import Watch
@@ -68,6 +70,16 @@ ACTIONS: Final = {
     "transfer_leadership": 'Body {"to"}: let that voter lead; answers {} when it does.',
 }
 """Name and description of each action. All answers are JSON, if nothing else is said."""
+
+
+RIGHTS: Final[dict[str, tuple[Access, str | None]]] = {
+    **dict.fromkeys(("health", "members", "metrics", "picture", "ping", "status", "tables"), (Access.READ, ANYWHERE)),
+    **dict.fromkeys(("open_session", "close_session", "transaction"), (Access.WRITE, ANYWHERE)),
+    "propose": (Access.WRITE, None),
+    **dict.fromkeys(("create_table", "drop_table"), (Access.ADMIN, ANYWHERE)),
+}
+"""What an action needs, and for which tables (None: all). What is not named here needs ADMIN on all tables. What names tables in its
+body is looked at again when that is read."""
 
 
 class Waiter(Protocol):
@@ -134,6 +146,7 @@ class Actions:
         if handler is None:
             known = ", ".join(repr(name) for name in sorted(self._actions))
             raise UsageError(f"there is no action {action.type[:80]!r}: there is {known}")
+        demand(context, *RIGHTS.get(action.type, (Access.ADMIN, None)))
         return handler(context, action.body or b"")
 
     # -- tables and sessions ---------------------------------------------------------------------------------------------
@@ -143,6 +156,7 @@ class Actions:
         schema = wire.decode_schema(asked["schema"])
         options = wire.options_from_json(asked.get("options", {}), schema)
         encoded = payload.encode_create_table(asked["name"], schema, asked["key"], options)
+        demand(context, Access.ADMIN, asked["name"])
 
         stamp = _stamp(context)
 
@@ -155,6 +169,7 @@ class Actions:
     def _drop_table(self, context: Any, body: bytes | pa.Buffer) -> bytes:
         asked = wire.decode_object(body, "drop_table", wire.TICKET_BYTES_MAX, ("name",))
         encoded = payload.encode_drop_table(asked["name"])
+        demand(context, Access.ADMIN, asked["name"])
 
         stamp = _stamp(context)
 
@@ -181,14 +196,17 @@ class Actions:
         if len(body) > limit:
             raise UsageError(f"the transaction has {len(body):,} bytes, more than max_entry_size ({limit:,}): split it")
         stamp = _stamp(context)
+        if not may(context, Access.WRITE, None):
+            # Some tables only: a node that relays it looks at them too, whoever it then calls as.
+            self._checked_transaction(context, body)
 
         def transact() -> bytes:
-            committed = self._commit(EntryKind.TRANSACTION, self._checked_transaction(body), stamp)
+            committed = self._commit(EntryKind.TRANSACTION, self._checked_transaction(context, body), stamp)
             return wire.encode_json({"index": committed.index, "term": committed.term, "value": committed.value})
 
         return self._at_leader(context, "transaction", body, transact, repeatable=False)
 
-    def _checked_transaction(self, body: bytes | pa.Buffer) -> pa.Buffer:
+    def _checked_transaction(self, context: Any, body: bytes | pa.Buffer) -> pa.Buffer:
         """`body` as a payload, whose operations fit the tables that there are."""
         data = pa.allocate_buffer(len(body))
         memoryview(data).cast("B")[:] = memoryview(body).cast("B")
@@ -202,6 +220,7 @@ class Actions:
                 if not confirmed:
                     self._confirm()
                 confirmed, info = True, self._machine.table(operation.table)
+            demand(context, Access.WRITE, info.name)
             payload.check_operation(operation, info)
         return data
 
@@ -225,7 +244,7 @@ class Actions:
     def _tables(self, context: Any, body: bytes | pa.Buffer) -> bytes:
         if _consistency(body, "tables") == "linearizable":
             self._confirm()
-        return wire.encode_tables(self._machine.tables())
+        return wire.encode_tables([info for info in self._machine.tables() if may(context, Access.READ, info.name)])
 
     # -- members and leadership --------------------------------------------------------------------------------------------
 
@@ -319,7 +338,9 @@ class Actions:
         except NotLeaderError:
             if not may_forward(context):
                 raise
-        return self._relays.action(name, bytes(body), repeatable=repeatable, stamp=_stamp(context))
+        return self._relays.action(
+            name, bytes(body), repeatable=repeatable, stamp=_stamp(context), authority=authority(context)
+        )
 
 
 def may_forward(context: Any) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from marble.client import ClientOptions, RemoteBackend
 from marble.config import parse_url
 from marble.errors import ProtocolError
+from marble.transport.papers import credentials_for
 from marble.transport.wire import encode_json
 from marble.types import Change, Members, Transition
 
@@ -48,14 +49,15 @@ class ClusterAdmin:
     Parameters
     ----------
     url
-        ``grpc://host:port,host:port,…``: one or more nodes of it.
+        ``grpc://host:port,host:port,…``, or ``grpc+tls://…``: one or more nodes of it. Who calls is in the environment
+        (`marble.transport.papers`).
     timeout_s
         How long a call may take, in seconds, finding a leader included.
     """
 
     def __init__(self, url: str, *, timeout_s: float = 30.0) -> None:
         self._given = parse_url(url)
-        self._backend = RemoteBackend(self._given, ClientOptions(timeout_s))
+        self._backend = RemoteBackend(self._given, ClientOptions(timeout_s, credentials_for(url)))
 
     def members(self, *, consistency: str = "linearizable") -> Membership:
         """Who takes part.

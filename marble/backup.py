@@ -36,6 +36,7 @@ from marble.logstore.snapshot_file import FileReader, SnapshotInfo
 from marble.logstore.snapshots import SnapshotStore, snapshot_path
 from marble.members import check_endpoints, check_members
 from marble.recovery import newest
+from marble.transport.papers import credentials_for
 from marble.transport.wire import encode_json
 from marble.types import EntryKind, HardState, Members, SnapshotMeta
 from marble.verify import Verified, verify
@@ -83,7 +84,7 @@ def backup(
     told = progress or (lambda path: None)
     with _new_directory(target) as place:
         files = SystemFiles(place)
-        if os.fspath(source).startswith("grpc://"):
+        if os.fspath(source).startswith(("grpc://", "grpc+")):
             _fetch(os.fspath(source), files, told)
         else:
             _copy_directory(_existing(source), files, told)
@@ -281,7 +282,7 @@ def _copy_directory(source: Files, target: Files, told: Progress) -> None:
 def _fetch(url: str, target: Files, told: Progress) -> None:
     """Have a running node make a checkpoint, and fetch it."""
     endpoints = parse_url(url)
-    backend = RemoteBackend(endpoints, ClientOptions())
+    backend = RemoteBackend(endpoints, ClientOptions(credentials=credentials_for(url)))
     with contextlib.closing(backend):
         endpoint, answer = _begin(backend, endpoints)
         token, listed = answer.get("token"), answer.get("files")

@@ -1,4 +1,5 @@
-"""The command ``marble``: demo, serve, log, status, doctor, members, transfer, snapshot, backup, restore, verify, simulate, version.
+"""The command ``marble``: demo, serve, log, status, doctor, members, transfer, snapshot, backup, restore, verify, certs, token, simulate,
+version.
 
 Rule 1: a command ends with 0 when it did what was asked, 1 when it failed, 2 when it was asked wrongly, and 128 plus
 its number when a signal ended it. A failure says on stderr what is wrong; only what nobody foresaw shows a traceback.
@@ -22,6 +23,7 @@ from types import FrameType
 from typing import Any, Final
 
 from marble.backup_commands import add_backup_commands
+from marble.certs import add_certs_commands, add_papers_options, apply_papers
 from marble.errors import InvariantError, MarbleError, UsageError
 from marble.status_commands import add_status_commands
 
@@ -51,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     parser = _parser()
     options = parser.parse_args(arguments)
+    apply_papers(options)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
@@ -126,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--jobs", type=int, default=1, metavar="J", help="processes (default: %(default)s)")
     simulate.set_defaults(command=_simulate)
 
+    add_papers_options(commands)
     version = commands.add_parser("version", help="print the versions of marble, pyarrow and Python")
     version.set_defaults(command=_version)
     return parser
@@ -190,6 +194,7 @@ def _add_operator_commands(commands: Any) -> None:
     snapshot.set_defaults(command=_snapshot)
     add_backup_commands(commands, _place)
     add_status_commands(commands)
+    add_certs_commands(commands)
 
 
 def _place(text: str) -> tuple[int, str]:
@@ -257,6 +262,7 @@ def _serve(options: argparse.Namespace) -> int:
     server = server_from_config(config)
     # Until the server runs, a signal ends the process at once: that is a crash, and a crash is safe at any moment.
     server.start()
+    signal.signal(signal.SIGHUP, lambda number, frame: server.reload())
     with contextlib.closing(_Signals((signal.SIGTERM, signal.SIGINT))) as signals:
         try:
             print(

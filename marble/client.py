@@ -27,10 +27,12 @@ from marble._core.entry_batch import decode_payload, encode_payload
 from marble.config import parse_url
 from marble.database import Database
 from marble.errors import (
+    ForbiddenError,
     MarbleError,
     NotLeaderError,
     OutcomeUnknownError,
     ProtocolError,
+    UnauthenticatedError,
     UnavailableError,
     UsageError,
 )
@@ -38,13 +40,15 @@ from marble.filters import columns_read, filter_batches
 from marble.lsm import payload
 from marble.lsm.keyrange import KeyRange
 from marble.lsm.pushdown import push_down
-from marble.orders import ATTEMPT_TIMEOUT_S, RETRY_WAIT_MIN_S, Backoff, Orders, act, as_object, open_session
+from marble.orders import ATTEMPT_TIMEOUT_S, RETRY_WAIT_MIN_S, Backoff, Orders, act, as_object, no_leader, open_session
 from marble.requests import ScanRequest, TableChange
 from marble.schema import TableInfo
 from marble.table_options import TableOptions
 from marble.transport.faults import from_flight_error
+from marble.transport.papers import credentials_for
 from marble.transport.pool import ClientPool
 from marble.transport.put import STREAM_ERRORS, PutStream
+from marble.transport.security import PLAIN, Credentials
 from marble.transport.tickets import encode_ticket
 from marble.transport.wire import (
     DELETE,
@@ -84,10 +88,13 @@ WATCH_WAIT_MAX_S: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class ClientOptions:
-    """Deadlines of a client, in seconds."""
+    """Deadlines of a client, in seconds, and who it is."""
 
     timeout_s: float = 30.0
     """After this a read ends in UnavailableError, and a write in UnavailableError (nothing was written) or OutcomeUnknownError."""
+
+    credentials: Credentials = PLAIN
+    """What the client brings to the nodes, and what it wants of them."""
 
 
 class RemoteBackend:
@@ -111,7 +118,7 @@ class RemoteBackend:
         self._gather_bytes_max = 0
         self._options = options
         self._lock = threading.Lock()
-        self._clients = ClientPool()
+        self._clients = ClientPool(lambda: options.credentials)
         self._puts: dict[tuple[int, str], PutStream] = {}
         self._scans: dict[fl.FlightStreamReader, float] = {}
         self._leader: str | None = None
@@ -172,6 +179,12 @@ class RemoteBackend:
                 timeout_s = max(RETRY_WAIT_MIN_S, min(PROBE_TIMEOUT_S, deadline - time.monotonic()))
                 try:
                     status = as_object(self._action(endpoint, "status", b"", timeout_s))
+                except (UnauthenticatedError, ForbiddenError) as failure:
+                    if not candidates:
+                        # Waiting does not give the client other rights.
+                        raise
+                    silent.append(str(failure))
+                    continue
                 except MarbleError as failure:
                     silent.append(str(failure))
                     continue
@@ -185,7 +198,7 @@ class RemoteBackend:
                     followed += 1
                     candidates = [named, *(each for each in candidates if each != named)]
             self._leader = None
-            backoff.wait(UnavailableError(f"no node took the write: {_no_leader(self._candidates(), silent)}"))
+            backoff.wait(UnavailableError(f"no node took the write: {no_leader(self._candidates(), silent)}"))
 
     def _learn(self, status: dict[str, Any]) -> None:
         self._learnt = tuple(each for each in status["nodes"].values() if each not in self._given)
@@ -443,17 +456,6 @@ class RemoteBackend:
             backoff.wait(error)
 
 
-def _no_leader(nodes: Sequence[str], silent: Sequence[str]) -> str:
-    """Why there is nobody to write to: `silent` has what came of asking those of `nodes` that did not answer."""
-    if len(silent) >= len(nodes):
-        return f"none answers ({'; '.join(silent)}): `marble doctor {','.join(nodes)}` says more"
-    but = f" ({'; '.join(silent)})" if silent else ""
-    return (
-        f"no leader is known to {', '.join(nodes)}{but}: a majority of the voters must run and reach each other, see "
-        f"`marble doctor {nodes[0]}`"
-    )
-
-
 def _first_rows(
     batches: Iterable[pa.RecordBatch], limit: int, reader: fl.FlightStreamReader
 ) -> Iterator[pa.RecordBatch]:
@@ -466,15 +468,30 @@ def _first_rows(
     reader.cancel()
 
 
-def connect(url: str, *, timeout_s: float = 30.0) -> Database:
+def connect(
+    url: str,
+    *,
+    timeout_s: float = 30.0,
+    token: str | None = None,
+    token_file: str | os.PathLike[str] | None = None,
+    tls_ca: str | os.PathLike[str] | None = None,
+    tls_cert: str | os.PathLike[str] | None = None,
+    tls_key: str | os.PathLike[str] | None = None,
+) -> Database:
     """Connect to a cluster.
 
     Parameters
     ----------
     url
-        ``grpc://host:port,host:port,…``: one or more nodes of it.
+        ``grpc://host:port,host:port,…``, or ``grpc+tls://…`` if its nodes encrypt: one or more nodes of it.
     timeout_s
         How long a call may take, in seconds, finding a leader included.
+    token, token_file
+        The bearer token, or a file with it, which is read again when it changes. None: the file that MARBLE_TOKEN_FILE names.
+    tls_ca
+        PEM file of who signs the nodes' certificates. None: MARBLE_CA, or else whom this machine trusts.
+    tls_cert, tls_key
+        PEM files of the client's own certificate and key, where the cluster wants one. None: MARBLE_CERT and MARBLE_KEY.
 
     Returns
     -------
@@ -484,6 +501,7 @@ def connect(url: str, *, timeout_s: float = 30.0) -> Database:
     Raises
     ------
     UsageError
-        If `url` is not of that form.
+        If `url` is not of that form, or a file is not what it should be.
     """
-    return Database(RemoteBackend(parse_url(url), ClientOptions(timeout_s)))
+    options = ClientOptions(timeout_s, credentials_for(url, token, token_file, tls_ca, tls_cert, tls_key))
+    return Database(RemoteBackend(parse_url(url), options))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import pyarrow.flight as fl
@@ -178,3 +178,14 @@ def as_object(answer: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ProtocolError("an answer is not a JSON object")
     return value
+
+
+def no_leader(nodes: Sequence[str], silent: Sequence[str]) -> str:
+    """Why there is nobody to write to: `silent` has what came of asking those of `nodes` that did not answer."""
+    if len(silent) >= len(nodes):
+        return f"none answers ({'; '.join(silent)}): `marble doctor {','.join(nodes)}` says more"
+    but = f" ({'; '.join(silent)})" if silent else ""
+    return (
+        f"no leader is known to {', '.join(nodes)}{but}: a majority of the voters must run and reach each other, see "
+        f"`marble doctor {nodes[0]}`"
+    )

@@ -220,6 +220,7 @@ class RaftServer(Operated, Watched):
         self._phase = _Phase.STOPPED  # It stays so if starting fails.
         with contextlib.ExitStack() as stack:
             listen = self._listen.endpoint if self._listen is not None else self.endpoint
+            security = WatchedSecurity(self._security, self._options.node_id, metrics)
             carrier = FlightTransport(
                 listen,
                 self._options.cluster_id,
@@ -233,7 +234,7 @@ class RaftServer(Operated, Watched):
                     entry_bytes_max=2 * self._config.message_bytes_max + MESSAGE_OVERHEAD_BYTES,
                 ),
                 metrics=metrics,
-                security=WatchedSecurity(self._security, self._options.node_id, metrics),
+                security=security,
             )
             stack.callback(carrier.stop, STOP_GRACE_S)
             files = SystemFiles(self._data_dir)
@@ -245,7 +246,8 @@ class RaftServer(Operated, Watched):
             stack.callback(node.stop)
             watch = Watch(node, self.node_id, self._data_dir, carrier.connected, http=self._http)
             stack.callback(watch.stop)
-            service = TablesService(LocalBackend(node, self._machine, lease_reads=self._config.lease_reads), watch)
+            backend = LocalBackend(node, self._machine, lease_reads=self._config.lease_reads)
+            service = TablesService(backend, watch, lambda: security.current().relay_credentials())
             node.start()
             carrier.start(
                 node.receive,
@@ -260,6 +262,11 @@ class RaftServer(Operated, Watched):
             stack.pop_all()
         self._node, self._flight, self._service, self._own, self._watch = node, carrier, service, own, watch
         self._phase = _Phase.STARTED
+
+    def reload(self) -> None:
+        """Look at the files of certificates, tokens and the secret now, not at the next interval. Returns at once."""
+        if self._flight is not None:
+            self._flight.reload()
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """End all calls and streams, leave the cluster's traffic, close the log. Idempotent.

@@ -49,10 +49,13 @@ from marble.promises import Committed, Lane
 from marble.schema import TableInfo, check_table_name, conform_keys
 from marble.stopwatch import Calls
 from marble.transport import wire
+from marble.transport.admission import authority, demand, may
 from marble.transport.faults import to_flight_error
 from marble.transport.intake import Intake, StreamEndedError, Ways
 from marble.transport.relay import Relays
+from marble.transport.security import PLAIN, Credentials
 from marble.transport.tickets import decode_ticket, encode_ticket
+from marble.transport.tokens import ANYWHERE, Access
 from marble.web.watch import Watch
 
 logger = logging.getLogger("marble.server")
@@ -116,13 +119,16 @@ class TablesService:
         Knows how the node is.
     """
 
-    def __init__(self, backend: LocalBackend, watch: Watch) -> None:
+    def __init__(
+        self, backend: LocalBackend, watch: Watch, credentials: Callable[[], Credentials] = lambda: PLAIN
+    ) -> None:
         self._backend = backend
+        self._credentials = credentials
         self._node = backend.node
         self._machine = backend.machine
         self._timeout_s = backend.node.options.propose_timeout_s
         self._calls = Calls(backend.node.metrics)
-        self._relays = Relays(self._find_leader, self._timeout_s)
+        self._relays = Relays(self._find_leader, self._timeout_s, credentials)
         self._stopped: Future[None] = Future()
         self._lock = threading.Lock()
         self._intakes: set[Intake] = set()
@@ -151,6 +157,7 @@ class TablesService:
     def do_put(self, context: Any, descriptor: flight.FlightDescriptor, reader: Any, writer: Any) -> None:
         """Take a stream of batches; see the module's head."""
         name, verb, _ = _path(descriptor, (wire.UPSERT, wire.DELETE))
+        demand(context, Access.WRITE, name)
         self._take_writes(context, (name, verb or wire.UPSERT), reader, writer.write)
 
     @_answering
@@ -159,6 +166,7 @@ class TablesService:
         name, verb, rest = _path(descriptor, (wire.GET, wire.UPSERT, wire.DELETE))
         if not verb:
             raise UsageError(f'DoExchange needs a path of table and verb: [{name!r}, "get"], "upsert" or "delete"')
+        demand(context, Access.READ if verb == wire.GET else Access.WRITE, name)
         if verb == wire.GET:
             with self._stream():
                 self._look_up(name, *_moment(rest), reader, writer)
@@ -171,6 +179,7 @@ class TablesService:
     def do_get(self, context: Any, ticket: flight.Ticket) -> flight.GeneratorStream:
         """Stream the rows of a table in key order."""
         asked = decode_ticket(ticket.ticket)
+        demand(context, Access.READ, asked.table)
         view = self._view(asked.table, asked.request.consistency, asked.request.at_index)
         check_scan(view.info, asked.request.columns, None)
         reader = scan_view(view, asked.request)
@@ -183,6 +192,7 @@ class TablesService:
         wire.check_texts(reader.schema)
         write = self._backend.write_entry if verb == wire.UPSERT else self._backend.delete_entry
 
+        rights = authority(context)
         term, lane = 0, Lane()
 
         def offer(batch: pa.RecordBatch, stamp: wire.Stamp | None, begins: bool) -> Future[wire.Ack]:
@@ -200,7 +210,9 @@ class TablesService:
         ways = Ways(
             offer=offer,
             leads=lambda: self._node.leading_term != 0,
-            open_relay=(lambda: self._relays.open_stream(path, reader.schema)) if may_forward(context) else None,
+            open_relay=(lambda: self._relays.open_stream(path, reader.schema, rights))
+            if may_forward(context)
+            else None,
             timeout_s=self._timeout_s + ANSWER_MARGIN_S,
         )
         with self._stream(), Intake(name, ways, answer, acks_max) as intake, self._listed(intake):
@@ -274,19 +286,23 @@ class TablesService:
         """One flight for each table."""
         if criteria:
             raise UsageError("ListFlights takes no criteria: it lists all tables")
+        demand(context, Access.READ, ANYWHERE)
         self._confirm()
-        return iter([self._info(self._machine.read(table.id)) for table in self._machine.tables()])
+        tables = [table for table in self._machine.tables() if may(context, Access.READ, table.name)]
+        return iter([self._info(self._machine.read(table.id)) for table in tables])
 
     @_answering
     def get_flight_info(self, context: Any, descriptor: flight.FlightDescriptor) -> flight.FlightInfo:
         """Schema, rows and ticket of a table."""
         name, _, _ = _path(descriptor, ())
+        demand(context, Access.READ, name)
         return self._info(self._view(name, "linearizable"))
 
     @_answering
     def get_schema(self, context: Any, descriptor: flight.FlightDescriptor) -> flight.SchemaResult:
         """Schema of a table."""
         name, _, _ = _path(descriptor, ())
+        demand(context, Access.READ, name)
         return flight.SchemaResult(self._view(name, "linearizable").info.schema)
 
     def _info(self, view: TableView) -> flight.FlightInfo:
@@ -295,7 +311,8 @@ class TablesService:
         # Every node can answer; this one is named first, as the client has found it already.
         nodes = sorted(known.values(), key=lambda endpoint: endpoint != mine)
         addresses = [address for endpoint in nodes for address in addresses_of(endpoint)]
-        locations = [flight.Location.for_grpc_tcp(*parse_endpoint(address)) for address in addresses]
+        make = flight.Location.for_grpc_tls if self._credentials().tls else flight.Location.for_grpc_tcp
+        locations = [make(*parse_endpoint(address)) for address in addresses]
         endpoint = flight.FlightEndpoint(encode_ticket(view.info.name), locations)
         descriptor = flight.FlightDescriptor.for_path(view.info.name)
         return flight.FlightInfo(view.info.schema, descriptor, [endpoint], view.row_count, -1)
@@ -325,6 +342,7 @@ class TablesService:
     @_answering
     def list_actions(self, context: Any) -> Sequence[tuple[str, str]]:
         """What DoAction can do."""
+        demand(context, Access.READ, ANYWHERE)
         return list(ACTIONS.items())
 
     @_answering

@@ -68,14 +68,13 @@ def add_status_commands(commands: Any) -> None:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from marble.config import parse_url
     from marble.watch import open_board, table_of
 
     if not 0.1 <= options.interval <= 3600:
         raise UsageError(f"--interval {options.interval:g}: it must be within 0.1 and 3600 seconds")
     if options.count is not None and (options.count < 1 or not options.watch):
         raise UsageError("--count is a number of looks above 0, and goes with --watch")
-    board, backend = open_board(parse_url(options.url))
+    board, backend = open_board(options.url)
     with contextlib.closing(backend):
         if options.watch:
             _watch(board, options)

@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from marble.client import ClientOptions, RemoteBackend
+from marble.config import parse_url
 from marble.errors import MarbleError
 from marble.sampling import HISTORY_S_MAX
+from marble.transport.papers import credentials_for
 from marble.transport.wire import encode_json
 
 if TYPE_CHECKING:
@@ -160,9 +162,10 @@ def ask_through(backend: RemoteBackend) -> Callable[[str, bytes], Mapping[str, A
     return lambda endpoint, body: backend.ask_one(endpoint, "picture", body)
 
 
-def open_board(endpoints: Sequence[str]) -> tuple[Board, RemoteBackend]:
-    """A board, and the connections to be closed after it."""
-    backend = RemoteBackend(endpoints, ClientOptions(ASK_TIMEOUT_S))
+def open_board(url: str) -> tuple[Board, RemoteBackend]:
+    """A board of the nodes at `url`, and the connections to be closed after it."""
+    endpoints = parse_url(url)
+    backend = RemoteBackend(endpoints, ClientOptions(ASK_TIMEOUT_S, credentials_for(url)))
     return Board(endpoints, ask_through(backend)), backend
 
 

@@ -192,7 +192,7 @@ def test_a_url_lists_the_endpoints_of_a_cluster() -> None:
     [
         ("h1:5001", 'write "grpc://host:port'),
         ("http://h1:5001", 'write "grpc://host:port'),
-        ("grpc+tls://h1:5001", "not built yet"),
+        ("tls://h1:5001", "or grpc\\+tls:// if its nodes encrypt"),
         ("grpc://", "endpoint 1 '' has no port"),
         ("grpc://h1:5001,", "endpoint 2 '' has no port"),
         ("grpc://h1:5001,h1:5001", "endpoint 2 is 'h1:5001', which number 1 has"),

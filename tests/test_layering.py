@@ -50,7 +50,7 @@ FLOORS = [
     ("node", "engine", "desk", "workers", "verify", "status", "stopwatch", "web"),
     ("local", "client", "orders", "admin", "backup", "doctor"),
     ("server", "service", "actions", "operating"),
-    ("cli", "demo", "simulate", "backup_commands", "status_commands", "watch"),
+    ("cli", "demo", "simulate", "backup_commands", "status_commands", "watch", "certs"),
 ]
 
 STEPS = {
@@ -80,7 +80,7 @@ STEPS = {
     "backup": {"client"},
     "operating": {"actions"},
     "server": {"operating", "service", "actions"},
-    "cli": {"backup_commands", "demo", "simulate", "status_commands"},
+    "cli": {"certs", "backup_commands", "demo", "simulate", "status_commands"},
     "doctor": {"orders"},
     "status_commands": {"watch"},
     "service": {"actions"},

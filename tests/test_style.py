@@ -50,6 +50,7 @@ C_FUNCTION = re.compile(
 
 PRINTING = (
     "marble/backup_commands.py",
+    "marble/certs.py",
     "marble/cli.py",
     "marble/demo/",
     "marble/simulate.py",

@@ -16,6 +16,7 @@ from marble.config.endpoints import (
     addresses_of,
     canonical_endpoint,
     format_endpoint,
+    is_tls,
     parse_endpoint,
     parse_url,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "addresses_of",
     "canonical_endpoint",
     "format_endpoint",
+    "is_tls",
     "load_config",
     "parse_config",
     "parse_endpoint",

@@ -16,7 +16,8 @@ ADDRESSES_MAX: Final = 4
 
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?")
 _IPV6 = re.compile(r"[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9_.-]{1,15})?")
-_SCHEMES = ("grpc://", "grpc+tcp://")
+_SCHEMES = {"grpc://": False, "grpc+tcp://": False, "grpc+tls://": True, "grpcs://": True}
+"""Beginning of a cluster's address, and whether connections are encrypted."""
 
 
 def parse_endpoint(text: object, *, what: str = "endpoint", free_port: bool = False) -> tuple[str, int]:
@@ -101,24 +102,29 @@ def addresses_of(endpoint: str) -> tuple[str, ...]:
 
 
 def parse_url(url: object) -> tuple[str, ...]:
-    """Endpoints of a cluster from ``grpc://h1:5001,h2:5002``, in the order given, each once.
+    """Endpoints of a cluster from ``grpc://h1:5001,h2:5002`` or ``grpc+tls://…``, in the order given, each once.
 
     Raises
     ------
     UsageError
-        If the scheme is not ``grpc``, an endpoint is malformed or named twice, or there is none.
+        If the scheme is another one, an endpoint is malformed or named twice, or there is none.
     """
     if not isinstance(url, str):
         raise UsageError(f'a cluster\'s address must be a string such as "grpc://127.0.0.1:5001", not {shown(url)}')
-    if url.startswith(("grpc+tls://", "grpcs://", "https://")):
-        raise UsageError(f"{url!r}: encryption is not built yet; use grpc://host:port inside a trusted network")
     for scheme in _SCHEMES:
         if url.startswith(scheme):
             rest = url[len(scheme) :]
             break
     else:
-        raise UsageError(f'{url!r} is not the address of a cluster: write "grpc://host:port,host:port"')
+        raise UsageError(
+            f'{url!r} is not the address of a cluster: write "grpc://host:port,host:port", or grpc+tls:// if its nodes encrypt'
+        )
     return endpoints_of(rest.rstrip("/").split(","), f"address {url!r}: endpoint")
+
+
+def is_tls(url: str) -> bool:
+    """Whether connections to the cluster at `url`, which `parse_url` takes, are encrypted."""
+    return any(tls and url.startswith(scheme) for scheme, tls in _SCHEMES.items())
 
 
 def endpoints_of(given: Iterable[object], what: str) -> tuple[str, ...]:

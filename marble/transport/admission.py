@@ -75,7 +75,7 @@ class Door:
         tokens = _named(headers, TOKEN_HEADER)
         proofs = _named(headers, PEER_HEADER)
         if tokens and security.tokens is not None:
-            return Admission(self, security, self._holder(security, tokens), False)
+            return Admission(self, security, self._holder(security, tokens), False, tokens[0])
         if proofs and security.secret is not None:
             node = security.secret.check_call(self._cluster_id, proofs[0]) if len(proofs) == 1 else None
             if node is None:
@@ -140,7 +140,10 @@ class Admission(fl.ServerMiddleware):  # type: ignore[misc]  # pyarrow has no ty
 
     KEY: Final = "marble-admission"
 
-    def __init__(self, door: Door, security: Security, principal: Principal | None, proved: bool) -> None:
+    def __init__(
+        self, door: Door, security: Security, principal: Principal | None, proved: bool, bearer: str | None = None
+    ) -> None:
+        self._bearer = bearer
         self._door = door
         self._security = security
         self._principal = principal
@@ -154,6 +157,11 @@ class Admission(fl.ServerMiddleware):  # type: ignore[misc]  # pyarrow has no ty
             else:
                 self._principal = self._door.by_certificate(self._security, _name_of(context))
         return self._principal
+
+    @property
+    def authority(self) -> list[tuple[bytes, bytes]]:
+        """Headers under which a call that is relayed for this one has its rights, and no others."""
+        return [] if self._bearer is None else [(TOKEN_HEADER.encode(), self._bearer.encode())]
 
     def demand(self, context: fl.ServerCallContext, access: Access, table: str | None) -> None:
         """Raise ForbiddenError unless the client may."""
@@ -182,16 +190,22 @@ class AdmissionFactory(fl.ServerMiddlewareFactory):  # type: ignore[misc]
 
 
 def demand(context: fl.ServerCallContext, access: Access, table: str | None) -> None:
-    """Raise ForbiddenError unless who makes the call `context` may do `access` to `table` (None: to all tables)."""
+    """Raise ForbiddenError unless who makes the call `context` may do `access` to `table`; see `Principal.may`."""
     admission: Admission | None = context.get_middleware(Admission.KEY)
     if admission is not None:
         admission.demand(context, access, table)
 
 
-def may(context: fl.ServerCallContext, access: Access, table: str) -> bool:
+def may(context: fl.ServerCallContext, access: Access, table: str | None) -> bool:
     """Whether who makes the call may do `access` to `table`; to choose what to show, so it is neither counted nor logged."""
     admission: Admission | None = context.get_middleware(Admission.KEY)
     return admission is None or admission.principal(context).may(access, table)
+
+
+def authority(context: fl.ServerCallContext) -> list[tuple[bytes, bytes]]:
+    """Headers for what a node sends to the leader on behalf of the call `context`: its token goes along, the leader judges it again."""
+    admission: Admission | None = context.get_middleware(Admission.KEY)
+    return [] if admission is None else admission.authority
 
 
 def check_node(context: fl.ServerCallContext) -> None:

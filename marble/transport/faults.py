@@ -29,6 +29,7 @@ from marble.errors import (
     UnavailableError,
     UsageError,
 )
+from marble.transport.explaining import explain
 
 MESSAGE_CHARACTERS_MAX: Final = 1000
 """Errors travel in HTTP/2 trailers, of which gRPC accepts 8 KiB in all."""
@@ -120,6 +121,9 @@ def from_flight_error(error: BaseException, *, changes: bool = False, peer: str 
     if told is not None:
         return told
     lost: type[MarbleError] = OutcomeUnknownError if changes else UnavailableError
+    if (explained := explain(str(error))) is not None:
+        # It never got as far as to do anything.
+        return UnavailableError(explained)
     who = f"{peer}: " if peer else ""
     if isinstance(error, fl.FlightUnavailableError | fl.FlightTimedOutError | fl.FlightCancelledError):
         return lost(f"{who}{cause_of(error)}")
@@ -141,6 +145,8 @@ def from_flight_error(error: BaseException, *, changes: bool = False, peer: str 
 def cause_of(error: BaseException) -> str:
     """What a user should read of an error, without what gRPC says to those who work on gRPC."""
     text = str(_told(error) or error)
+    if (explained := explain(text)) is not None:
+        return explained
     text = _PREFIX.sub("", text.partition(" gRPC client debug context")[0]).strip()
     for pattern, words in _CAUSES:
         if pattern.search(text):

@@ -203,6 +203,10 @@ class FlightTransport(Messaging):
         self._security.start(self._listening.take_up)
         self._peers.start()
 
+    def reload(self) -> None:
+        """Look at the files of certificates, tokens and the secret now. Returns at once; a signal handler may call it."""
+        self._security.look()
+
     def set_peers(self, endpoints: Mapping[int, str]) -> None:
         """Send to these nodes (id to ``host:port``; this node itself is left out), and to visitors while they stay.
 

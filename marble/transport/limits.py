@@ -11,10 +11,12 @@ Rule 2: who does not read what it asked for is dropped with its connection: gRPC
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import logging
 import os
 import socket
+import struct
 import urllib.parse
 from collections.abc import Iterator
 from typing import Final
@@ -31,6 +33,10 @@ MESSAGE_MARGIN_BYTES: Final = 4 * 1024 * 1024
 
 MESSAGE_BYTES_MAX: Final = 2**31 - 1
 """gRPC counts in a C int."""
+
+_SO_ATTACH_REUSEPORT_CBPF: Final = 51
+_BPF_RETURN: Final = 0x06
+"""Linux's names for them; Python has none."""
 
 _log = logging.getLogger("marble.transport")
 _numbers = itertools.count(1)
@@ -100,14 +106,38 @@ class Gate:
 
 
 def share_port(port: int) -> None:
-    """Let the servers of this process that listen at `port` be joined by another one.
+    """Let the server of this process that listens at `port` be joined by another one.
 
-    They began without SO_REUSEPORT, so that no other process could listen there too by accident. Linux lets it be set later.
+    It began without SO_REUSEPORT, so that no other process could listen there too by accident. Linux lets it be set later.
     """
-    for listener in _sockets():
-        with listener, contextlib.suppress(OSError):
-            if listener.getsockname()[1] == port and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    for listener in _listeners(port):
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+
+
+def prefer_newest(port: int) -> None:
+    """Of two servers that listen at `port`, let the newer one get all connections from now on.
+
+    The kernel would spread them, and those that it gave to the older one would be cut when that one stops to listen. A filter for the
+    group of sockets says which is chosen: always the second. Where there is none of that number any more, the kernel takes another.
+    """
+    choose_second = ctypes.create_string_buffer(struct.pack("HBBI", _BPF_RETURN, 0, 0, 1))
+    program = struct.pack("HP", 1, ctypes.addressof(choose_second))
+    for listener in _listeners(port):
+        with contextlib.suppress(OSError):
+            listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, program)
+
+
+def count_listeners(port: int) -> int:
+    """How many sockets of this process listen at `port`, at most at one address."""
+    addresses = [listener.getsockname()[0] for listener in _listeners(port)]
+    return max(map(addresses.count, addresses), default=0)
+
+
+def _listeners(port: int) -> Iterator[socket.socket]:
+    for found in _sockets():
+        with found:
+            if found.getsockname()[1] == port and found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                yield found
 
 
 def address_of(peer: str) -> tuple[str, int] | None:

@@ -3,7 +3,7 @@
 Rule 1: calls and streams that are open stay where they are until they end. A server that was replaced listens no more; it goes when
 the last of its calls has ended, or after `DRAIN_S`, or with `Listening.stop`.
 Rule 2: the new server listens before the old one stops to: both have SO_REUSEPORT then (`marble.transport.limits`), and the
-kernel hands each connection to one of the two. At other times no second server can listen there. Where Arrow's server cannot be
+kernel hands all connections to the newer one. At other times no second server can listen there. Where Arrow's server cannot be
 told so, the old one gives the port up first, and connections of these milliseconds are refused: clients and peers try again.
 Rule 3: what cannot be opened changes nothing: the old server goes on.
 Rule 4: `Listening.stop` returns within its deadline, whoever keeps a stream open.
@@ -27,7 +27,7 @@ from marble.errors import UnavailableError
 from marble.metrics import Metrics
 from marble.transport import _shutdown
 from marble.transport.admission import AdmissionFactory, Door
-from marble.transport.limits import Gate, address_of, drop_connections, share_port
+from marble.transport.limits import Gate, address_of, count_listeners, drop_connections, prefer_newest, share_port
 from marble.transport.options import TransportOptions
 from marble.transport.peers import host_of
 from marble.transport.port import Port, PortOwner
@@ -39,13 +39,16 @@ DRAIN_S: Final = 6 * 3600.0
 DRAINS_MAX: Final = 8
 """Servers that may be waited for at a time; certificates that change more often are taken up later."""
 
+HANDSHAKE_S: Final = 1.0
+"""How long a server that was replaced finishes with the connections that it had been given."""
+
 REBIND_S: Final = 5.0
 """How long a new server may try to get the port that the old one gives up."""
 
 WATCH_S: Final = 1.0
 """How late a client that does not read may be noticed."""
 
-_REBIND_WAIT_S: Final = 0.002
+_REBIND_WAIT_S: Final = 0.005
 _ERRORS: Final = (fl.FlightError, pa.ArrowException, OSError)
 _log = logging.getLogger("marble.transport")
 
@@ -170,17 +173,26 @@ class Listening:
         old, endpoint = self._server, f"{self.host}:{self.port}"
         try:
             if old.gate.holds:
+                self._wait_for_one_listener()
                 share_port(self.port)
                 fresh = self._open(endpoint, shares_port=True)
+                prefer_newest(self.port)
                 self._retire(old)
             else:
-                self._retire(old)
+                self._retire(old, at_once=True)
                 fresh = self._open_when_free(endpoint)
         except _ERRORS as error:
             _log.error("node %d cannot listen with its new certificate: %s", self._node_id, error)
             return False
         self._server = fresh
         return True
+
+    def _wait_for_one_listener(self) -> None:
+        """Until the server before the last has stopped to listen: of three, nobody could tell the kernel which is the newest."""
+        end = self._clock.monotonic() + HANDSHAKE_S + REBIND_S
+        while count_listeners(self.port) > 1 and self._clock.monotonic() < end:
+            if self._stopping.wait(_REBIND_WAIT_S):
+                break
 
     def _open_when_free(self, endpoint: str) -> _Server:
         end = self._clock.monotonic() + REBIND_S
@@ -191,12 +203,14 @@ class Listening:
                 if self._clock.monotonic() >= end or self._stopping.wait(_REBIND_WAIT_S):
                     raise
 
-    def _retire(self, server: _Server) -> None:
+    def _retire(self, server: _Server, *, at_once: bool = False) -> None:
         """Let `server` listen no more, and go when its calls have ended."""
         with self._lock:
             self._older.append(server)
 
         def drain() -> None:
+            # Connections that it was given may still be shaking hands.
+            self._stopping.wait(0.0 if at_once else HANDSHAKE_S)
             server.shut_down(DRAIN_S)
             with self._lock:
                 self._older.remove(server)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Final
 
 import pyarrow.flight as fl
 
 from marble.config import parse_endpoint
 from marble.errors import UnavailableError
+from marble.transport.security import PLAIN, Credentials
 from marble.transport.wire import connect
 
 LOOK_S: Final = 1.0
@@ -25,9 +27,17 @@ ANSWER_S: Final = 0.5
 
 
 class ClientPool:
-    """A client keeps its connection, and mends it by itself; so one for each node is enough, for all threads."""
+    """A client keeps its connection, and mends it by itself; so one for each node is enough, for all threads.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    credentials
+        Gives what to bring. When that is something else than before, new clients are made; streams of the old ones go on.
+    """
+
+    def __init__(self, credentials: Callable[[], Credentials] = lambda: PLAIN) -> None:
+        self._credentials = credentials
+        self._used = credentials()
         self._lock = threading.Lock()
         self._clients: dict[str, fl.FlightClient] = {}
         self._chosen: dict[str, tuple[str, float]] = {}
@@ -42,9 +52,11 @@ class ClientPool:
         with self._lock:
             if self._closed:
                 raise UnavailableError("the connections are closed")
+            if (now := self._credentials()) != self._used:
+                self._used, self._clients = now, {}
             client = self._clients.get(endpoint)
             if client is None:
-                client = self._clients[endpoint] = connect(endpoint)
+                client = self._clients[endpoint] = connect(endpoint, self._used)
             return client
 
     def _choose(self, endpoint: str) -> str:

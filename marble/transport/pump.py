@@ -22,11 +22,12 @@ import pyarrow as pa
 import pyarrow.flight as fl
 
 from marble.env import Clock, Random
-from marble.errors import ProtocolError, UnavailableError
+from marble.errors import ProtocolError, UnauthenticatedError, UnavailableError
 from marble.logs import fields
 from marble.metrics import Metrics
 from marble.transport.carrier import STREAM_ERRORS, Carrier, Stream
 from marble.transport.codec import Lane, Packet
+from marble.transport.explaining import explain
 from marble.transport.faults import cause_of, from_flight_error
 from marble.transport.handshake import ECHO, Handshake
 from marble.transport.options import TransportOptions
@@ -297,9 +298,10 @@ class Pump:
             self.trouble, self._broken_off = self._broken_off, ""
             told = UnavailableError(self.trouble)
         # A peer that is away comes back; one that refuses this node, or is not who it should be, needs somebody's help.
-        lasting = isinstance(told, ProtocolError) and str(told) != self._refusal
+        for_long = isinstance(told, ProtocolError | UnauthenticatedError) or explain(str(error)) is not None
+        lasting = for_long and self.trouble != self._refusal
         if lasting:
-            self._refusal = str(told)
+            self._refusal = self.trouble
         level = logging.WARNING if lasting else logging.INFO
         where = fields(node=self._node, peer=self.peer)
         _log.log(

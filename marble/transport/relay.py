@@ -2,7 +2,9 @@
 
 Rule 1: what is relayed says so (`marble.transport.wire.FORWARD_HEADER`), and is never relayed again: there is one hop,
 and a leader that has just lost its post answers NotLeaderError.
-Rule 2: a relay repeats only what was certainly not done. Stamps of clients pass through; repeating under them is the client's.
+Rule 2: what is relayed has the rights of the client that gave it, never the node's own: its token goes along, and the leader
+judges it again.
+Rule 3: a relay repeats only what was certainly not done. Stamps of clients pass through; repeating under them is the client's.
 
 Thread-safe. One thread ("marble-relay-watch", while there are streams) holds the streams to their deadlines.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import pyarrow as pa
@@ -21,6 +23,7 @@ from marble.errors import NotLeaderError, ProtocolError, UnavailableError
 from marble.transport.faults import from_flight_error
 from marble.transport.pool import ClientPool
 from marble.transport.put import PutStream
+from marble.transport.security import PLAIN, Credentials
 from marble.transport.wire import Stamp, call_options
 
 RETRY_WAIT_S: Final = 0.02
@@ -30,11 +33,16 @@ WATCH_WAIT_S: Final = 0.25
 """How late a stream's deadline may be noticed."""
 
 
+Authority = Sequence[tuple[bytes, bytes]]
+"""Headers of the client on whose behalf a call is relayed."""
+
+
 class RelayStream(PutStream):
     """A stream of writes to the leader that takes itself off its `Relays` when it ends."""
 
-    def __init__(self, relays: Relays, path: tuple[str, ...], schema: pa.Schema) -> None:
-        super().__init__(path, schema, relays.locate, relays.timeout_s, call_options(None, forward=False))
+    def __init__(self, relays: Relays, path: tuple[str, ...], schema: pa.Schema, authority: Authority) -> None:
+        options = call_options(None, forward=False, authority=authority)
+        super().__init__(path, schema, relays.locate, relays.timeout_s, options)
         self._relays = relays
 
     def close(self, timeout_s: float) -> None:
@@ -51,20 +59,27 @@ class Relays:
         Waits up to the given seconds for a leader; its endpoint, or None.
     timeout_s
         Deadline of a call, and of each batch of a stream.
+    credentials
+        What this node brings to others.
     """
 
-    def __init__(self, find_leader: Callable[[float], str | None], timeout_s: float) -> None:
+    def __init__(
+        self,
+        find_leader: Callable[[float], str | None],
+        timeout_s: float,
+        credentials: Callable[[], Credentials] = lambda: PLAIN,
+    ) -> None:
         self.timeout_s = timeout_s
         self._find_leader = find_leader
         self._lock = threading.Lock()
-        self._clients = ClientPool()
+        self._clients = ClientPool(credentials)
         self._streams: set[RelayStream] = set()
         self._stopping = threading.Event()
         self._watch: threading.Thread | None = None
 
-    def open_stream(self, path: tuple[str, ...], schema: pa.Schema) -> RelayStream:
-        """A stream of batches of `schema` to `path` (table and verb) at the leader."""
-        stream = RelayStream(self, path, schema)
+    def open_stream(self, path: tuple[str, ...], schema: pa.Schema, authority: Authority = ()) -> RelayStream:
+        """A stream of batches of `schema` to `path` (table and verb) at the leader, with the rights of `authority`."""
+        stream = RelayStream(self, path, schema, authority)
         with self._lock:
             self._check_running()
             self._streams.add(stream)
@@ -90,7 +105,9 @@ class Relays:
             self._stopping.wait(RETRY_WAIT_S)
         return self._client(self._leader(deadline))
 
-    def action(self, name: str, body: bytes, *, repeatable: bool, stamp: Stamp | None = None) -> bytes:
+    def action(
+        self, name: str, body: bytes, *, repeatable: bool, stamp: Stamp | None = None, authority: Authority = ()
+    ) -> bytes:
         """Do action `name` at the leader.
 
         Parameters
@@ -99,6 +116,8 @@ class Relays:
             Doing it twice is doing it once, so that it may be sent again when the answer is lost.
         stamp
             Of the client's, if it gave one.
+        authority
+            Headers of the client (`marble.transport.admission.authority`): the leader grants it what it grants them.
 
         Raises
         ------
@@ -108,7 +127,8 @@ class Relays:
         deadline = time.monotonic() + self.timeout_s
         while True:
             endpoint = self._leader(deadline)
-            options = call_options(max(RETRY_WAIT_S, deadline - time.monotonic()), forward=False, stamp=stamp)
+            left_s = max(RETRY_WAIT_S, deadline - time.monotonic())
+            options = call_options(left_s, forward=False, stamp=stamp, authority=authority)
             try:
                 results = list(self._client(endpoint).do_action(flight.Action(name, body), options))
             except pa.ArrowException as error:

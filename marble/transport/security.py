@@ -12,7 +12,7 @@ import os
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -127,11 +127,16 @@ class Security:
         """Of Flight locations of nodes with this security."""
         return "grpc" if self.tls is None else "grpc+tls"
 
+    def relay_credentials(self) -> Credentials:
+        """What this node brings when it calls another one on behalf of a client: nothing that gives it rights."""
+        tls = self.tls
+        return PLAIN if tls is None else Credentials(True, tls.ca, tls.certificate, tls.key)
+
     def peer_credentials(self, cluster_id: str, node_id: int) -> Credentials:
-        """What this node brings to the others."""
-        secret, tls = self.secret, self.tls
+        """What this node brings when it opens streams of messages."""
+        secret = self.secret
         peer = None if secret is None else lambda: secret.call(cluster_id, node_id)
-        return Credentials(peer=peer) if tls is None else Credentials(True, tls.ca, tls.certificate, tls.key, peer=peer)
+        return replace(self.relay_credentials(), peer=peer)
 
 
 OPEN: Final = Security()

@@ -66,9 +66,11 @@ class Principal:
     expires: datetime.datetime | None = None
 
     def may(self, access: Access, table: str | None) -> bool:
-        """Whether it may do `access` to `table`; None: to all of them."""
+        """Whether it may do `access` to `table`; None: to all of them; `ANYWHERE`: to some."""
         if access > self.access:
             return False
+        if table == ANYWHERE:
+            return True
         if table is None:
             return "*" in self.tables
         return any(fnmatch.fnmatchcase(table, pattern) for pattern in self.tables)
@@ -76,7 +78,9 @@ class Principal:
     def demand(self, access: Access, table: str | None) -> None:
         """Raise ForbiddenError unless it may."""
         if not self.may(access, table):
-            what = f"{access.name.lower()} access to " + ("all tables" if table is None else f"table {table[:255]!r}")
+            what = f"{access.name.lower()} access" + (
+                " to all tables" if table is None else f" to table {table[:255]!r}" if table else ""
+            )
             mine = f"{self.access.name.lower()} access to " + ", ".join(self.tables[:8])
             raise ForbiddenError(f"{self.name!r} has {mine}, and this call needs {what}: ask the operator for it")
 
@@ -84,6 +88,9 @@ class Principal:
         """Whether its time is over."""
         return self.expires is not None and now >= self.expires
 
+
+ANYWHERE: Final = ""
+"""In the place of a table's name: some table or other. No table has it."""
 
 ANYONE: Final = Principal("anyone", Access.ADMIN)
 """Who calls a node that asks for nothing."""

@@ -109,9 +109,9 @@ class WatchedSecurity:
             before, self._current = self._current, fresh
             if before == fresh:
                 return False
-            self._reloads.add()
-            _log.info("node %d has read its certificates and tokens again", self._node_id)
         self._changed(before, fresh)
+        self._reloads.add()
+        _log.info("node %d has read its certificates and tokens again", self._node_id)
         return True
 
     def _contents(self) -> list[bytes | None]:

@@ -31,6 +31,7 @@ import pyarrow.flight as flight
 from marble.errors import ERROR_CODES, InvariantError, MarbleError, NotLeaderError, ProtocolError, UsageError
 from marble.schema import COLUMN_NAME_BYTES_MAX, COLUMNS_MAX, TableInfo, check_table
 from marble.table_options import DEFAULT_OPTIONS, TableOptions, check_options
+from marble.transport.security import PLAIN, Credentials
 from marble.types import INDEX_MAX
 
 ACK_BYTES_MAX: Final = 64 * 1024
@@ -432,13 +433,17 @@ _CHANNEL_OPTIONS: Final = (
 )
 
 
-def connect(endpoint: str) -> flight.FlightClient:
+def connect(endpoint: str, credentials: Credentials = PLAIN) -> flight.FlightClient:
     """A Flight client of the node at `endpoint` (``host:port``). Connects with its first call, and again if it must."""
-    return flight.FlightClient(f"grpc://{endpoint}", generic_options=list(_CHANNEL_OPTIONS))
+    return credentials.client(endpoint, _CHANNEL_OPTIONS)
 
 
 def call_options(
-    timeout_s: float | None, *, forward: bool = True, stamp: Stamp | None = None
+    timeout_s: float | None,
+    *,
+    forward: bool = True,
+    stamp: Stamp | None = None,
+    authority: Sequence[tuple[bytes, bytes]] = (),
 ) -> flight.FlightCallOptions:
     """Options of one call.
 
@@ -450,8 +455,10 @@ def call_options(
         False: a node that does not lead answers NotLeaderError instead of forwarding the call.
     stamp
         Of what an action changes.
+    authority
+        Headers of the client on whose behalf a node calls (`marble.transport.admission.authority`).
     """
-    headers = [] if forward else [(FORWARD_HEADER.encode(), FORWARD_NEVER.encode())]
+    headers = [*authority] if forward else [*authority, (FORWARD_HEADER.encode(), FORWARD_NEVER.encode())]
     if stamp is not None:
         headers.append((STAMP_HEADER.encode(), encode_stamp(stamp)))
     return flight.FlightCallOptions(timeout=timeout_s, headers=headers)
