@@ -202,6 +202,18 @@ class Metrics:
         """The histogram `name`, likewise."""
         return self._get(name, labels, Histogram)
 
+    def expect(self, *names: str) -> None:
+        """There will be counters of these names, with labels that come later: until then a snapshot says 0."""
+        with self._lock:
+            for name in names:
+                self._instruments.setdefault(name, {})
+
+    def total(self, name: str) -> int:
+        """What the counters `name` have counted, of all labels together; 0 if there are none."""
+        with self._lock:
+            family = list(self._instruments.get(name, {}).values())
+        return sum(instrument.value for instrument in family if isinstance(instrument, Counter))
+
     def collect(self) -> list[tuple[str, list[tuple[Labels, Instrument]]]]:
         """Every instrument there is, by name and labels, in order."""
         with self._lock:
@@ -217,7 +229,7 @@ class Metrics:
         values: dict[str, float | dict[str, float | dict[str, int]]] = {}
         for name, family in self.collect():
             counts = [instrument.value for _, instrument in family if isinstance(instrument, Counter)]
-            if counts:
+            if counts or not family:
                 values[name] = sum(counts)
             values.update({f"{name}{shown(labels)}": instrument.snapshot() for labels, instrument in family})
         return values

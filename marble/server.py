@@ -244,7 +244,7 @@ class RaftServer(Operated, Watched):
             machines = {GROUP: self._machine, LOCAL_GROUP: own}
             node = Node(self._options, files, machines, carrier, metrics=metrics, alone=(LOCAL_GROUP,))
             stack.callback(node.stop)
-            watch = Watch(node, self.node_id, self._data_dir, carrier.connected, http=self._http)
+            watch = Watch(node, self.node_id, self._data_dir, carrier, http=self._http)
             stack.callback(watch.stop)
             backend = LocalBackend(node, self._machine, lease_reads=self._config.lease_reads)
             service = TablesService(backend, watch, lambda: security.current().relay_credentials())

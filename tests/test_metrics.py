@@ -107,6 +107,15 @@ def test_labels_tell_instruments_of_one_name_apart_and_are_summed_up() -> None:
         metrics.histogram("sent", peer=2)
 
 
+def test_what_is_expected_counts_as_none_until_it_comes() -> None:
+    metrics = Metrics()
+    metrics.expect("sent")
+    assert metrics.snapshot() == {"sent": 0}
+    metrics.counter("sent", peer=2).add(3)
+    metrics.expect("sent")
+    assert metrics.snapshot() == {"sent": 3, 'sent{peer="2"}': 3}
+
+
 def test_labels_are_bounded() -> None:
     metrics = Metrics()
     for peer in range(LABELS_MAX + 50):
@@ -114,4 +123,5 @@ def test_labels_are_bounded() -> None:
     ((name, family),) = metrics.collect()
     assert (name, len(family)) == ("sent", LABELS_MAX + 1)
     assert metrics.counter("sent", peer="other").value == 50
-    assert metrics.snapshot()["sent"] == LABELS_MAX + 50
+    assert metrics.snapshot()["sent"] == metrics.total("sent") == LABELS_MAX + 50
+    assert metrics.total("nothing") == 0

@@ -44,6 +44,18 @@ from marble.transport.pump import Surroundings
 from marble.transport.watch import Watch
 from marble.transport.watching import WatchedSecurity
 
+COUNTED_BY_PEER: Final = (
+    "transport_messages_sent",
+    "transport_messages_received",
+    "transport_messages_dropped",
+    "transport_packets_sent",
+    "transport_streams_opened",
+    "transport_streams_broken",
+    "transport_user_messages_sent",
+    "transport_user_bytes_sent",
+)
+"""Counters that there is one of for each peer."""
+
 _log = logging.getLogger("marble.transport")
 _FINISH_S: Final = 1.0
 """How long at most a stop waits for users' messages to leave."""
@@ -108,7 +120,7 @@ class FlightTransport(Messaging):
         self._calls = 0
         self._stopped = False
         self._forked = False
-        self._received = self.metrics.counter("transport_messages_received")
+        self.metrics.expect(*COUNTED_BY_PEER)
         self._garbage = self.metrics.counter("transport_protocol_errors")
         self._refused = self.metrics.counter("transport_calls_refused")
         self._faults = self.metrics.counter("transport_internal_errors")
@@ -234,6 +246,11 @@ class FlightTransport(Messaging):
         """Whether the stream to `peer` is open, as far as this node knows."""
         link = self._peers.links.get(peer)
         return link is not None and link.connected
+
+    def round_trip_s(self, peer: int) -> float | None:
+        """How long an empty packet takes to the process of `peer` and back, smoothed; None before it is known."""
+        link = self._peers.links.get(peer)
+        return None if link is None else link.round_trip_s
 
     def connect_to_peer(self, peer: Peer, endpoint: str | None = None, *, timeout_s: float = SEND_TIMEOUT_S) -> int:
         self._check_usable()
@@ -398,6 +415,7 @@ class FlightTransport(Messaging):
     def _take_envelopes(self, sender: int, chunks: Iterator[Chunk], echo: Callable[[bytes], bool] | None) -> None:
         """Messages of Raft. Packets without any go to `echo`, until it says that nobody wants them."""
         receiver = self._receiver
+        received = self.metrics.counter("transport_messages_received", peer=sender)
         for metadata, batch in chunks:
             if metadata is None:
                 raise ProtocolError(f"entries without messages from node {sender}")
@@ -406,7 +424,7 @@ class FlightTransport(Messaging):
             if envelopes:
                 if receiver is None:
                     raise ProtocolError(f"node {self.node_id} takes no messages of Raft, only those of users")
-                self._received.add(len(envelopes))
+                received.add(len(envelopes))
                 receiver(envelopes)
             elif echo is not None and not echo(metadata.to_pybytes()):
                 return

@@ -65,8 +65,8 @@ class EnvelopeLoad:
         self._accepting = True
         self._refusing = False
         self._unsent: Sequence[Envelope] = ()
-        self._sent = metrics.counter("transport_messages_sent")
-        self._dropped = metrics.counter("transport_messages_dropped")
+        self._sent = metrics.counter("transport_messages_sent", peer=peer)
+        self._dropped = metrics.counter("transport_messages_dropped", peer=peer)
 
     def put(self, envelopes: Sequence[Envelope]) -> bool:
         """Queue `envelopes`, in order, or drop all of them. Never waits. Returns whether they were queued."""

@@ -27,7 +27,7 @@ from marble._core.checksum import xxh3_64
 from marble._core.packing import FULL, WAKE, Outbox, ReceivedMessage, batch_of_bytes, bytes_of_batch, pack, unpack
 from marble.env import Clock
 from marble.errors import ProtocolError, UnavailableError
-from marble.metrics import Metrics
+from marble.metrics import Counter, Metrics
 from marble.transport.codec import PROTOCOL_VERSION, Codec, Packet
 from marble.transport.compression import Compression, Squeezer, unsqueeze
 from marble.transport.handshake import Chunk
@@ -175,10 +175,10 @@ class MessageLoad:
         self._refusing = False
         self._unsent: list[bytes | pa.Buffer] = []
         self._next = 0
-        self._sent = metrics.counter("transport_messages_sent")
-        self._users = metrics.counter("transport_user_messages_sent")
-        self._bytes = metrics.counter("transport_user_bytes_sent")
-        self._dropped = metrics.counter("transport_messages_dropped")
+        self._sent = metrics.counter("transport_messages_sent", peer=peer)
+        self._users = metrics.counter("transport_user_messages_sent", peer=peer)
+        self._bytes = metrics.counter("transport_user_bytes_sent", peer=peer)
+        self._dropped = metrics.counter("transport_messages_dropped", peer=peer)
 
     def put(self, data: bytes | pa.Buffer) -> bool:
         """Queue `data` if there is room now. Whether it was queued."""
@@ -355,7 +355,8 @@ class Mailbox:
 class _Sender:
     """How far the messages of one node have come."""
 
-    def __init__(self) -> None:
+    def __init__(self, received: Counter) -> None:
+        self.received = received
         self.delivering = threading.Lock()
         self.stream = 0
         """Number of its newest stream."""
@@ -378,7 +379,7 @@ class MessageIntake:
         self._superseded = superseded
         self._lock = threading.Lock()
         self._senders: dict[int, _Sender] = {}
-        self._received = metrics.counter("transport_messages_received")
+        self._metrics = metrics
         self._users = metrics.counter("transport_user_messages_received")
         self._bytes = metrics.counter("transport_user_bytes_received")
         self._missed = metrics.counter("transport_user_messages_missed")
@@ -387,7 +388,9 @@ class MessageIntake:
         """Take one stream of `node` in until it ends. Raises ProtocolError, and what the stream raises."""
         with self._lock:
             # The one whose stream is the newest comes last, so that the first is the one to forget.
-            sender = self._senders.pop(node, None) or _Sender()
+            sender = self._senders.pop(node, None)
+            if sender is None:
+                sender = _Sender(self._metrics.counter("transport_messages_received", peer=node))
             if len(self._senders) >= SENDERS_MAX:
                 del self._senders[next(iter(self._senders))]
             self._senders[node] = sender
@@ -419,7 +422,7 @@ class MessageIntake:
                 if not self._deliver(messages, body.size, lambda: sender.stream == stream):
                     raise UnavailableError("a newer stream has taken the place of this one, or the node stops")
                 self._missed.add(max(0, header.first - known))
-                self._received.add(len(messages))
+                sender.received.add(len(messages))
                 self._users.add(len(messages))
                 self._bytes.add(body.size)
                 sender.epoch, sender.next = header.epoch, header.first + header.messages

@@ -154,10 +154,10 @@ class Pump:
         self._stream: Stream | None = None
         self._features = 0
         self._refusal = ""
-        self._packets = around.metrics.counter("transport_packets_sent")
-        self._broken = around.metrics.counter("transport_streams_broken")
-        self._opened = around.metrics.counter("transport_streams_opened")
-        self._round_trips = around.metrics.histogram("transport_round_trip_s")
+        self._packets = around.metrics.counter("transport_packets_sent", peer=peer)
+        self._broken = around.metrics.counter("transport_streams_broken", peer=peer)
+        self._opened = around.metrics.counter("transport_streams_opened", peer=peer)
+        self._round_trips = around.metrics.histogram("transport_round_trip_seconds", peer=peer)
         suffix = "" if lane is Lane.CONTROL else f"-{lane.name.lower()}"
         suffix += f"-{number}" if number else ""
         self._thread = threading.Thread(target=self._run, name=f"marble-link-{node}-{peer}{suffix}", daemon=True)

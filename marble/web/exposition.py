@@ -85,6 +85,8 @@ class _Collector:
         for name, described in INSTRUMENTS.items():
             yield _family(described, counted.pop(name, []), gauges.get(name, []))
         for name, instruments in counted.items():
+            if not instruments:
+                continue
             # What somebody counts and did not describe is shown all the same; a test complains.
             kind = {Counter: Kind.COUNTER, Gauge: Kind.GAUGE, Histogram: Kind.HISTOGRAM}[type(instruments[0][1])]
             labels = tuple(label for label, _ in instruments[0][0])

@@ -15,7 +15,6 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, Final, Protocol
@@ -55,6 +54,13 @@ class Observed(Protocol):
     def working(self) -> dict[str, float]: ...
 
 
+class Links(Protocol):
+    """What is looked at beside the node: `marble.transport.flight.FlightTransport`."""
+
+    def connected(self, peer: int) -> bool: ...
+    def round_trip_s(self, peer: int) -> float | None: ...
+
+
 class Observer:
     """Watches one node. Thread-safe; `start` and `stop` belong to one caller.
 
@@ -66,8 +72,8 @@ class Observer:
         Its number.
     directory
         Its data directory.
-    connected
-        Whether the stream to a peer is open, if the node has peers to talk to.
+    links
+        The connections to peers, if the node has peers to talk to.
     clock
         Time; the system's by default.
     limits
@@ -79,7 +85,7 @@ class Observer:
         node: Observed,
         node_id: int,
         directory: str | os.PathLike[str],
-        connected: Callable[[int], bool] | None = None,
+        links: Links | None = None,
         *,
         clock: Clock | None = None,
         limits: Limits | None = None,
@@ -89,7 +95,7 @@ class Observer:
         self.limits = limits or Limits()
         self._node = node
         self._directory = directory
-        self._connected = connected
+        self._links_now = links
         self._clock = clock or SystemClock()
         self._born = self._clock.monotonic()
         self._lock = threading.Lock()
@@ -166,10 +172,13 @@ class Observer:
                 self._status = status | {"links": self._links(status)}
 
     def _links(self, status: dict[str, Any]) -> dict[str, Any]:
-        if self._connected is None:
+        links = self._links_now
+        if links is None:
             return {}
-        others = [peer for peer in status["nodes"] if peer != str(self.node_id)]
-        return {peer: {"connected": self._connected(int(peer))} for peer in others}
+        others = [int(peer) for peer in status["nodes"] if peer != str(self.node_id)]
+        return {
+            str(peer): {"connected": links.connected(peer), "round_trip_s": links.round_trip_s(peer)} for peer in others
+        }
 
     def _remember(self) -> None:
         now, status = self._clock.monotonic(), self._status
@@ -218,7 +227,7 @@ class Observer:
             written_before=written,
             disk=look_at_disk(self._directory),
             clock_skew_s=self.clock_skew_s(status),
-            alone=self._connected is None,
+            alone=self._links_now is None,
         )
 
     def health(self) -> dict[str, Check]:

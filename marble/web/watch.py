@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Callable
 from typing import Any
 
 from marble.config import HttpConfig
 from marble.web import exposition
 from marble.web.health import Check
 from marble.web.http import Authorize, HttpServer, picture
-from marble.web.observer import Observed, Observer
+from marble.web.observer import Links, Observed, Observer
 
 
 class Watch:
@@ -22,7 +21,7 @@ class Watch:
 
     Parameters
     ----------
-    node, node_id, directory, connected
+    node, node_id, directory, links
         As of `marble.web.observer.Observer`.
     http
         The port, which is taken at once; None: no port.
@@ -40,12 +39,12 @@ class Watch:
         node: Observed,
         node_id: int,
         directory: str | os.PathLike[str],
-        connected: Callable[[int], bool] | None = None,
+        links: Links | None = None,
         *,
         http: HttpConfig | None = None,
         authorize: Authorize | None = None,
     ) -> None:
-        self._observer = Observer(node, node_id, directory, connected)
+        self._observer = Observer(node, node_id, directory, links)
         self._pages = {} if http is None else dict(http.pages)
         self._server = None if http is None else HttpServer(self._observer, http, authorize)
 

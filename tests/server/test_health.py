@@ -157,9 +157,17 @@ class FakeNode:
         return {"log": 0.0}
 
 
+class FakeLinks:
+    def connected(self, peer: int) -> bool:
+        return True
+
+    def round_trip_s(self, peer: int) -> float | None:
+        return 0.002
+
+
 def watched(tmp_path: Path) -> tuple[FakeNode, ManualClock, Observer]:
     node, clock = FakeNode(), ManualClock()
-    return node, clock, Observer(node, 1, tmp_path, lambda peer: True, clock=clock)
+    return node, clock, Observer(node, 1, tmp_path, FakeLinks(), clock=clock)
 
 
 def test_an_answer_serves_all_who_ask_soon_after(tmp_path: Path) -> None:

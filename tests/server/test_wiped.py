@@ -20,7 +20,7 @@ REFUSED = "transport_incarnations_refused"
 
 def count(cluster: Cluster, node: int, name: str) -> int:
     """A counter of that node."""
-    return int(cluster.servers[node].get_cluster_status()["metrics"][name])
+    return int(cluster.servers[node].get_cluster_status()["metrics"].get(name, 0))
 
 
 def wipe(cluster: Cluster, node: int) -> None:

@@ -113,14 +113,14 @@ def test_messages_and_entries_arrive_in_order(pair: Pair) -> None:
             assert (one.batch is None) == (other.batch is None)
             assert one.batch is None or one.batch.equals(other.batch)
     assert pair.one.connected(2)
-    assert pair.two.metrics.counter("transport_messages_received").value == len(sent)
+    assert pair.two.metrics.total("transport_messages_received") == len(sent)
 
 
 def test_both_ways(pair: Pair) -> None:
     assert pair.one.send(2, [heartbeat(1)])
     assert pair.inbox.take().message.commit == 1
     wait_until(lambda: pair.two.send(1, [heartbeat(2, sender=2, to=1)]))
-    wait_until(lambda: pair.one.metrics.counter("transport_messages_received").value == 1)
+    wait_until(lambda: pair.one.metrics.total("transport_messages_received") == 1)
 
 
 def test_unknown_peers_get_nothing(pair: Pair) -> None:
@@ -210,7 +210,7 @@ def test_queue_is_bounded_by_messages_and_by_bytes() -> None:
     assert not link.send([heartbeat(3), heartbeat(4)])
     assert link.send([heartbeat(5)])
     assert not link.send([heartbeat(6)])
-    assert metrics.counter("transport_messages_dropped").value == 3
+    assert metrics.total("transport_messages_dropped") == 3
     link, _ = link_to("127.0.0.1:1", TransportOptions(queue_bytes_max=10_000), metrics)
     # An empty queue takes any one send, or a large entry could never leave.
     assert link.send([append(1, bytes_=64_000)])
@@ -234,7 +234,7 @@ def test_nothing_is_queued_for_a_peer_that_is_away() -> None:
         link.start()
         assert broken.get(timeout=DEADLINE_S) == 2
         wait_until(lambda: not link.send([heartbeat(2)]))
-        assert metrics.counter("transport_messages_dropped").value >= 2
+        assert metrics.total("transport_messages_dropped") >= 2
         link.request_stop()
         assert link.join(5.0)
 
@@ -301,7 +301,7 @@ def test_large_batches_delay_no_heartbeat() -> None:
 
 def test_streams_for_entries_are_opened_when_needed_and_closed_when_idle() -> None:
     pair = Pair(TransportOptions(backoff_min_s=0.01, idle_check_s=0.01, idle_close_s=0.02))
-    opened = pair.one.metrics.counter("transport_streams_opened")
+    opened = pair.one.metrics.counter("transport_streams_opened", peer=2)
     assert pair.one.send(2, [heartbeat(1)])
     pair.inbox.take()
     assert opened.value == 1

@@ -134,7 +134,7 @@ def test_the_core_is_told_when_a_way_that_was_used_falls_silent_and_not_again_wh
     pair.relays[0].set(there=SILENT, back=SILENT)
     assert pair.told.get(timeout=DEADLINE_S) == 2
     # It is given up and tried again, several times, while the other one carries everything.
-    refused = pair.one.metrics.counter("transport_streams_broken")
+    refused = pair.one.metrics.counter("transport_streams_broken", peer=2)
     broken = refused.value
     pair.relays[0].refuse()
     pair.relays[0].reset()

@@ -70,7 +70,7 @@ const drawNodes = (node, peers) => {
     const match = peer.match_index === null || peer.match_index === undefined ? null : el("div", {}, `at ${peer.match_index.toLocaleString("en")}${peer.inflight_messages ? `, ${peer.inflight_messages} under way` : ""}`);
     return el("li", { "data-node": peer.node },
       el("div", { class: "who" }, el("i", { class: `dot ${ok ? "good" : ok === false ? "bad" : ""}` }),
-        el("div", {}, name, badge ? el("span", { class: "badge" }, badge) : null, el("span", { class: "place" }, peer.endpoint))),
+        el("div", {}, name, badge ? el("span", { class: "badge" }, badge) : null, el("span", { class: "place" }, [peer.endpoint, peer.round_trip_s ? `${seconds(peer.round_trip_s)} away` : ""].filter(Boolean).join("  ·  ")))),
       track,
       el("div", { class: "say" }, el("b", {}, strong), ` ${weak}`, match));
   });
