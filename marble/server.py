@@ -43,6 +43,7 @@ from marble.transport.flight import FlightTransport
 from marble.transport.wan import options_for
 from marble.transport.watching import WatchedSecurity
 from marble.types import EntryKind, Members, Role
+from marble.web.authority import token_authority
 from marble.web.watch import Watch, Watched
 
 T = TypeVar("T")
@@ -217,6 +218,7 @@ class RaftServer(Operated, Watched):
         assert self._options is not None
         assert self._config is not None
         metrics = Metrics()
+        security = WatchedSecurity(self._security, self._options.node_id, metrics)
         self._phase = _Phase.STOPPED  # It stays so if starting fails.
         with contextlib.ExitStack() as stack:
             listen = self._listen.endpoint if self._listen is not None else self.endpoint
@@ -244,7 +246,8 @@ class RaftServer(Operated, Watched):
             machines = {GROUP: self._machine, LOCAL_GROUP: own}
             node = Node(self._options, files, machines, carrier, metrics=metrics, alone=(LOCAL_GROUP,))
             stack.callback(node.stop)
-            watch = Watch(node, self.node_id, self._data_dir, carrier, http=self._http)
+            may = token_authority(security.current, metrics)
+            watch = Watch(node, self.node_id, self._data_dir, carrier, http=self._http, authorize=may)
             stack.callback(watch.stop)
             backend = LocalBackend(node, self._machine, lease_reads=self._config.lease_reads)
             service = TablesService(backend, watch, lambda: security.current().relay_credentials())

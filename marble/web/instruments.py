@@ -53,7 +53,7 @@ def _histogram(name: str, meaning: str, *labels: str) -> Described:
 _ALL: Final = (
     # Who and where.
     _gauge("node_info", "1", "what this node is", "cluster_id", "node_id", "version"),
-    _gauge("healthy", "0 or 1", "whether a component is well; marble health says what is wrong", "component"),
+    _gauge("healthy", "0 or 1", "whether a component is well; /healthz says what is wrong", "component"),
     _gauge("ready", "0 or 1", "whether this node can serve clients, as /readyz says"),
     _gauge("role", "0 or 1", "1 for the role that this node has in its group", "role"),
     _gauge("leads", "0 or 1", "whether this node leads"),
@@ -143,6 +143,8 @@ _ALL: Final = (
         "messages",
         "messages that were lost on the way, as the gaps in the others show",
     ),
+    _counter("transport_messages_oversized", "calls", "calls cut off because of a message above the limit"),
+    _counter("transport_slow_readers_dropped", "calls", "calls cut off because their client did not read"),
     _counter("transport_unauthenticated", "calls", "calls without the right credentials"),
     _counter("transport_forbidden", "calls", "calls that their token does not allow"),
     _counter(

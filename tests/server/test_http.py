@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from server.cluster import WAIT_S, eventually, free_endpoints
 
 import marble
-from marble.config import HttpConfig, RaftClusterConfig
+from marble.config import HttpConfig, RaftClusterConfig, SecurityConfig, TokensConfig, parse_config
 from marble.errors import UnavailableError, UsageError
 from marble.metrics import EDGES, Metrics
 from marble.server import create_raft_server
@@ -262,6 +262,24 @@ def test_the_config_names_port_and_pages() -> None:
     assert config.pages == {2: "http://10.0.0.2:9001/", 3: "https://node-3.example"}
 
 
+def test_a_file_names_port_and_pages(tmp_path: Path) -> None:
+    text = """
+[node]
+id = 1
+data_dir = "data"
+[node.http]
+endpoint = "127.0.0.1:9001"
+[node.http.pages]
+2 = "http://10.0.0.2:9001/"
+[cluster]
+cluster_id = "c"
+node_endpoints = ["127.0.0.1:5001"]
+"""
+    assert parse_config(text, tmp_path).http == HttpConfig("127.0.0.1:9001", {2: "http://10.0.0.2:9001/"})
+    with pytest.raises(UsageError, match=r"unknown key 'endpiont' in \[node.http\]: did you mean 'endpoint'"):
+        parse_config(text.replace("endpoint = ", "endpiont = ", 1), tmp_path)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.binary(max_size=300))
 def test_no_bytes_make_the_port_fail(data: bytes) -> None:
@@ -311,6 +329,29 @@ def test_a_node_shows_what_it_does(tmp_path: Path) -> None:
         assert shown["health"]["ready"] is True
     with pytest.raises(UsageError, match="was stopped"):
         assert server.page_url
+
+
+def test_a_node_with_tokens_wants_one_here_too(tmp_path: Path) -> None:
+    tokens, secret = tmp_path / "tokens.toml", tmp_path / "secret"
+    tokens.write_text('[tokens.scraper]\ntoken = "0123456789abcdef0123"\naccess = "read"\n')
+    secret.write_bytes(b"s" * 32)
+    tokens.chmod(0o600)
+    secret.chmod(0o600)
+    security = SecurityConfig(tokens=TokensConfig(tokens), secret_file=secret)
+    server = create_raft_server(data_dir=tmp_path / "data", node_id=1, http="127.0.0.1:0", security=security)
+    server.initialize(RaftClusterConfig("c", free_endpoints(1)))
+    with server:
+        server.start()
+        host, port = str(server.page_url).removeprefix("http://").rstrip("/").split(":")
+
+        def ask(path: str, **headers: str) -> int:
+            with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=WAIT_S)) as connection:
+                connection.request("GET", path, headers=headers)
+                return connection.getresponse().status
+
+        assert ask("/healthz") == 200
+        assert ask("/metrics") == ask("/api/status", Authorization="Bearer wrong-token-wrong") == 401
+        assert ask("/metrics", Authorization="Bearer 0123456789abcdef0123") == 200
 
 
 def _moments(host: str, port: int) -> Callable[[], dict[str, Any] | None]:
