@@ -1,7 +1,9 @@
-"""When the machine of a group compacts its files: whenever it has something to compact, one job at a time.
+"""When the machine of a group compacts its files: whenever it has something to compact, one job at a time. And when it reads them.
 
 Rule 1: a compaction that failed changed nothing and is tried again, but not at once: a disk that is full stays so for a
 while. What is damaged the machine leaves alone by itself.
+Rule 2: each file is read through and checked once in `scrub_ticks`, spread evenly over that time, when there is nothing to compact:
+what a disk has lost is found while the peers still have it, and healed as any other damage.
 """
 
 from __future__ import annotations
@@ -9,11 +11,14 @@ from __future__ import annotations
 from typing import Final
 
 from marble.errors import check
-from marble.jobs import CompactJob
-from marble.machine import Pace, StateMachine, StoredMachine
+from marble.jobs import CompactJob, ScrubJob
+from marble.machine import HealingMachine, Pace, StateMachine, StoredMachine
 
 REST_TICKS: Final = 50
 """How long nothing is compacted after a failure."""
+
+SCRUBS_MIN: Final = 16
+"""Into so many parts the time of a round is cut at least: files come and go, and none is to wait for a whole round."""
 
 
 class Compactor:
@@ -26,10 +31,14 @@ class Compactor:
     machine
         Its machine, whether it has files or not.
     pace
-        Slows the writing down; None: as fast as the disk takes it.
+        Slows the writing and the checking down; None: as fast as the disk takes it.
+    scrub_ticks
+        How long one round over all files takes. 0: they are not checked.
     """
 
-    def __init__(self, group: int, machine: StateMachine, pace: Pace | None) -> None:
+    def __init__(self, group: int, machine: StateMachine, pace: Pace | None, scrub_ticks: int = 0) -> None:
+        self.scrubbed = 0
+        """How many files were read through and checked since the start."""
         self.failures: list[Exception] = []
         """What went wrong since somebody took these away."""
         self._group = group
@@ -37,18 +46,32 @@ class Compactor:
         self._pace = pace
         self._out: CompactJob | None = None
         self._rest = 0
+        self._healing = machine if isinstance(machine, HealingMachine) and scrub_ticks else None
+        self._scrub_ticks = scrub_ticks
+        self._scrub_after = ""
+        """The file that was checked last: they are checked in the order of their names, again and again."""
+        self._scrub_wait = scrub_ticks // SCRUBS_MIN
 
     def take_job(self) -> CompactJob | None:
         """What is to be done next; None if there is nothing, or a job is out."""
-        if self._machine is None or self._out is not None or self._rest or not self._machine.compaction_due:
+        if self._machine is None or self._out is not None:
             return None
-        self._out = CompactJob(self._group, self._machine, self._pace)
+        if self._machine.compaction_due:
+            if not self._rest:
+                self._out = CompactJob(self._group, self._machine, self._pace)
+        elif self._healing is not None and not self._scrub_wait:
+            self._out = ScrubJob(self._group, self._machine, self._healing, self._scrub_after, self._pace)
         return self._out
 
     def finish_job(self, job: CompactJob) -> None:
         """`job` has run."""
         check(job is self._out, "a compaction finished that is not out")
         self._out = None
+        if isinstance(job, ScrubJob):
+            self.scrubbed += bool(job.name)
+            self._scrub_after = job.name
+            # So few files that a round takes less than its time are checked more often, but not all the time.
+            self._scrub_wait = max(1, self._scrub_ticks // max(SCRUBS_MIN, job.files))
         if job.error is not None:
             self.failures.append(job.error)
             self._rest = REST_TICKS
@@ -56,3 +79,4 @@ class Compactor:
     def tick(self) -> None:
         """A tick has passed."""
         self._rest = max(0, self._rest - 1)
+        self._scrub_wait = max(0, self._scrub_wait - 1)

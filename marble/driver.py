@@ -103,6 +103,8 @@ class Driver:
         What time it is, for the entries that this node takes in as leader.
     pace
         Slows down the writing of snapshots and of the machine's files.
+    scrub_ticks
+        How long one round of checking all of the machine's files takes; 0: there is none.
     """
 
     def __init__(
@@ -119,12 +121,13 @@ class Driver:
         replicated: Mapping[int, str] | None = None,
         wall_us: Callable[[], int] = lambda: 0,
         pace: Pace | None = None,
+        scrub_ticks: int = 0,
     ) -> None:
         self.group = group
         self.raft = raft
         self.machine = machine
         self.outcome = Outcome()
-        self.compactor = Compactor(group, machine, pace)
+        self.compactor = Compactor(group, machine, pace, scrub_ticks)
         self.snapshots = (
             None
             if store is None

@@ -27,7 +27,7 @@ from marble.desk import Desk
 from marble.env import Clock
 from marble.errors import InvariantError, MarbleError, NotLeaderError, ProtocolError, UnavailableError, UsageError
 from marble.groups import Groups, Write
-from marble.jobs import ApplyJob, CompactJob, FileJob, MachineJob, WriteJob
+from marble.jobs import ApplyJob, CompactJob, FileJob, MachineJob, ScrubJob, WriteJob
 from marble.logs import fields
 from marble.logstore.log import Log
 from marble.metrics import Metrics
@@ -371,6 +371,12 @@ class Engine:
 
     def _compacted(self, job: CompactJob) -> None:
         self._groups.finish_compaction(job)
+        if isinstance(job, ScrubJob):
+            self._metrics.counter("files_scrubbed").add(bool(job.name))
+            if job.damage is not None:
+                self._metrics.counter("files_found_damaged").add()
+                own = self._options.node_id
+                _files_log.warning("node %d fetches a file anew: %s", own, job.damage, extra=fields(node=own))
         if job.error is not None and not self.closing.is_set():
             self._metrics.counter("compactions_failed").add(1)
             _files_log.warning(

@@ -356,5 +356,29 @@ class CompactJob:
             self.error = error.with_traceback(None)
 
 
+class ScrubJob(CompactJob):
+    """One file of a machine is read through and checked.
+
+    - ``name``: which it was; empty behind the last one. ``files``: how many there are. ``damage``: what is wrong with it, if anything.
+    """
+
+    def __init__(
+        self, group: int, machine: StoredMachine, healing: HealingMachine, after: str, pace: Pace | None
+    ) -> None:
+        super().__init__(group, machine, pace)
+        self.name = ""
+        self.files = 0
+        self.damage: CorruptionError | None = None
+        self._healing = healing
+        self._after = after
+
+    def run(self) -> None:
+        """Raises nothing: what is wrong with a file is the machine's to know from then on."""
+        try:
+            self.name, self.files, self.damage = self._healing.scrub(self._after, self._pace)
+        except (OSError, UnavailableError) as error:
+            self.error = error
+
+
 MachineJob = ApplyJob | RestoreJob | RebuildJob
 FileJob = WriteJob | ReceiveJob | DiscardJob | CollectJob

@@ -227,6 +227,16 @@ class HealingMachine(Protocol):
         """Whether `error` is about a file of this machine. If it is damaged indeed, it is `damaged` from now on. Any thread."""
         ...
 
+    def scrub(self, after: str, pace: Pace | None = None) -> tuple[str, int, CorruptionError | None]:
+        """Read the file that comes after `after` in the order of names, and check all of it. Beside everything but `compact`.
+
+        Returns
+        -------
+        str, int, CorruptionError or None
+            Its name, "" if `after` was the last; how many files there are; what is wrong with it, which is known from now on.
+        """
+        ...
+
     def damaged(self) -> Sequence[FileRef]:
         """The files of the present state that were found damaged or missing and are not healed yet. Any thread, often."""
         ...

@@ -433,6 +433,7 @@ class Node:
             replicated=recovered.endpoints,
             wall_us=self._clock.wall_us,
             pace=self._pace,
+            scrub_ticks=round(options.scrub_interval_s * 1000 / options.tick_ms),
         )
 
     def _warn_of_configuration(self, desk: Desk) -> None:

@@ -65,6 +65,8 @@ class NodeOptions:
     """What is asked for ahead while a snapshot is fetched."""
     snapshot_bytes_per_s: int = 64 * 1024 * 1024
     """How fast a snapshot or a file of a table is written at most: unbridled, it would hold up the log's syncs on the same disk."""
+    scrub_interval_s: float = 7 * 86400.0
+    """Each file of the tables is read through and checked about once in this time. 0: never."""
     priority: int = 0
     """Of several nodes that could lead, the one with the highest does (`marble.raft.config.RaftConfig`)."""
     lease_reads: bool = False
@@ -111,6 +113,7 @@ def options_of(
         cache_bytes_max=config.cache_bytes_max,
         snapshot_distance=config.snapshot_distance,
         snapshot_window_bytes_max=config.transport.snapshot_window_bytes_max or 0,
+        scrub_interval_s=config.scrub_interval_s,
         priority=priority,
         lease_reads=config.lease_reads,
         join=join,

@@ -56,6 +56,7 @@ def status_of(driver: Driver, options: NodeOptions, log_bytes: int, wall_us: int
         "memory_bytes": getattr(machine, "memory_bytes", 0),
         "backlog_bytes": getattr(machine, "backlog_bytes", 0),
         "damaged_files": len(machine.damaged()) if isinstance(machine, HealingMachine) else 0,
+        "scrubbed_files": driver.compactor.scrubbed,
         "stalled": snapshots is not None and snapshots.stalled is not None,
         "wall_us": wall_us,
         "entry_time_us": getattr(machine, "time_us", 0),

@@ -66,6 +66,9 @@ class RaftClusterConfig:
         Let a leader answer linearizable reads without asking the others, while they have confirmed it recently enough.
         Such a read is linearizable only while no node's monotonic clock runs more than 1 % faster or slower than real
         time; without it, reads need no clock at all.
+    scrub_interval_s
+        About once in so many seconds each file of the tables is read through and checked; what is damaged is fetched from the
+        other nodes. At most a year; 0: never.
     append_bytes_max
         Payload bytes that one AppendEntries carries, unless a single entry is larger.
     inflight_messages_max
@@ -98,6 +101,7 @@ class RaftClusterConfig:
     enable_pre_vote: bool = True
     enable_ssl: bool = False
     lease_reads: bool = False
+    scrub_interval_s: int = 7 * 86_400
     append_bytes_max: int = 4 * _MIB
     inflight_messages_max: int = 256
     inflight_bytes_max: int = 64 * _MIB
@@ -129,6 +133,7 @@ class RaftClusterConfig:
     def _check_times(self) -> None:
         check_int("heartbeat_interval_ms", self.heartbeat_interval_ms, 10, 60_000)
         check_int("election_timeout_ms", self.election_timeout_ms, 20, 600_000)
+        check_int("scrub_interval_s", self.scrub_interval_s, 0, 366 * 86_400)
         if self.election_timeout_ms <= 2 * self.heartbeat_interval_ms:
             raise UsageError(
                 f"election_timeout_ms {self.election_timeout_ms} must be above twice heartbeat_interval_ms "

@@ -17,7 +17,7 @@ import pyarrow as pa
 from marble.errors import CorruptionError
 from marble.lsm.store import Store
 from marble.lsm.tree import Below, Tree
-from marble.machine import FILES_SCHEMA, FileRef
+from marble.machine import FILES_SCHEMA, FileRef, Pace
 
 
 class Healing(abc.ABC):
@@ -51,6 +51,10 @@ class Healing(abc.ABC):
     def blame(self, error: CorruptionError) -> bool:
         """Note that a file is damaged, if `error` says so of one of this machine's; returns whether it does. Any thread."""
         return self._store is not None and Damage(self._store, self._all_trees).blame(error)
+
+    def scrub(self, after: str, pace: Pace | None = None) -> tuple[str, int, CorruptionError | None]:
+        """Check the file that comes after `after`; see `marble.machine.HealingMachine`."""
+        return ("", 0, None) if self._store is None else Damage(self._store, self._all_trees).scrub(after, pace)
 
     def damaged(self) -> list[FileRef]:
         """The files of the present state that are damaged or missing."""
@@ -89,6 +93,20 @@ class Damage:
             else:
                 store.damaged[name] = error
         return True
+
+    def scrub(self, after: str, pace: Pace | None) -> tuple[str, int, CorruptionError | None]:
+        """Read the file that comes after `after`, and note it if it is damaged."""
+        store, names = self._store, self._names()
+        name = min((each for each in names if each > after), default="")
+        if not name or name in store.damaged or store.files.is_sound(name, pace) or name not in self._names():
+            return name, len(names), None
+        where = store.files.describe(name)
+        damage = CorruptionError("a file of a table is not what it was when it was written", where)
+        store.damaged[name] = damage
+        return name, len(names), damage
+
+    def _names(self) -> set[str]:
+        return {file.name for tree in self._trees() for file in tree.below.levels}
 
     def found(self) -> list[FileRef]:
         """The files of the tables that are damaged or missing."""

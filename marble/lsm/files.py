@@ -249,13 +249,19 @@ class TableFiles:
         match = re.fullmatch(rf"(?:.*[/:])?{DIRECTORY}/{self._group:08x}-([0-9a-f]{{32}})\.arrow", path)
         return None if match is None else match[1]
 
-    def is_sound(self, name: str) -> bool:
-        """Whether the file is there and its bytes are those that its name stands for. Reads all of it."""
+    def describe(self, name: str) -> str:
+        """The path of the file with this name, for messages."""
+        return self._files.describe(self.path(name))
+
+    def is_sound(self, name: str, pace: Pace | None = None) -> bool:
+        """Whether the file is there and its bytes are those that its name stands for. Reads all of it, at the pace given."""
         path, total, offset = self.path(name), Xxh3Name(), 0
         try:
             while data := self._files.read(path, offset, SYNC_BYTES):
                 total.update(data)
                 offset += len(data)
+                if pace is not None:
+                    pace(len(data))
         except OSError:
             return False
         return total.name() == name

@@ -91,6 +91,8 @@ _ALL: Final = (
     _histogram("flush_seconds", "writing what is in memory to files of the tables, and a snapshot that names them"),
     _histogram("compaction_seconds", "one step of compaction"),
     _counter("compactions_failed", "steps", "steps of compaction that failed; they are tried again"),
+    _counter("files_scrubbed", "files", "files of tables that were read through and checked"),
+    _counter("files_found_damaged", "files", "files of tables that were found damaged when they were checked"),
     _gauge("log_bytes", "bytes", "size of the log's files"),
     _gauge("memory_bytes", "bytes", "tables that are in memory only (memtables)"),
     _gauge("backlog_bytes", "bytes", "what compaction has yet to do"),
