@@ -99,6 +99,7 @@ def server_from_config(config: NodeConfig) -> RaftServer:
     server = create_raft_server(
         create_arrow_flight_transport(config.listen_endpoint),
         data_dir=config.data_dir,
+        machine=TableMachine(retention=config.retention),
         node_id=config.id,
         priority=config.priority,
         join=config.endpoint if config.join else None,

@@ -331,6 +331,7 @@ def test_a_node_that_joins_need_not_be_among_the_nodes_it_is_told_of() -> None:
         ({"priority": "-1"}, "priority is -1"),
         ({"priority": "65536"}, "priority is 65536"),
         ({"log_level": '"loud"'}, "log_level must be one of DEBUG"),
+        ({"retention": "-1"}, "retention is -1"),
         ({"log_format": "1"}, "log_format must be one of text, json, not 1"),
         ({"priority": "true"}, "priority must be a whole number, not bool"),
     ],

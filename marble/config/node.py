@@ -31,6 +31,7 @@ _KEYS: Final = (
     "tokens",
     "secret_file",
     "http",
+    "retention",
     "log_level",
     "log_format",
 )
@@ -62,6 +63,8 @@ class NodeConfig:
         Who may connect: ``[node.tls]``, ``[node.tokens]`` and ``secret_file``.
     http
         Health, metrics and a page over HTTP: ``[node.http]``. None: there is no such port.
+    retention
+        For how many entries back the tables can be read as they were (``at_index``); 0 to 2**32. It keeps their memory and files.
     log_level
         What ``marble serve`` logs: "DEBUG", "INFO", "WARNING", "ERROR" or "CRITICAL", in any case.
     log_format
@@ -83,6 +86,7 @@ class NodeConfig:
     joining_endpoint: str | None = None
     security: SecurityConfig = field(default_factory=SecurityConfig)
     http: HttpConfig | None = None
+    retention: int = 0
     log_level: str = "INFO"
     log_format: str = "text"
 
@@ -90,6 +94,7 @@ class NodeConfig:
         check_int("[node] id", self.id, 1, NODE_ID_MAX)
         check_int("[node] priority", self.priority, 0, PRIORITY_MAX)
         check_bool("[node] join", self.join)
+        check_int("[node] retention", self.retention, 0, 2**32)
         if self.joining_endpoint is not None:
             self._check_joining(self.joining_endpoint)
         elif self.id not in self.cluster.endpoints:
@@ -173,6 +178,7 @@ def parse_config(text: str, directory: Path) -> NodeConfig:
         joining_endpoint=node.get("endpoint") if join is True else None,
         security=SecurityConfig.from_mapping(node, directory),
         http=read_table(HttpConfig, node["http"], "node.http") if "http" in node else None,
+        retention=node.get("retention", 0),
         log_level=node.get("log_level", "INFO"),
         log_format=node.get("log_format", "text"),
     )

@@ -32,7 +32,7 @@ from marble.lsm.catalog import Catalog
 from marble.lsm.damage import Healing
 from marble.lsm.files import TableFiles
 from marble.lsm.snapshot import TableState, restored
-from marble.lsm.store import CompactionTask, Store, StorePolicy
+from marble.lsm.store import CompactionTask, Store, StorePolicy, have_expired
 from marble.lsm.tree import Below, TableData, Tree
 from marble.lsm.view import TableView
 from marble.machine import Pace, Result
@@ -103,6 +103,8 @@ class TableMachine(Healing):
         self._past: deque[_State] = deque([self._state])
         self._unplanned = False
         """Whether there may be something to compact."""
+        self._expiries: list[tuple[TableInfo, int]] = []
+        """When there will be, although nothing is written: see `Store.next_expiries`."""
         self._frozen_bytes = 0
         self._debt_bytes = 0
         self._failed = False
@@ -365,11 +367,12 @@ class TableMachine(Healing):
 
     def plan_compaction(self) -> CompactionTask | None:
         """What is to be compacted next, if anything."""
-        if self._store is None or not self._unplanned:
+        if self._store is None or not self.compaction_due:
             return None
         with self._lock:
-            trees, self._unplanned = list(self._trees.values()), False
-        task = self._store.plan(trees, self._state.time_us)
+            trees, self._unplanned, time_us = list(self._trees.values()), False, self._state.time_us
+            self._expiries = self._store.next_expiries(trees, time_us)
+        task = self._store.plan(trees, time_us)
         if task is not None:
             self._unplanned = True
         return task
@@ -377,7 +380,7 @@ class TableMachine(Healing):
     @property
     def compaction_due(self) -> bool:
         """Whether `compact` may find something to do."""
-        return self._unplanned
+        return self._unplanned or have_expired(self._expiries, self._state.time_us)
 
     def compact(self, pace: Pace | None = None) -> bool:
         """Make the files fewer by one step; see `marble.machine.StoredMachine.compact`."""

@@ -125,6 +125,19 @@ class Store:
                 return CompactionTask(self, tree, plan, until)
         return None
 
+    def next_expiries(self, trees: Iterable[Tree], time_us: int) -> list[tuple[TableInfo, int]]:
+        """For each table with rows that live for a time: the value of its TTL column with which the next file expires as a whole.
+
+        Files that have expired by `time_us` are not counted again: what could be done about them was planned.
+        """
+        found = []
+        for tree in trees:
+            until = expired_until(tree.info.schema, tree.info.options, time_us)
+            if until is not None:
+                ends = [file.ttl_max for file in tree.below.levels if file.ttl_max is not None and file.ttl_max > until]
+                found += [(tree.info, min(ends))] if ends else []
+        return found
+
     def backlog_bytes(self, levels: Levels) -> int:
         """What should have been compacted long ago."""
         return backlog_bytes(levels, self.policy.compaction)
@@ -179,6 +192,11 @@ class Store:
                 self.damaged[file.name] = damage
         if not any(file.name in self.damaged for file in plan.files):
             self.damaged.update(dict.fromkeys(plan.names, error))
+
+
+def have_expired(expiries: Iterable[tuple[TableInfo, int]], time_us: int) -> bool:
+    """Whether one of what `Store.next_expiries` gave has come about by `time_us`."""
+    return any((expired_until(info.schema, info.options, time_us) or 0) >= end for info, end in expiries)
 
 
 class CompactionTask:

@@ -1,0 +1,90 @@
+"""Files whose rows have all expired go when their time comes, whatever else happens or does not."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pyarrow as pa
+
+from marble._core.entry_batch import Proposal, build
+from marble.lsm import payload
+from marble.lsm.files import TableFiles
+from marble.lsm.machine import TableMachine
+from marble.lsm.store import StorePolicy
+from marble.table_options import TableOptions
+from marble.testing.disk import SimulatedFiles
+from marble.types import EntryKind
+
+SCHEMA = pa.schema([pa.field("k", pa.int64()), pa.field("at", pa.timestamp("us"))])
+LIFE_US = 1_000
+
+
+class Bench:
+    """A machine, and the entries that it is given."""
+
+    def __init__(self) -> None:
+        self.files = SimulatedFiles(Random(1))
+        self.machine = TableMachine(
+            files=TableFiles(self.files), policy=StorePolicy(inline_table_bytes_max=0, inline_bytes_max=0)
+        )
+        self.create("short", TableOptions(ttl_column="at", ttl_us=LIFE_US))
+        self.create("other", TableOptions())
+
+    def apply(self, kind: EntryKind, table: int, data: pa.Buffer, time_us: int) -> None:
+        index = self.machine.applied_index + 1
+        (result,) = self.machine.apply(build(0, index, 1, [Proposal(kind, table, data)], time_us))
+        result.raise_for_error()
+
+    def create(self, name: str, options: TableOptions) -> None:
+        self.apply(EntryKind.CREATE_TABLE, 0, payload.encode_create_table(name, SCHEMA, ["k"], options), 1)
+
+    def write(self, table: str, keys: range, at: int, time_us: int) -> None:
+        batch = pa.record_batch({"k": list(keys), "at": pa.array([at] * len(keys), pa.timestamp("us"))}, SCHEMA)
+        self.apply(EntryKind.WRITE, self.machine.table(table).id, payload.encode_rows(batch), time_us)
+
+    def flush(self) -> None:
+        for _ in self.machine.capture().batches():
+            continue
+        while self.machine.compact():
+            continue
+
+    def file_count(self, table: str) -> int:
+        return len(list(self.machine._trees[self.machine.table(table).id].below.levels))
+
+
+def test_files_go_when_their_time_comes_although_their_table_rests() -> None:
+    bench = Bench()
+    bench.write("short", range(10), at=5_000, time_us=5_000)
+    bench.flush()
+    bench.write("short", range(20, 30), at=5_500, time_us=5_500)
+    bench.flush()
+    assert bench.file_count("short") == 2
+    assert not bench.machine.compaction_due
+    # Only another table is written; its entries carry the time on.
+    bench.write("other", range(1), at=0, time_us=5_000 + LIFE_US - 1)
+    assert not bench.machine.compaction_due
+    bench.write("other", range(1), at=0, time_us=5_000 + LIFE_US)
+    assert bench.machine.compaction_due
+    while bench.machine.compact():
+        continue
+    assert bench.file_count("short") == 1
+    assert not bench.machine.compaction_due
+    bench.write("other", range(1), at=0, time_us=99_000)
+    while bench.machine.compact():
+        continue
+    assert bench.file_count("short") == 0
+    assert not bench.machine.compaction_due
+
+
+def test_a_file_that_has_expired_and_must_stay_is_planned_for_once() -> None:
+    bench = Bench()
+    bench.write("short", range(10), at=50_000, time_us=5_000)
+    bench.flush()
+    # Newer versions of these rows, which expire long before the older ones: those would come back.
+    bench.write("short", range(10), at=5_000, time_us=5_001)
+    bench.flush()
+    bench.write("other", range(1), at=0, time_us=10_000)
+    while bench.machine.compact():
+        continue
+    assert not bench.machine.compaction_due
+    assert bench.machine.read("short").row_count == 0
