@@ -237,6 +237,10 @@ class HealingMachine(Protocol):
         """
         ...
 
+    def live(self) -> Sequence[FileRef]:
+        """The files that the present state consists of. Any thread."""
+        ...
+
     def damaged(self) -> Sequence[FileRef]:
         """The files of the present state that were found damaged or missing and are not healed yet. Any thread, often."""
         ...

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from marble.errors import CorruptionError, check
 from marble.jobs import ApplyJob, CollectJob, Due, FileJob, Log, RebuildJob, RestoreJob, WriteJob
@@ -26,6 +27,9 @@ from marble.rebuilding import DESCRIPTION, Rebuilding, described
 from marble.transfer import Transfer
 from marble.transport.codec import Envelope
 from marble.types import NO_NODE, Position, Role, SnapshotMeta
+
+GARBAGE_TICKS: Final = 50
+"""How often it is looked how much old snapshots keep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,8 @@ class SnapshotPolicy:
     """How many entries before a snapshot stay, for followers that lag. None: ``distance``."""
     piece_bytes_max: int = 1024 * 1024
     """What one message carries of a snapshot."""
+    garbage_bytes: int = 1024 * 1024 * 1024
+    """Or when files that compaction has replaced take so much, and half of what those take that are in use: only snapshots need them."""
     patience_ticks: int = 10
     """How long an answer may take before a piece is asked for again."""
     window_bytes_max: int = 16 * 1024 * 1024
@@ -119,6 +125,7 @@ class Snapshots:
         """What the machine is built anew from, from when all of it is here until that is done."""
         self._rebuilding = Rebuilding(raft.id, lambda message: post(Envelope(group, message)), policy.patience_ticks)
         self._stalled_ticks = 0
+        self._garbage_ticks = 0
 
     # -- taking one --------------------------------------------------------------------------------------------------
 
@@ -393,6 +400,9 @@ class Snapshots:
         self._rebuilding.tick(self._raft.term)
         if self._healing is not None:
             self._heal(self._healing)
+            self._garbage_ticks = (self._garbage_ticks + 1) % GARBAGE_TICKS
+            if not self._garbage_ticks and self._has_garbage(self._healing):
+                self.want()
         self._stalled_ticks = 0 if self.stalled is None else self._stalled_ticks + 1
         if self._stalled_ticks and self._stalled_ticks % self._policy.patience_ticks == 0:
             self._hand_over()
@@ -413,6 +423,15 @@ class Snapshots:
             busy = self.transfer.receiving is not None or self._rebuild is not None
             if not busy and self.transfer.fetching.in_vain(damaged):
                 self._rebuilding.ask(peers, raft.term)
+
+    def _has_garbage(self, machine: HealingMachine) -> bool:
+        """Whether so much is kept for old snapshots alone that a new one is worth its while."""
+        kept = {ref.name: ref.nbytes for info in self._store.infos() for ref in self._store.known_files(info)}
+        if sum(kept.values()) <= self._policy.garbage_bytes:
+            return False
+        live = {ref.name: ref.nbytes for ref in machine.live()}
+        garbage = sum(nbytes for name, nbytes in kept.items() if name not in live)
+        return garbage > max(self._policy.garbage_bytes, sum(live.values()) // 2)
 
     def _hand_over(self) -> None:
         """A leader that cannot apply answers nobody: let the voter lead that has most of the log."""

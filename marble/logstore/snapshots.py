@@ -164,6 +164,10 @@ class SnapshotStore:
             known = self._files_of[info] = FileReader(self._files, self._existing(info)).refs()
         return known
 
+    def known_files(self, info: SnapshotInfo) -> tuple[FileRef, ...]:
+        """As `files`, without reading: none if nobody has asked for them before. Any thread."""
+        return self._files_of.get(info, ())
+
     def kept(self) -> set[str]:
         """Names of the files that the snapshots here consist of."""
         return {ref.name for info in self.infos() for ref in self.files(info)}

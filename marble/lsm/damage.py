@@ -56,6 +56,10 @@ class Healing(abc.ABC):
         """Check the file that comes after `after`; see `marble.machine.HealingMachine`."""
         return ("", 0, None) if self._store is None else Damage(self._store, self._all_trees).scrub(after, pace)
 
+    def live(self) -> list[FileRef]:
+        """The files that the present state consists of."""
+        return [file.ref for tree in self._all_trees() for file in tree.below.levels]
+
     def damaged(self) -> list[FileRef]:
         """The files of the present state that are damaged or missing."""
         return [] if self._store is None else Damage(self._store, self._all_trees).found()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from node.ring import ELECTION_TICKS, Ring, expected, write
+from node.ring import POLICY as RING_POLICY
 from node.test_healing import damage_all, delete, rows_in_time, stored_ring, table_paths
 
 from marble.errors import CorruptionError, ProtocolError
@@ -13,6 +16,7 @@ from marble.lsm.machine import TableMachine
 from marble.lsm.store import StorePolicy
 from marble.raft.messages import Message, MessageKind
 from marble.rebuilding import ASK_AGAIN_FACTOR, DESCRIPTION, describe, described
+from marble.snapshotting import GARBAGE_TICKS
 from marble.testing.disk import SimulatedFiles
 from marble.transport.codec import Envelope
 from marble.transport.snapshot_rows import piece_row
@@ -177,6 +181,21 @@ def test_a_description_is_what_was_described_or_refused() -> None:
 def forged(answer: Envelope, data: bytes) -> Envelope:
     position = Position(answer.message.log_index, answer.message.log_term)
     return Envelope(0, answer.message, piece_row(0, position, DESCRIPTION, data) if data else None)
+
+
+def test_files_that_only_an_old_snapshot_needs_do_not_pile_up() -> None:
+    for bound, goes in ((1, True), (2**40, False)):
+        ring = Ring(machine=eager, policy=dataclasses.replace(RING_POLICY, garbage_bytes=bound))
+        ring.create()
+        ring.write(25)
+        ring.write(30)
+        before = ring[2].raft.snapshot.index
+        compacted_alone(ring, 2)
+        ring.tick(2 * GARBAGE_TICKS)
+        assert (ring[2].raft.snapshot.index > before) is goes
+        there = {path for path in ring[2].files.list("tables") if path.endswith(".arrow")}
+        assert (there == {path.split("/")[1] for path in table_paths(ring, 2)}) is goes
+        assert ring[2].rows() == expected(30)
 
 
 def test_what_is_lent_is_kept_while_it_is_asked_for() -> None:
