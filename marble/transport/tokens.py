@@ -136,8 +136,9 @@ def parse_tokens(text: str) -> TokenFile:
     """
     try:
         tables = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        # The text of a TOML error has a line and a column, and nothing of what stands there.
+    except (ValueError, RecursionError) as error:
+        # The text of a TOML error has a line and a column, and nothing of what stands there. A number of thousands of digits
+        # has an error of its own.
         raise UsageError(f"not valid TOML: {error}") from None
     for key in tables:
         if key not in ("tokens", "certificates"):

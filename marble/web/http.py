@@ -287,7 +287,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.request_version == "HTTP/0.9":
             self.send_error(400)
             return
-        url = urllib.parse.urlsplit(self.path)
+        try:
+            url = urllib.parse.urlsplit(self.path)
+        except ValueError:
+            self.send_error(400)
+            return
         try:
             status, kind, body = self._answer(url.path, url.query)
         except UsageError as error:
@@ -324,7 +328,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         host = self.headers.get("Host")
         if host is None:
             return self.request_version == "HTTP/1.0"
-        name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+        try:
+            name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
         if name == "localhost" or name.endswith(".localhost"):
             return True
         try:

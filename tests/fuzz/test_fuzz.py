@@ -75,6 +75,8 @@ FOUND = (
     ("identity", b'"\\ud800"'),
     ("acquaintances", b'{"met": ' + b"[" * 3000),
     ("schema", SCHEMA.serialize().to_pybytes().replace(b"name", b"n\xe1me")),
+    ("tokens", b"a = " + b"9" * 5000),
+    ("request", b"GET / HTTP/1.1\r\nHost: a[b\r\n\r\n"),
     ("batch", stream_of(pa.record_batch({"i\x1b": [1]}))),
     ("batch", stream_of(pa.record_batch({"idid": [1]})).replace(b"idid", b"i\xff\xffd")),
 )
