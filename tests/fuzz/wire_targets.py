@@ -25,7 +25,7 @@ from marble.requests import ScanRequest
 from marble.schema import ENTRY_SCHEMA, TableInfo
 from marble.table_options import TableOptions
 from marble.transport import wire
-from marble.transport.codec import Codec, Envelope
+from marble.transport.codec import Codec, Envelope, Lane
 from marble.transport.faults import from_flight_error, to_flight_error
 from marble.transport.snapshot_rows import offer_row, piece_row
 from marble.transport.tickets import decode_ticket, encode_ticket
@@ -42,13 +42,15 @@ TABLE = TableInfo(1, "people", SCHEMA, ("id",), TableOptions(compression="lz4", 
 
 
 def _hellos() -> list[bytes]:
-    return [ONE.hello(2, "host:5001", 77), ONE.hello(2), ONE.hello(2, "[::1]:5001", 2**64 - 1)]
+    return [ONE.hello(2, "host:5001", 77), ONE.hello(0), ONE.hello(2, "[::1]:5001", 2**64 - 1, Lane.MESSAGES, 3)]
 
 
 def _parse_hello(data: bytes) -> None:
     said = TWO.check_hello(data)
     if "�" not in said.endpoint:
-        assert Codec("cluster", said.sender, 1 << 20).hello(2, said.endpoint, said.incarnation) == data
+        to = 0 if said.question else 2
+        again = Codec("cluster", said.sender, 1 << 20).hello(to, said.endpoint, *said[2:5])
+        assert again == data
 
 
 def _mend_hello(data: bytes) -> bytes:
