@@ -44,6 +44,14 @@ RELAY_END_TIMEOUT_S: Final = 1.0
 """How long the end of a stream waits for its relay, which by then owes nothing."""
 
 
+RESIGNED_WAIT_S: Final = 1.0
+"""What has a stamp and was offered here has its outcome so long after this node ceased to lead, or not before it hears from the others
+again, which may take any time: its client is told to ask the new leader, under the same stamp."""
+
+RESIGNED_LOOK_S: Final = 0.25
+"""How often a batch that waits looks whether this node still leads."""
+
+
 class StreamEndedError(Exception):
     """Inside this floor: the stream takes no more, because its client is gone or the server stops."""
 
@@ -302,7 +310,12 @@ class Intake:
 
         with self._state:
             self._awaited = item.future
-            self._state.wait_for(over, max(0.0, item.deadline - time.monotonic()))
+            led = now = time.monotonic()
+            while not over() and now < item.deadline and now - led < RESIGNED_WAIT_S:
+                self._state.wait_for(over, min(item.deadline - now, RESIGNED_LOOK_S))
+                now = time.monotonic()
+                if item.stamp is None or self._relayed or self._ways.leads():
+                    led = now
             self._awaited = None
 
     def _ack(self, item: _Item) -> Ack:

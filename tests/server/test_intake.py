@@ -263,6 +263,35 @@ def test_an_outcome_that_never_comes_ends_at_its_deadline() -> None:
         assert bench.next_ack().error_code == "outcome_unknown"
 
 
+def test_a_stamped_batch_does_not_wait_for_a_node_that_has_ceased_to_lead() -> None:
+    """Its client may ask the new leader under the same stamp, and the deadline is far away."""
+    bench = Bench(timeout_s=100 * WAIT_S)
+    with bench.intake:
+        bench.intake.take(_batch(0), Stamp(3, 1))
+        bench.intake.take(_batch(1), Stamp(3, 2))
+        (_, first), _ = bench.log.next(), bench.log.next()
+        bench.leads = False
+        assert isinstance(bench.next_ack().error(), OutcomeUnknownError)
+        assert isinstance(bench.next_ack().error(), UnavailableError | OutcomeUnknownError)
+        # It is decided all the same, and nobody is told twice.
+        first.set_result(Ack(1, 1, 1))
+    assert bench.acks.empty()
+
+
+def test_what_cannot_be_sent_again_waits_although_the_node_has_ceased_to_lead() -> None:
+    patient, other = Bench(forward=False), Bench(forward=False)
+    with patient.intake, other.intake:
+        patient.intake.take(_batch(0))
+        _, future = patient.log.next()
+        patient.leads = other.leads = False
+        other.intake.take(_batch(1), Stamp(3, 1))
+        # The other began to wait later, so by now the patient one has waited long enough to show that it does.
+        assert isinstance(other.next_ack().error(), OutcomeUnknownError)
+        assert patient.acks.empty()
+        future.set_result(Ack(7, 1, 1))
+        assert patient.next_ack().index == 7
+
+
 def test_a_client_that_goes_ends_the_stream() -> None:
     bench = Bench(leads=False)
     with bench.intake:
