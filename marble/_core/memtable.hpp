@@ -19,6 +19,7 @@
 #include "merge_cursor.hpp"
 #include "memtable_state.hpp"
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -35,6 +36,9 @@ constexpr int64_t kSparseRows = 4096;        // or so many dead rows in any numb
 constexpr uint64_t kSkipMax = 1024;          // Most bytes that keys have in common and are compared without.
 constexpr size_t kReshapeRows = 64 << 10;    // In a table of so many rows a change of those bytes is dear,
 constexpr int kReshapesMax = 16;             // and after so many they are skipped no more.
+constexpr int64_t kCopyBytes = 64 << 10;     // A batch of fewer than kSmallRows, or of at most so many bytes, is copied
+constexpr int64_t kCopyShare = 8;            // if it is less than one part in so many of the memory that it keeps alive,
+constexpr int64_t kCopyKept = 256 << 10;     // and that is more than this.
 constexpr size_t kRewriteRows = 64 << 10;    // A rewritten batch has at most so many rows,
 constexpr int64_t kRewriteBytes = 64 << 20;  // and about so many bytes.
 
@@ -153,6 +157,50 @@ inline arrow::Status RewriteSparse(const Layout& layout, bool tombstones, Run* r
   return arrow::Status::OK();
 }
 
+// Bytes of the allocations that a source's columns keep alive, each once.
+inline int64_t BytesKept(const Source& source) {
+  std::vector<const arrow::Buffer*> roots;
+  const auto add = [&roots](const auto& self, const arrow::ArrayData& array) -> void {
+    for (const auto& buffer : array.buffers) {
+      if (buffer == nullptr) continue;
+      const arrow::Buffer* root = buffer.get();
+      while (root->parent() != nullptr) root = root->parent().get();
+      // Two objects may stand for one allocation.
+      const auto same = [root](const arrow::Buffer* other) { return other->data() == root->data(); };
+      if (std::none_of(roots.begin(), roots.end(), same)) roots.push_back(root);
+    }
+    for (const auto& child : array.child_data) self(self, *child);
+  };
+  for (const auto& column : source.columns) add(add, *column);
+  int64_t bytes = 0;
+  for (const arrow::Buffer* root : roots) bytes += root->capacity();
+  return bytes;
+}
+
+// Copies the rows of a source that is a small part of the memory which it would keep alive.
+inline arrow::Status DetachSmall(const Layout& layout, Source* source) {
+  // How much of its children a slice of a nested type has is not known at a glance: then few rows count as few bytes.
+  const auto nested = [](const auto& column) { return !column->child_data.empty(); };
+  const bool guess = std::any_of(source->columns.begin(), source->columns.end(), nested);
+  const bool small = source->rows < kSmallRows || (!guess && source->bytes <= kCopyBytes);
+  if (source->rows == 0 || !small) return arrow::Status::OK();
+  const int64_t kept = BytesKept(*source);
+  if (kept <= kCopyKept || (!guess && source->bytes > kept / kCopyShare)) return arrow::Status::OK();
+  RowPlan plan;
+  plan.sources.push_back(source);
+  for (int64_t row = 0; row < source->rows; ++row) plan.rows.push_back({0, static_cast<uint32_t>(row)});
+  plan.FindSpans();
+  Source copy;
+  for (int i = 0; i < layout.schema->num_fields(); ++i) {
+    ARROW_ASSIGN_OR_RAISE(auto column, GatherColumn(plan, i, layout.schema->field(i)->type(), false));
+    AddColumn(&copy, std::move(column));
+  }
+  source->bytes = copy.bytes;
+  source->columns = std::move(copy.columns);
+  source->views = std::move(copy.views);
+  return arrow::Status::OK();
+}
+
 class MemtableCore {
  public:
   static arrow::Status Make(std::shared_ptr<arrow::Schema> schema, const std::vector<std::string>& key,
@@ -190,6 +238,7 @@ class MemtableCore {
       source->columns.reserve(static_cast<size_t>(batch.num_columns()));
       source->views.reserve(static_cast<size_t>(batch.num_columns()));
       for (int i = 0; i < batch.num_columns(); ++i) AddColumn(source.get(), batch.column_data(i));
+      ARROW_RETURN_NOT_OK(DetachSmall(*layout_, source.get()));
       for (const int column : layout_->key) key_columns.push_back(source->columns[static_cast<size_t>(column)]);
       ARROW_ASSIGN_OR_RAISE(auto keys, layout_->codec->EncodeColumns(key_columns, batch.num_rows()));
       State base = *state;

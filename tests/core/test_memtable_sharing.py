@@ -45,6 +45,46 @@ def test_a_batch_without_live_rows_is_let_go() -> None:
     assert table.snapshot().row_count == 1000
 
 
+LARGE = 100 * 1024 * 1024
+
+
+@pytest.mark.parametrize("type_", [pa.int64(), pa.binary(), pa.list_(pa.int64())], ids=str)
+def test_a_small_slice_pins_no_large_batch(type_: pa.DataType) -> None:
+    """Ten rows of a batch of 100 MB: what the memtable keeps is counted by whole allocation, and is not 100 MB."""
+    memory, count = Memory(), 1000
+    keys = memory.batch(range(LARGE // 8)).column(0)
+    values: pa.Array = keys
+    if type_ != pa.int64():
+        step = LARGE // count if type_ == pa.binary() else LARGE // 8 // count
+        offsets = pa.array(range(0, (count + 1) * step, step), pa.int32())
+        buffers = [None, offsets.buffers()[1]]
+        if type_ == pa.binary():
+            values = pa.Array.from_buffers(type_, count, [*buffers, keys.buffers()[1]])
+        else:
+            values = pa.Array.from_buffers(type_, count, buffers, children=[keys])
+    schema = pa.schema([("k", pa.int64()), ("v", type_)])
+    large = pa.RecordBatch.from_arrays([keys[: len(values)], values], schema=schema)
+    wanted = large.slice(500, 10 if type_ == pa.int64() else 1)
+    expected = wanted.to_pylist()
+    table = Memtable(schema, ["k"])
+    table.upsert(wanted, 1)
+    del keys, values, large, wanted
+    gc.collect()
+    own = 1024 if type_ == pa.int64() else LARGE // count
+    assert table.snapshot().nbytes < own + 16 * 1024
+    assert memory.held == 0
+    assert rows_of(table.snapshot()) == expected
+
+
+def test_what_is_most_of_its_memory_is_shared() -> None:
+    memory = Memory()
+    table = Memtable(INT_SCHEMA, ["k"])
+    table.upsert(memory.batch(range(100_000)).slice(0, 50_000), 1)
+    table.upsert(memory.batch(range(10)), 2)
+    gc.collect()
+    assert memory.held == 2
+
+
 def test_readers_keep_what_they_read_and_no_longer() -> None:
     memory = Memory()
     table = Memtable(INT_SCHEMA, ["k"])
