@@ -36,6 +36,9 @@ DIRECTORY: Final = "tables"
 CACHE_BYTES_MAX: Final = 64 * 1024 * 1024
 """Decoded blocks kept by default."""
 
+BLOCK_ROWS_MAX: Final = 4096
+"""Rows of a block: a read of one key decodes one block, where its bytes do not end it before."""
+
 Compression = Literal["lz4", "zstd"]
 Versions = tuple[pa.RecordBatch, pa.UInt64Array, pa.BooleanArray]
 """Rows by ascending key, the Raft index of each one's write, and which of them are tombstones."""
@@ -105,12 +108,17 @@ class TableFiles:
         The group.
     cache
         Keeps blocks that were read.
+    block_rows_max
+        Most rows of a block of the files that are written.
     """
 
-    def __init__(self, files: Files, group: int = 0, cache: BlockCache | None = None) -> None:
+    def __init__(
+        self, files: Files, group: int = 0, cache: BlockCache | None = None, *, block_rows_max: int = BLOCK_ROWS_MAX
+    ) -> None:
         self.cache = cache or BlockCache(CACHE_BYTES_MAX)
         self._files = files
         self._group = group
+        self._block_rows_max = block_rows_max
         self._lock = threading.Lock()
         self._held: Counter[str] = Counter()
         self._released: set[str] = set()
@@ -184,7 +192,11 @@ class TableFiles:
         try:
             while (first := next(source, None)) is not None:
                 writer = SSTableWriter(
-                    info.schema, info.key, compression=compression, ttl_column=info.options.ttl_column
+                    info.schema,
+                    info.key,
+                    block_rows_max=self._block_rows_max,
+                    compression=compression,
+                    ttl_column=info.options.ttl_column,
                 )
                 found = self._write_one(_Pieces(writer, first, source, bytes_max), pace)
                 row = {name: getattr(found, name) for name in FILES_SCHEMA.names if name != "level"}

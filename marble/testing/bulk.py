@@ -95,17 +95,17 @@ class Bulk:
             (first + i if loop.chance(0.7) else loop.between(0, keys - 1)) for i in range(loop.between(1, ROWS_MAX))
         ]
         draw = loop.random.random()
-        if draw < 0.6:
+        if draw < 0.75:
             if name == PLAIN:
-                text = [f"{loop.between(0, 9)}" * loop.between(1, 60) for _ in chosen]
+                text = [f"{loop.between(0, 9)}" * loop.between(1, 150) for _ in chosen]
                 return _operation(EntryKind.WRITE, table, PLAIN_SCHEMA, chosen, pa.array(text))
             values = pa.array([loop.between(-5, 5) for _ in chosen], pa.int64())
             return _operation(
                 EntryKind.WRITE, table, SUMS_SCHEMA, chosen, values, pa.nulls(len(chosen), pa.timestamp("us"))
             )
-        if draw < 0.9:
+        if draw < 0.96:
             return _operation(EntryKind.DELETE, table, KEY_SCHEMA, chosen)
-        bounds = pa.record_batch([pa.array([first, first + loop.between(0, keys // 4)], pa.int64())], schema=KEY_SCHEMA)
+        bounds = pa.record_batch([pa.array([first, first + loop.between(0, keys // 6)], pa.int64())], schema=KEY_SCHEMA)
         lower, upper = _CODEC.encode(bounds).to_pylist()
         return payload.Operation(EntryKind.DELETE_RANGE, table, payload.encode_range(lower, upper))
 

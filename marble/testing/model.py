@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 
@@ -25,6 +25,9 @@ from marble.testing.ledger import Violation
 from marble.types import EntryKind
 
 Row = tuple[Any, ...]
+
+FOUND_MAX: Final = 64
+"""States of tables that are kept because another replica will soon be compared with them."""
 
 
 @dataclass(slots=True)
@@ -65,6 +68,8 @@ class Model:
         self.index = 0
         self._times = [0]
         self._tables: dict[int, _Table] = {}
+        self._found: dict[tuple[int, int], list[Row]] = {}
+        """The rows of some tables after some entries, which replicas ask for several times."""
 
     # -- entries -----------------------------------------------------------------------------------------------------
 
@@ -124,8 +129,16 @@ class Model:
 
     # -- states ------------------------------------------------------------------------------------------------------
 
-    def rows(self, table: int, index: int) -> Iterator[Row]:
+    def rows(self, table: int, index: int) -> list[Row]:
         """The rows of `table` after entry `index`, by ascending key."""
+        rows = self._found.get((table, index))
+        if rows is None:
+            if len(self._found) >= FOUND_MAX:
+                del self._found[next(iter(self._found))]
+            rows = self._found[table, index] = list(self._rows(table, index))
+        return rows
+
+    def _rows(self, table: int, index: int) -> Iterator[Row]:
         found, time_us = self._tables[table], self._times[index]
         for key in sorted(found.versions):
             row = found.at(key, index)
@@ -148,7 +161,7 @@ class Model:
         for id_ in self.tables(index):
             batch = machine.read(id_, at_index).scan(None, None).read_all()
             rows = list(zip(*(_plain(column).to_pylist() for column in batch.columns), strict=True))
-            expected = list(self.rows(id_, index))
+            expected = self.rows(id_, index)
             if rows != expected:
                 wrong = sorted(set(rows) ^ set(expected))[:5]
                 raise Violation(

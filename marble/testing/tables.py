@@ -34,9 +34,15 @@ LOOKED_AT: Final = 0.15
 """Chance that all rows are compared with the model after entries were applied. After anything else that touches files they always are."""
 
 _COMPACTION: Final = CompactionPolicy(
-    level0_files=2, level0_files_max=4, level0_share=2, level1_bytes=4096, ratio=2, file_bytes_max=2048, merge_rows=8
+    level0_files=2,
+    level0_files_max=5,
+    level0_share=1,
+    level1_bytes=8000,
+    ratio=2,
+    file_bytes_max=2500,
+    merge_rows=10,
 )
-"""Tiny, so that files are merged all the time, three levels deep."""
+"""Tiny, so that files are merged all the time, in all ways that there are, several files to a level."""
 
 
 class NodeTables:
@@ -66,7 +72,7 @@ class NodeTables:
         if tables is None:
             return ObservedMachine(ledger, self._node)
         policy = StorePolicy(_COMPACTION, tables.inline_bytes, 4 * max(0, tables.inline_bytes))
-        model, files = self._world.models[ledger.group], TableFiles(self._files, ledger.group)
+        model, files = self._world.models[ledger.group], TableFiles(self._files, ledger.group, block_rows_max=5)
         return ObservedMachine(ledger, self._node, model, files, policy, tables.retention)
 
     # -- faults ------------------------------------------------------------------------------------------------------
@@ -158,7 +164,8 @@ class NodeTables:
         error = getattr(job, "error", None) or getattr(job, "stalled", None)
         if isinstance(error, CorruptionError) and error.path is not None and not self.excuses(error):
             raise error
-        changed = isinstance(job, RestoreJob | RebuildJob | WriteJob | CollectJob | CompactJob)
+        changed = isinstance(job, RestoreJob | RebuildJob | WriteJob | CollectJob)
+        changed |= isinstance(job, CompactJob) and self._loop.chance(0.5)
         changed |= isinstance(job, ReceiveJob) and (job.arrived or job.complete)
         if isinstance(job, ReceiveJob) and job.info is None and job.arrived:
             self._world.injected["healed files"] += 1
