@@ -67,10 +67,14 @@ const drawNodes = (node, peers) => {
     if (lag !== null) bar.style.width = `${(100 * filled(lag)).toFixed(1)}%`;
     const track = el("div", { class: `track${lag === null ? " unknown" : lag > 1000 ? " behind" : ""}` }, lag === null ? null : bar);
     const [strong, weak] = says({ ...peer, lag }, peer.lag !== null);
-    const match = peer.match_index === null || peer.match_index === undefined ? null : el("div", {}, `at ${peer.match_index.toLocaleString("en")}${peer.inflight_messages ? `, ${peer.inflight_messages} under way` : ""}`);
+    const more = [];
+    if (peer.match_index !== null) more.push(`at ${peer.match_index.toLocaleString("en")}`);
+    if (peer.inflight_messages) more.push(`${peer.inflight_messages} under way`);
+    if (peer.connected && peer.round_trip_s) more.push(`${seconds(peer.round_trip_s)} away`);
+    const match = more.length ? el("div", {}, more.join(", ")) : null;
     return el("li", { "data-node": peer.node },
       el("div", { class: "who" }, el("i", { class: `dot ${ok ? "good" : ok === false ? "bad" : ""}` }),
-        el("div", {}, name, badge ? el("span", { class: "badge" }, badge) : null, el("span", { class: "place" }, [peer.endpoint, peer.round_trip_s ? `${seconds(peer.round_trip_s)} away` : ""].filter(Boolean).join("  ·  ")))),
+        el("div", {}, name, badge ? el("span", { class: "badge" }, badge) : null, el("span", { class: "place" }, peer.endpoint))),
       track,
       el("div", { class: "say" }, el("b", {}, strong), ` ${weak}`, match));
   });
