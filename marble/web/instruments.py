@@ -126,7 +126,7 @@ _ALL: Final = (
     _counter("transport_streams_broken", "streams", "streams to peers that broke", "peer"),
     _histogram("transport_round_trip_seconds", "an empty packet to the peer's process and back", "peer"),
     _counter("transport_paths_changed", "changes", "changes of the way that a peer is reached by first"),
-    _counter("transport_bytes_before_compression", "bytes", "payloads before they were compressed for the wire"),
+    _counter("transport_bytes_before_compression", "bytes", "payloads that were compressed, as they were"),
     _counter("transport_bytes_after_compression", "bytes", "the same payloads as they were sent"),
     _counter(
         "transport_incarnations_refused",

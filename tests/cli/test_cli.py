@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,6 +144,24 @@ def write_config(tmp_path: Path, node: int, endpoints: list[str]) -> Path:
         "election_timeout_ms = 300\nheartbeat_interval_ms = 60\n"
     )
     return path
+
+
+def test_a_node_says_where_its_page_is(tmp_path: Path) -> None:
+    endpoint, page = (f"127.0.0.1:{port}" for port in find_free_ports(2))
+    config = write_config(tmp_path, 1, [endpoint])
+    config.write_text(config.read_text().replace("[cluster]", f'[node.http]\nendpoint = "{page}"\n[cluster]'))
+    with subprocess.Popen(
+        serve_command(config), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("marble: node 1 listens on ")
+            assert process.stdout.readline() == f"marble: its page is http://{page}/\n"
+            with urllib.request.urlopen(f"http://{page}/healthz", timeout=30) as answer:
+                assert json.load(answer)["live"] is True
+        finally:
+            process.terminate()
+        assert process.wait(30) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
