@@ -1,0 +1,70 @@
+"""Real nodes with two addresses each: a network that dies costs no leader, and no write."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from transport.wan_support import FarCluster, wait_until
+
+import marble
+from marble.testing.relay import Line
+
+SCHEMA = pa.schema([pa.field("k", pa.int64(), nullable=False), pa.field("v", pa.string())])
+HEARTBEAT_MS = 400
+
+
+@pytest.fixture
+def stack() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as made:
+        yield made
+
+
+def rows(first: int) -> pa.RecordBatch:
+    return pa.record_batch({"k": [first, first + 1], "v": ["a", "b"]}, schema=SCHEMA)
+
+
+def test_a_network_that_dies_costs_no_leader(stack: contextlib.ExitStack, tmp_path: Path) -> None:
+    cluster = FarCluster(
+        stack, tmp_path, Line(), ways=2, heartbeat_interval_ms=HEARTBEAT_MS, election_timeout_ms=5 * HEARTBEAT_MS
+    )
+    leader = wait_until(lambda: cluster.leader, "a leader")
+    server = cluster.servers[leader]
+    table = server.database.create_table("t", SCHEMA, key=["k"])
+    term = server.get_cluster_status()["term"]
+    links = [link for each in cluster.servers.values() for link in each._flight._peers.links.values()]
+    assert len(links) == 6
+    wait_until(lambda: all(answers for link in links for _, answers, _ in link.states()), "all ways")
+    sent = server._flight.metrics.counter("transport_messages_sent")
+    for network in (0, 1):
+        for relays in cluster.relays.values():
+            relays[network].set(there=Line(silent=True), back=Line(silent=True))
+        wait_until(lambda network=network: not any(link.states()[network][1] for link in links), "silence")
+        for at in range(5):
+            table.write(rows(10 * at))
+        # More than an election timeout of nothing but heartbeats would show who does not hear the leader.
+        heartbeats = sent.value + 2 * 2 * 5
+        wait_until(lambda heartbeats=heartbeats: sent.value >= heartbeats, "heartbeats")
+        assert server.get_cluster_status()["term"] == term
+        assert cluster.leader == leader
+        for relays in cluster.relays.values():
+            relays[network].set(there=Line(), back=Line())
+        wait_until(lambda: all(answers for link in links for _, answers, _ in link.states()), "all ways again")
+
+
+def test_a_client_that_knows_one_network_writes_over_it_while_the_other_is_dead(
+    stack: contextlib.ExitStack, tmp_path: Path
+) -> None:
+    cluster = FarCluster(stack, tmp_path, Line(), ways=2)
+    server = cluster.servers[wait_until(lambda: cluster.leader, "a leader")]
+    server.database.create_table("t", SCHEMA, key=["k"])
+    for relays in cluster.relays.values():
+        relays[0].refuse()
+        relays[0].reset()
+    second = ",".join(relays[1].endpoint for relays in cluster.relays.values())
+    database = stack.enter_context(marble.connect(f"grpc://{second}"))
+    database.table("t").write(rows(1))
+    assert database.table("t").get(1) is not None
