@@ -172,7 +172,7 @@ def test_a_round_trip_that_elections_do_not_fit_is_logged_once(
         return [record.getMessage() for record in caplog.records if "election_timeout_ms" in record.getMessage()]
 
     wait_until(advice, "a warning")
-    histogram = one.metrics.histogram("transport_round_trip_seconds")
+    histogram = one.metrics.histogram("transport_round_trip_seconds", peer=2)
     seen = histogram.spread().total
     wait_until(lambda: histogram.spread().total > seen + 20, "more round trips")
     assert len(advice()) == 1
