@@ -15,7 +15,7 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -40,7 +40,17 @@ from marble.filters import columns_read, filter_batches
 from marble.lsm import payload
 from marble.lsm.keyrange import KeyRange
 from marble.lsm.pushdown import push_down
-from marble.orders import ATTEMPT_TIMEOUT_S, RETRY_WAIT_MIN_S, Backoff, Orders, act, as_object, no_leader, open_session
+from marble.orders import (
+    ATTEMPT_TIMEOUT_S,
+    RETRY_WAIT_MIN_S,
+    Backoff,
+    Orders,
+    act,
+    as_object,
+    first_rows,
+    no_leader,
+    open_session,
+)
 from marble.requests import ScanRequest, TableChange
 from marble.schema import TableInfo
 from marble.table_options import TableOptions
@@ -179,13 +189,10 @@ class RemoteBackend:
                 timeout_s = max(RETRY_WAIT_MIN_S, min(PROBE_TIMEOUT_S, deadline - time.monotonic()))
                 try:
                     status = as_object(self._action(endpoint, "status", b"", timeout_s))
-                except (UnauthenticatedError, ForbiddenError) as failure:
-                    if not candidates:
-                        # Waiting does not give the client other rights.
-                        raise
-                    silent.append(str(failure))
-                    continue
                 except MarbleError as failure:
+                    # Waiting does not give the client other rights.
+                    if isinstance(failure, UnauthenticatedError | ForbiddenError) and not candidates:
+                        raise
                     silent.append(str(failure))
                     continue
                 self._learn(status)
@@ -312,7 +319,7 @@ class RemoteBackend:
         kept = filter_batches(source, request.columns, request.filter)
         if request.limit is None:
             return kept
-        return pa.RecordBatchReader.from_batches(kept.schema, _first_rows(kept, request.limit, reader))
+        return pa.RecordBatchReader.from_batches(kept.schema, first_rows(kept, request.limit, reader))
 
     def _replicas(self, consistency: str) -> tuple[str, ...] | None:
         """Whom to ask: about one replica's own state only those whom the user named."""
@@ -456,18 +463,6 @@ class RemoteBackend:
             backoff.wait(error)
 
 
-def _first_rows(
-    batches: Iterable[pa.RecordBatch], limit: int, reader: fl.FlightStreamReader
-) -> Iterator[pa.RecordBatch]:
-    """The first `limit` rows of `batches`, which come out of `reader`: it is told that no more are wanted."""
-    left = limit
-    source = iter(batches)
-    while left > 0 and (batch := next(source, None)) is not None:
-        yield batch.slice(0, left)
-        left -= batch.num_rows
-    reader.cancel()
-
-
 def connect(
     url: str,
     *,
@@ -482,16 +477,13 @@ def connect(
 
     Parameters
     ----------
-    url
-        ``grpc://host:port,host:port,…``, or ``grpc+tls://…`` if its nodes encrypt: one or more nodes of it.
-    timeout_s
-        How long a call may take, in seconds, finding a leader included.
+    url, timeout_s
+        ``grpc://host:port,…`` or, if its nodes encrypt, ``grpc+tls://…``; how many seconds a call may take.
     token, token_file
         The bearer token, or a file with it, which is read again when it changes. None: the file that MARBLE_TOKEN_FILE names.
-    tls_ca
-        PEM file of who signs the nodes' certificates. None: MARBLE_CA, or else whom this machine trusts.
-    tls_cert, tls_key
-        PEM files of the client's own certificate and key, where the cluster wants one. None: MARBLE_CERT and MARBLE_KEY.
+    tls_ca, tls_cert, tls_key
+        PEM files: who signs the nodes' certificates (None: MARBLE_CA, or else whom this machine trusts), and the client's own
+        certificate and key, where the cluster wants one (None: MARBLE_CERT and MARBLE_KEY).
 
     Returns
     -------
