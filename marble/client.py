@@ -36,7 +36,7 @@ from marble.errors import (
     UnavailableError,
     UsageError,
 )
-from marble.filters import columns_read, filter_batches
+from marble.filters import columns_read, filter_batches, first_rows
 from marble.lsm import payload
 from marble.lsm.keyrange import KeyRange
 from marble.lsm.pushdown import push_down
@@ -47,7 +47,6 @@ from marble.orders import (
     Orders,
     act,
     as_object,
-    first_rows,
     no_leader,
     open_session,
 )
@@ -319,7 +318,7 @@ class RemoteBackend:
         kept = filter_batches(source, request.columns, request.filter)
         if request.limit is None:
             return kept
-        return pa.RecordBatchReader.from_batches(kept.schema, first_rows(kept, request.limit, reader))
+        return pa.RecordBatchReader.from_batches(kept.schema, first_rows(kept, request.limit, reader.cancel))
 
     def _replicas(self, consistency: str) -> tuple[str, ...] | None:
         """Whom to ask: about one replica's own state only those whom the user named."""

@@ -5,7 +5,7 @@ A filter is a `pyarrow.compute.Expression`; `marble.database.check_scan` says wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -75,3 +75,13 @@ def _refers_by_position(filter: pc.Expression) -> bool:  # noqa: A002
         return "FieldPath(" in str(filter)
     except UnicodeDecodeError:  # A constant of bytes that are no text: pyarrow cannot show it. Read everything, then.
         return True
+
+
+def first_rows(batches: Iterable[pa.RecordBatch], limit: int, enough: Callable[[], object]) -> Iterator[pa.RecordBatch]:
+    """The first `limit` rows of `batches`; `enough` is called when no more are wanted."""
+    left = limit
+    source = iter(batches)
+    while left > 0 and (batch := next(source, None)) is not None:
+        yield batch.slice(0, left)
+        left -= batch.num_rows
+    enough()

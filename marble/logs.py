@@ -33,6 +33,7 @@ COMPONENTS: Final = {
     "marble.log": "the durable log: what was recovered, what was lost",
     "marble.lsm": "files of tables: compaction, damage, healing",
     "marble.server": "calls of clients, the HTTP port, credentials",
+    "marble.client": "a client's files of credentials",
 }
 """Every logger that marble uses, and what it is about."""
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-import pyarrow as pa
 import pyarrow.flight as fl
 
 from marble.errors import (
@@ -190,15 +189,3 @@ def no_leader(nodes: Sequence[str], silent: Sequence[str]) -> str:
         f"no leader is known to {', '.join(nodes)}{but}: a majority of the voters must run and reach each other, see "
         f"`marble doctor {nodes[0]}`"
     )
-
-
-def first_rows(
-    batches: Iterable[pa.RecordBatch], limit: int, reader: fl.FlightStreamReader
-) -> Iterator[pa.RecordBatch]:
-    """The first `limit` rows of `batches`, which come out of `reader`: it is told that no more are wanted."""
-    left = limit
-    source = iter(batches)
-    while left > 0 and (batch := next(source, None)) is not None:
-        yield batch.slice(0, left)
-        left -= batch.num_rows
-    reader.cancel()

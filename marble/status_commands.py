@@ -55,11 +55,13 @@ def add_status_commands(commands: Any) -> None:
     doctor.add_argument("--cluster-id", metavar="NAME", help="what the cluster should be called")
     doctor.add_argument("--only", action="store_true", help="do not go on to the nodes that these name")
     doctor.add_argument("--timeout", type=float, default=3.0, metavar="S", help="of each check (default: %(default)s)")
-    doctor.add_argument("--ca", type=Path, metavar="FILE", help="certificates to trust (PEM)")
-    doctor.add_argument("--cert", type=Path, metavar="FILE", help="your own certificate (PEM)")
-    doctor.add_argument("--key", type=Path, metavar="FILE", help="and its key")
+    doctor.add_argument("--ca", type=Path, metavar="FILE", help="certificates to trust (PEM; default: MARBLE_CA)")
+    doctor.add_argument("--cert", type=Path, metavar="FILE", help="your own certificate (PEM; default: MARBLE_CERT)")
+    doctor.add_argument("--key", type=Path, metavar="FILE", help="and its key (default: MARBLE_KEY)")
     doctor.add_argument("--server-name", metavar="NAME", help="the name to expect in the nodes' certificates")
-    doctor.add_argument("--token-file", type=Path, metavar="FILE", help="a file with your token")
+    doctor.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="a file with your token (default: MARBLE_TOKEN_FILE)"
+    )
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(command=_doctor)
 
@@ -122,11 +124,16 @@ def _board_as_json(board: Board) -> str:
 
 def _doctor(options: argparse.Namespace) -> int:
     from marble.doctor import Papers, examine
+    from marble.transport.papers import CA, CERTIFICATE, KEY, TOKEN_FILE
 
     if not 0 < options.timeout <= 600:
         raise UsageError(f"--timeout {options.timeout:g}: it must be above 0 and at most 600 seconds")
     tls, endpoints = _split(options.nodes)
-    papers = Papers(options.ca, options.cert, options.key, options.token_file, options.server_name)
+    # Where clients take them from, if they are not given (`marble.connect`).
+    ca, certificate, key = options.ca, options.cert, options.key
+    if tls is not False:
+        ca, certificate, key = ca or _path_in(CA), certificate or _path_in(CERTIFICATE), key or _path_in(KEY)
+    papers = Papers(ca, certificate, key, options.token_file or _path_in(TOKEN_FILE), options.server_name)
     report = examine(
         endpoints, papers, tls=tls, cluster_id=options.cluster_id, others=not options.only, timeout_s=options.timeout
     )
@@ -135,6 +142,12 @@ def _doctor(options: argparse.Namespace) -> int:
     else:
         _print_report(report)
     return 0 if report.healthy else 1
+
+
+def _path_in(variable: str) -> Path | None:
+    """The path that an environment variable names, if it is set."""
+    value = os.environ.get(variable)
+    return Path(value) if value else None
 
 
 def _split(text: str) -> tuple[bool | None, list[str]]:

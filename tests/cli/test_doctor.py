@@ -365,6 +365,8 @@ def doctor(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
 
 def test_a_cluster_that_is_well(capsys: pytest.CaptureFixture[str], shared: Cluster) -> None:
     leader = shared.leader()
+    servers = list(shared.servers.values())
+    eventually(lambda: all(all(server.get_health_status().values()) for server in servers), "health")
     status, out = doctor(capsys, shared.config.endpoints[shared.follower()], "--cluster-id", "test")
     assert (status, "PROBLEM" in out) == (0, False)
     # One was named; the others were found through it.
@@ -402,6 +404,17 @@ def test_a_cluster_without_its_majority(capsys: pytest.CaptureFixture[str], tmp_
     assert status == 1
     assert out.count("connection is refused") == 2
     assert "there is no leader, and cannot be: of 3 voters 1 answer, and 2 are" in " ".join(out.split())
+
+
+def test_what_clients_take_from_the_environment_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, port: Callable[..., Port]
+) -> None:
+    own = trustme.CA()
+    endpoint = port(tls_talk(trustme.CA().issue_cert("127.0.0.1"))).endpoint
+    monkeypatch.setenv("MARBLE_CA", str(write_ca(tmp_path, own)))
+    status, out = doctor(capsys, endpoint, "--json")
+    assert status == 1
+    assert str(tmp_path / "ca.pem") in out
 
 
 @pytest.mark.parametrize("arguments", [["h"], ["http://h:1"], ["h:1", "--timeout", "0"], [""], ["h:1", "--cert", "x"]])

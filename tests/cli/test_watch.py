@@ -293,7 +293,7 @@ def test_a_cluster_is_watched_line_by_line(capsys: pytest.CaptureFixture[str], s
 def test_a_real_cluster_has_rates_and_lags(shared: Cluster) -> None:
     shared.create_table("watched")
     leader = shared.leader()
-    board, backend = open_board([shared.config.endpoints[leader]])
+    board, backend = open_board(f"grpc://{shared.config.endpoints[leader]}")
 
     def written() -> bool:
         shared.put(leader, ("watched", "upsert"), [rows(0, 10)])
