@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -84,7 +85,7 @@ class _Clients:
                 self.say(reply=command["reply"], status=self._status(command["endpoint"]))
             case "write":
                 with marble.connect(f"grpc://{command['endpoint']}", timeout_s=command["timeout_s"]) as db:
-                    error = self._write(f"impatient-{command['reply']}", db)
+                    error = self._write(f"impatient-{command['reply']}", lambda: db.table(self._settings["table"]))
                 self.say(reply=command["reply"], error=error)
 
     def _status(self, endpoint: str) -> dict[str, Any] | None:
@@ -104,10 +105,11 @@ class _Clients:
 
     def _writer(self, name: str) -> None:
         with marble.connect(self._settings["url"], timeout_s=self._settings["timeout_s"]) as db:
+            table = db.table(self._settings["table"])
             while not self._stop.wait(random.random() * 2 * THINK_S):
-                self._write(name, db)
+                self._write(name, lambda: table)
 
-    def _write(self, client: str, db: marble.Database) -> str:
+    def _write(self, client: str, table: Callable[[], marble.Table]) -> str:
         """One write, recorded; the name of the error that it ended in, or nothing."""
         with self._lock:
             self._values += 1
@@ -115,9 +117,7 @@ class _Clients:
         key = random.randrange(self._settings["keys"])
         number = self._begin(client, "write", key=key, value=value)
         try:
-            db.table(self._settings["table"]).write(
-                pa.record_batch({"id": [key, value], "value": [value, value]}, schema=SCHEMA)
-            )
+            table().write(pa.record_batch({"id": [key, value], "value": [value, value]}, schema=SCHEMA))
         except OutcomeUnknownError as error:
             self.say(end=number, unknown=type(error).__name__, text=str(error))
             return type(error).__name__
@@ -129,13 +129,14 @@ class _Clients:
 
     def _reader(self, name: str) -> None:
         with marble.connect(self._settings["url"], timeout_s=self._settings["timeout_s"]) as db:
+            table = db.table(self._settings["table"])
             while not self._stop.wait(random.random() * 2 * THINK_S):
-                self._read(name, db, random.randrange(self._settings["keys"]))
+                self._read(name, table, random.randrange(self._settings["keys"]))
 
-    def _read(self, client: str, db: marble.Database, key: int) -> None:
+    def _read(self, client: str, table: marble.Table, key: int) -> None:
         number = self._begin(client, "read", key=key)
         try:
-            row = db.table(self._settings["table"]).get(key)
+            row = table.get(key)
         except UnavailableError as error:
             self.say(end=number, refused=type(error).__name__, text=str(error))
         else:
