@@ -171,12 +171,12 @@ def _mend_snapshot(data: bytes) -> bytes:
     sink, rows = pa.BufferOutputStream(), 0
     with contextlib.suppress(pa.ArrowException, OSError, ValueError, KeyError):
         with pa.ipc.open_stream(data) as reader, pa.ipc.new_stream(sink, FILE_SCHEMA) as writer:
-            for batch in reader:
+            for batch in reader if reader.schema.equals(FILE_SCHEMA) else ():
                 batch.validate(full=True)
                 columns = [*batch.columns[:-1], pa.array(row_checksums(batch, rows), pa.uint64())]
                 writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=FILE_SCHEMA))
                 rows += batch.num_rows
-        return bytes(sink.getvalue().to_pybytes())
+        return bytes(sink.getvalue().to_pybytes()) if rows else data
     return data
 
 
