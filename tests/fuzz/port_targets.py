@@ -14,12 +14,12 @@ from fuzz.wire_targets import ONE, TWO, _messages
 
 from marble._core.checksum import xxh3_64
 from marble._core.entry_batch import encode_payload
-from marble._core.packing import unpack
+from marble._core.packing import MESSAGE_SCHEMA, unpack
 from marble.config import HttpConfig
 from marble.errors import ProtocolError, UsageError
 from marble.metrics import Metrics
 from marble.transport.compression import unwrap
-from marble.transport.messages import MESSAGE_SCHEMA, PIECE_BYTES_MAX, MessageCodec
+from marble.transport.messages import PIECE_BYTES_MAX, MessageCodec
 from marble.transport.proof import CalleeProof, CallerProof, Secret
 from marble.transport.tokens import parse_tokens
 from marble.web.http import HttpServer, _Handler
