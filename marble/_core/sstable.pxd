@@ -48,6 +48,7 @@ cdef class BlockCache:
 
 cdef class SSTable:
     cdef shared_ptr[CTableFile] file
+    cdef shared_ptr[CRecordBatch] zones  # Once somebody has asked for them.
 
 
 # Raises what the status of a read stands for, CorruptionError where stored bytes are damaged; returns 0 if it is OK.

@@ -292,10 +292,12 @@ cdef class SSTable:
     def zone_maps(self):
         cdef shared_ptr[CRecordBatch] zones
         cdef CStatus status
-        with nogil:
-            status = self.file.get().ReadZones(&zones)
-        raise_read_status(status)
-        return wrap_batch(zones)
+        if self.zones.get() == NULL:
+            with nogil:
+                status = self.file.get().ReadZones(&zones)
+            raise_read_status(status)
+            self.zones = zones  # With the GIL. Two threads may read them both; they are alike.
+        return wrap_batch(self.zones)
 
     def may_contain(self, keys):
         cdef shared_ptr[CRecordBatch] c_keys
