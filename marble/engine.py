@@ -147,6 +147,11 @@ class Engine:
         """True between `start` and the engine's end."""
         return self._started and not self.stopped.is_set()
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether this is a copy in a forked child: the threads, the files and the locks are the parent's."""
+        return os.getpid() != self._process
+
     def start(self) -> None:
         """Start the threads."""
         self._started = True
@@ -271,7 +276,7 @@ class Engine:
 
     def check_running(self) -> None:
         """Raise what `gone` gives if this engine has ended, UsageError in a process that was forked off."""
-        if os.getpid() != self._process:
+        if self.is_elsewhere:
             raise UsageError("this node was started before a fork and runs in the parent only: open it in one process")
         if self.closing.is_set() or self.stopped.is_set():
             raise self.gone()

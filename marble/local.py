@@ -240,7 +240,7 @@ class LocalBackend:
 
     def close(self) -> None:
         self._closed = True
-        if self._watch is not None:
+        if self._watch is not None and not self.node.is_elsewhere:
             self._watch.stop()
         self.node.stop()
 
@@ -264,6 +264,12 @@ class LocalBackend:
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("the database is closed")
+
+
+def _give_back(node: Node, resources: contextlib.ExitStack) -> None:
+    """A database has gone, or its process ends. In a forked child it is the parent's, which goes on with it."""
+    if not node.is_elsewhere:
+        resources.close()
 
 
 def open(  # noqa: A001
@@ -334,5 +340,5 @@ def open(  # noqa: A001
             watch.start()
         backend = LocalBackend(node, machine, own, watch=watch)
         # Whoever forgets to close, but drops the database and its tables, gives the directory back all the same.
-        weakref.finalize(backend, stack.pop_all().close)
+        weakref.finalize(backend, _give_back, node, stack.pop_all())
     return Database(backend)

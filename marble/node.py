@@ -218,8 +218,15 @@ class Node:
         UnavailableError
             If the engine does not end in time (a disk that hangs). The directory then stays locked.
         """
+        if self.is_elsewhere:
+            return
         self._engine.stop(timeout_s)
         self._resources.close()
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether this is what a forked child has of its parent's node: nothing that it may stop, or write to the files of."""
+        return self._engine.is_elsewhere
 
     def propose(
         self, proposal: Proposal, term: int | None = None, group: int = GROUP, lane: Lane | None = None
