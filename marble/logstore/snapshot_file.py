@@ -282,8 +282,8 @@ class FileReader:
             raise self.damage(offset, "it lacks its end")
         payload = batch.column("payload")[0].as_py()
         try:
-            rows = int(json.loads(payload)["rows"], 16)
-        except (ValueError, TypeError, KeyError):
+            rows = _whole(int(json.loads(payload)["rows"], 16), INDEX_MAX)
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise self.damage(offset, "its end is none") from None
         if row_checksums(batch, rows) != batch.column("checksum").to_pylist():
             raise self.damage(offset, "its end is damaged")
