@@ -187,8 +187,8 @@ def test_nothing_of_a_stranger_s_call_reaches_a_handler(files: Files) -> None:
         running(node := Bodies(guarded(files, entry("a", READER, "read"))).start()),
         PLAIN.client(node.endpoint) as made,
     ):
-        writer, _ = made.do_put(fl.FlightDescriptor.for_path("t"), pa.schema([("a", pa.int64())]))
         with pytest.raises((fl.FlightUnauthenticatedError, pa.ArrowException, OSError)):  # noqa: PT012
+            writer, _ = made.do_put(fl.FlightDescriptor.for_path("t"), pa.schema([("a", pa.int64())]))
             for _ in range(1000):
                 writer.write_batch(pa.record_batch({"a": [1]}))
             writer.close()
