@@ -98,7 +98,10 @@ def reads(
                         if read.name == "get" and store.name == MARBLES[1]:
                             continue  # It is the same as the other.
                         gc.collect()
-                        took, rows = seconds(lambda store=store, picked=picked, read=read: read.run(store, picked))
+                        asked = picked
+                        if store.name == MARBLES[1] and read.name.startswith("get_many"):
+                            asked = read.pick(shape, number + 1000)  # Those of the other form are in the caches by now.
+                        took, rows = seconds(lambda store=store, asked=asked, read=read: read.run(store, asked))
                         counts.add(rows)
                         if number:  # The first round warms the caches up.
                             best[store.name] = min(best.get(store.name, 1e9), took / rows)
