@@ -4,13 +4,14 @@
 
 says its port in one line, then for every line ``bytes size`` that it reads takes that many bytes in, and answers with one line of JSON:
 the quantiles of how long messages of `size` bytes were under way, by the stamp in their first eight bytes, in ms.
-Both ends read the same clock (``CLOCK_MONOTONIC``), which on Linux all processes share.
+What is sent is random. Both ends read the same clock (``CLOCK_MONOTONIC``), which on Linux all processes share.
 """
 
 from __future__ import annotations
 
 import json
 import queue
+import random
 import socket
 import struct
 import subprocess
@@ -153,13 +154,13 @@ class Pair:
     def sustain(self, size: int, count: int) -> dict[str, float]:
         """Send `count` messages as fast as that goes; returns when all have arrived."""
         self._expect(size * count, 0)
-        self.sender.send_many(_STAMP.pack(time.monotonic_ns()).ljust(size, b"x"), count)
+        self.sender.send_many(random.Random(1).randbytes(size), count)
         return self._result()
 
     def offer(self, size: int, count: int, per_s: float) -> dict[str, float]:
         """Send `count` messages, evenly spread; quantiles of the time from when each was due until it had arrived."""
         self._expect(size * count, size)
-        rest = bytes(size - _STAMP.size)
+        rest = random.Random(1).randbytes(size - _STAMP.size)
         step_ns = round(1e9 / per_s)
         due_ns = time.monotonic_ns()
         for _ in range(count):
@@ -222,12 +223,16 @@ def serve(kind: str) -> None:
     held: Any = next(messages)
     for order in sys.stdin:
         missing, size = map(int, order.split())
-        times = array("q")
+        times, pending = array("q"), bytearray()
         while missing > 0:
             message, held = held if held is not None else next(messages), None
             missing -= len(message)
-            if len(message) == size:
-                times.append(time.monotonic_ns() - _STAMP.unpack_from(message)[0])
+            if size:
+                # A socket hands out what it has, in pieces of any length.
+                pending += memoryview(message)
+                while len(pending) >= size:
+                    times.append(time.monotonic_ns() - _STAMP.unpack_from(pending)[0])
+                    del pending[:size]
         spread = sorted(times) or [0]
         found = {f"p{at}": spread[min(len(spread) - 1, len(spread) * at // 100)] / 1e6 for at in (50, 99)}
         print(json.dumps({**found, "max": spread[-1] / 1e6}), flush=True)
