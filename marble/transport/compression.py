@@ -136,7 +136,7 @@ class Squeezer:
             if codec not in self._known:
                 if plain < _fastest(codec):
                     continue
-                self._try(codec, body.slice(0, _SAMPLE_BYTES))
+                self._try(codec, body.slice(0, min(body.size, _SAMPLE_BYTES)))
             left, cost = self._known[codec]
             if left * plain + cost < least:
                 best, least = codec, left * plain + cost

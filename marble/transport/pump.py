@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.flight as fl
 
 from marble.env import Clock, Random
-from marble.errors import ProtocolError, UnauthenticatedError, UnavailableError
+from marble.errors import InvariantError, ProtocolError, UnauthenticatedError, UnavailableError
 from marble.logs import fields
 from marble.metrics import Metrics
 from marble.transport.carrier import STREAM_ERRORS, Carrier, Stream
@@ -393,11 +393,18 @@ class Pump:
                 stream.write(*self._ping())
                 self._packets.add()
 
+    def _packets_taken(self) -> Iterator[Packet]:
+        """What was taken. If it cannot be made into packets the fault is ours, not the stream's: another one would not help."""
+        try:
+            yield from self.load.packets(self._features)
+        except STREAM_ERRORS as error:
+            raise InvariantError(f"messages for node {self.peer} cannot be made into packets: {error}") from error
+
     def _write_taken(self, stream: Stream) -> None:
         """One empty packet if that is nothing: it shows whether the stream still lives."""
         clock = self._around.clock
         spent_s = 0.0
-        for metadata, batch in self.load.packets(self._features):
+        for metadata, batch in self._packets_taken():
             began = clock.monotonic()
             stream.write(metadata, batch)
             spent_s += clock.monotonic() - began

@@ -19,7 +19,16 @@ from marble.errors import ProtocolError, UsageError
 from marble.metrics import Metrics
 from marble.raft.messages import Message, MessageKind
 from marble.transport.codec import Codec, Envelope, Packet
-from marble.transport.compression import ALL_FEATURES, FEATURES, Compression, Squeezer, unsqueeze, unwrap, wrap
+from marble.transport.compression import (
+    _BYTES_MIN,
+    ALL_FEATURES,
+    FEATURES,
+    Compression,
+    Squeezer,
+    unsqueeze,
+    unwrap,
+    wrap,
+)
 from marble.transport.flight import FlightTransport
 from marble.transport.messages import MessageCodec
 from marble.transport.options import TransportOptions
@@ -76,6 +85,14 @@ def test_what_pays_is_compressed_and_what_does_not_is_not() -> None:
         assert chosen(squeezer(codec.name.lower())) is codec
         assert chosen(squeezer(codec.name.lower()), NOISE) is Compression.NONE
         assert chosen(squeezer(codec.name.lower()), features=ALL_FEATURES & ~FEATURES[codec]) is Compression.NONE
+
+
+@pytest.mark.parametrize("size", [_BYTES_MIN, (64 << 10) - 1, 64 << 10, (64 << 10) + 1])
+def test_payloads_of_any_size_are_looked_at(size: int) -> None:
+    body = TEXT.slice(0, size)
+    codec, squeezed = squeezer(link_mib_s=1.0).squeeze(body, ALL_FEATURES)
+    assert codec is not Compression.NONE
+    assert unsqueeze(codec, squeezed, size, size).equals(body)
 
 
 def test_what_does_not_shrink_is_tried_ever_less_often() -> None:

@@ -14,11 +14,11 @@ import pytest
 from marble._core import entry_batch
 from marble._core.entry_batch import Proposal
 from marble.env import SystemClock, SystemRandom
-from marble.errors import UsageError
+from marble.errors import InvariantError, UsageError
 from marble.metrics import Metrics
 from marble.raft.messages import Message, MessageKind
 from marble.transport.carrier import FlightCarrier
-from marble.transport.codec import Codec, Envelope
+from marble.transport.codec import Codec, Envelope, Packet
 from marble.transport.flight import FlightTransport
 from marble.transport.handshake import Handshake
 from marble.transport.link import Link
@@ -334,3 +334,25 @@ def test_error_of_our_own_is_reported() -> None:
 def test_options_are_checked(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError):
         TransportOptions(**wrong)  # type: ignore[arg-type]
+
+
+def test_packets_that_cannot_be_made_are_no_fault_of_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures: queue.Queue[BaseException] = queue.Queue()
+    one, two = FlightTransport("127.0.0.1:0", "c", 1), FlightTransport("127.0.0.1:0", "c", 2)
+    try:
+        two.start(Inbox())
+        one.start(Inbox(), failed=failures.put)
+        one.set_peers({2: two.endpoint})
+        wait_until(lambda: one.connected(2))
+
+        def encode(*_: object) -> list[Packet]:
+            raise pa.ArrowIndexError("beyond the end")
+
+        monkeypatch.setattr(one._codec, "encode", encode)
+        one.send(2, [heartbeat(1)])
+        failure = failures.get(timeout=DEADLINE_S)
+        assert isinstance(failure, InvariantError)
+        assert "node 2 cannot be made into packets: beyond the end" in str(failure)
+    finally:
+        one.stop()
+        two.stop()
