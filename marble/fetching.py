@@ -289,8 +289,8 @@ class Fetching:
             self._ask(asking, key, offset)
 
     def _receive(self, asking: _Asking, pieces: list[tuple[int, pa.Buffer]]) -> None:
-        healed = self._healed if self.info is None else None
-        self._job = ReceiveJob(self._store, self.info, asking.ref, pieces, healed=healed, keep=not self._rebuild)
+        # A file of a snapshot may be one that the machine has damaged: it need not wait for the rest.
+        self._job = ReceiveJob(self._store, self.info, asking.ref, pieces, healed=self._healed, keep=not self._rebuild)
 
     def _nbytes(self, asking: _Asking) -> int:
         if asking.ref is not None:

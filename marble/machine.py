@@ -246,5 +246,5 @@ class HealingMachine(Protocol):
         ...
 
     def healed(self, name: str) -> None:
-        """The file with this name is there again and sound: use it. Any thread. CorruptionError if it is not so."""
+        """The file with this name, damaged until now or not, is there and sound: use it. Any thread. CorruptionError if it is not so."""
         ...

@@ -149,9 +149,9 @@ class FileMachine(TableMachine):
         return list(self.bad)
 
     def healed(self, name: str) -> None:
-        ref = next(ref for ref in self.bad if ref.name == name)
-        self.bad.remove(ref)
-        self.load(ref)
+        for ref in [ref for ref in self.bad if ref.name == name]:
+            self.bad.remove(ref)
+            self.load(ref)
 
     def blame(self, error: CorruptionError) -> bool:
         return False
