@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -41,18 +42,19 @@ def test_the_cluster_examples_work_with_the_config_that_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    free = find_free_ports(4)
+    free = find_free_ports(7)
 
     def on_free_ports(text: str) -> str:
-        for shown, port in zip((5001, 5002, 5003, 5004), free, strict=True):
+        for shown, port in zip((5001, 5002, 5003, 5004, 5005, 5006, 9001), free, strict=True):
             text = text.replace(f"127.0.0.1:{shown}", f"127.0.0.1:{port}")
         return text
 
-    (config,) = blocks("toml")
+    config, page = blocks("toml")
     processes = {}
     for node in (1, 2, 3):
         path = tmp_path / f"node-{node}.toml"
-        path.write_text(on_free_ports(config).replace("id = 1", f"id = {node}").replace("node-1", f"node-{node}"))
+        shown = on_free_ports(config).replace("id = 1", f"id = {node}").replace("node-1", f"node-{node}")
+        path.write_text(shown + (on_free_ports(page) if node == 1 else ""))
         command = [sys.executable, "-P", "-m", "marble.cli", "serve", "--config", str(path)]
         processes[node] = NodeProcess(f"node {node}", command, tmp_path / f"node-{node}.log")
     with Nodes(processes) as nodes:
@@ -68,6 +70,16 @@ def test_the_cluster_examples_work_with_the_config_that_is_shown(
         (command,) = re.findall(r"^marble (status .*)$", on_free_ports(README), re.MULTILINE)
         assert main(command.split()) == 0
         assert capsys.readouterr().out.count("follower") == 2
+        (command,) = re.findall(r"^marble (doctor .*)$", on_free_ports(README), re.MULTILINE)
+        assert main(command.split()) == 0
+        capsys.readouterr()
+        (address,) = re.findall(r"^curl (\S+)", on_free_ports(README), re.MULTILINE)
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            assert b"marble_transport_messages_sent_total" in answer.read()
+        exec(on_free_ports(python("send_message")), {})
+        out = capsys.readouterr().out
+        assert "1 b'hello'\n" in out
+        assert "'peer:2': True} 1\n" in out
 
 
 def test_ci_runs_the_command_that_readme_gives() -> None:
