@@ -412,7 +412,7 @@ class RelayProcess:
     """A `Relay` in a process of its own, with the same methods but `refuse`. It ends with this one, at the latest."""
 
     def __init__(self, target: str, *, there: Line | None = None, back: Line | None = None, seed: int = 0) -> None:
-        command = [sys.executable, "-m", "marble.testing.relay", target, "--seed", str(seed)]
+        command = [sys.executable, "-P", "-m", "marble.testing.relay", target, "--seed", str(seed)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.endpoint = str(self._ask({"there": asdict(there or Line()), "back": asdict(back or Line())})["endpoint"])
 

@@ -272,9 +272,16 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[
 
 def test_the_status_of_a_cluster(capsys: pytest.CaptureFixture[str], shared: Cluster) -> None:
     leader = shared.leader()
-    status, lines = run(capsys, f"grpc://{shared.config.endpoints[2]}")
+    found: list[tuple[int, list[str]]] = []
+
+    def leads() -> bool:
+        """Nodes look at themselves once a second: what they show may be as old."""
+        found.append(run(capsys, f"grpc://{shared.config.endpoints[2]}"))
+        return found[-1][1][0].startswith(f"cluster test · node {leader} leads in term ")
+
+    eventually(leads, "the leader is shown")
+    status, lines = found[-1]
     assert status == 0
-    assert lines[0].startswith(f"cluster test · node {leader} leads in term ")
     assert lines[2].split("  ")[0] == HEADER[0]
     assert sorted(line.split()[0] for line in lines[3:]) == ["1", "2", "3"]
 
