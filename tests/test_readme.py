@@ -8,6 +8,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from server.cluster import eventually
 
 from marble.cli import main
 from marble.demo.processes import NodeProcess, Nodes, find_free_ports
@@ -71,7 +72,8 @@ def test_the_cluster_examples_work_with_the_config_that_is_shown(
         assert main(command.split()) == 0
         assert capsys.readouterr().out.count("follower") == 2
         (command,) = re.findall(r"^marble (doctor .*)$", on_free_ports(README), re.MULTILINE)
-        assert main(command.split()) == 0
+        # On a busy machine a node may be away for a moment, and the doctor says so.
+        eventually(lambda: main(command.split()) == 0, "the doctor finds nothing")
         capsys.readouterr()
         (address,) = re.findall(r"^curl (\S+)", on_free_ports(README), re.MULTILINE)
         with urllib.request.urlopen(address, timeout=10) as answer:
