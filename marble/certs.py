@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import datetime
 import hashlib
 import ipaddress
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -280,11 +281,26 @@ def add_papers_options(commands: Any) -> None:
                     parser.add_argument(option, type=Path, metavar="FILE", help=f"{what}; or {variable}")
 
 
-def apply_papers(options: argparse.Namespace) -> None:
-    """Let `marble.transport.papers` find what the options name, and options what the environment names."""
+@contextlib.contextmanager
+def papers(options: argparse.Namespace) -> Iterator[None]:
+    """Let `marble.transport.papers` find what the options name, and options what the environment names.
+
+    What the options name is in the process's environment for as long as the command runs, and no longer: who calls
+    `marble.cli.main` from a program of their own finds it as it was.
+    """
+    before: dict[str, str | None] = {}
     for _, destination, variable, _ in _PAPERS:
         given = getattr(options, destination, None)
         if isinstance(given, Path):
+            before[variable] = os.environ.get(variable)
             os.environ[variable] = str(given)
         elif given is None and hasattr(options, destination) and os.environ.get(variable):
             setattr(options, destination, Path(os.environ[variable]))
+    try:
+        yield
+    finally:
+        for variable, value in before.items():
+            if value is None:
+                os.environ.pop(variable, None)
+            else:
+                os.environ[variable] = value

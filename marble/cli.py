@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any, Final
 
 from marble.backup_commands import add_backup_commands
-from marble.certs import add_certs_commands, add_papers_options, apply_papers
+from marble.certs import add_certs_commands, add_papers_options, papers
 from marble.errors import InvariantError, MarbleError, UsageError
 from marble.status_commands import add_status_commands
 
@@ -53,10 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     parser = _parser()
     options = parser.parse_args(arguments)
-    apply_papers(options)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
-        return command(options)
+        with papers(options):
+            return command(options)
     except UsageError as error:
         _complain(error)
         return EXIT_USAGE

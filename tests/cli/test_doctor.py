@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
 import socket
 import ssl
 import threading
@@ -420,4 +421,5 @@ def test_what_clients_take_from_the_environment_is_taken(
 @pytest.mark.parametrize("arguments", [["h"], ["http://h:1"], ["h:1", "--timeout", "0"], [""], ["h:1", "--cert", "x"]])
 def test_a_wrong_call_is_status_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     assert main(["doctor", *arguments]) == 2
+    assert "MARBLE_CERT" not in os.environ, "what one command brought is not what the process brings from then on"
     assert capsys.readouterr().err.startswith("marble: ")
