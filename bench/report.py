@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import os
 import platform
 import tempfile
 import time
@@ -31,6 +32,13 @@ def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
+def settle() -> None:
+    """Let no store pay for what the one before it has left: dirty pages, deleted files, garbage."""
+    os.sync()
+    gc.collect()
+    gc.freeze()
+
+
 @contextlib.contextmanager
 def directories(base: Path | None) -> Iterator[Callable[[], Path]]:
     """Makes new directories, all of which go at the end."""
@@ -50,14 +58,16 @@ def writes(shape: Shape, base: Path | None, rounds: int) -> list[tuple[str, dict
     lines = []
     for write in WRITES:
         best: dict[str, float] = {}
-        for _ in range(rounds):
-            for form, (_, make) in [(f, each) for each in installed().items() for f in forms(each[0])]:
+        turns = [(form, make) for name, make in installed().items() for form in forms(name)]
+        for number in range(rounds):
+            # There and back, so that nobody always follows the one whose writes the disk is still busy with.
+            for form, make in turns if number % 2 == 0 else reversed(turns):
                 with directories(base) as directory:
                     store = make(directory(), shape, None)
                     if isinstance(store, Marble) and form is not None:
                         store = store.other(form)
                     try:
-                        gc.collect()
+                        settle()
                         took, rows = seconds(lambda store=store, write=write: write.run(store, shape))
                     finally:
                         store.close()
