@@ -299,7 +299,7 @@ class Driver:
         if self._applying is not None:
             return None
         first, end = self.raft.applied_index + 1, self._committed_end
-        snapshots, due = self.snapshots, Due()
+        snapshots = self.snapshots
         if snapshots is not None:
             if snapshots.installing:
                 # The log no longer has what would be applied before.
@@ -308,8 +308,9 @@ class Driver:
             self._applying = snapshots.take_rebuild(end)
             if self._applying is not None:
                 return self._applying
-            due, end = snapshots.due(), first if snapshots.stalled else end
+            end = first if snapshots.stalled else end
         if first < end or (snapshots is not None and snapshots.overdue):
+            due = Due() if snapshots is None else snapshots.due()
             nbytes = self.raft.log.bytes(first, end)
             self._applying = ApplyJob(self.group, self._log, self.machine, first, end, nbytes, due, bool(snapshots))
         return self._applying

@@ -341,10 +341,10 @@ class Engine:
                     busy = True
                 else:
                     self._applier.put(job)
-            for file_job in self._groups.take_snapshots():
-                self._filer.put(file_job)
-            for compact_job in self._groups.take_compactions():
-                self._compacter.put(compact_job)
+        for file_job in self._groups.take_snapshots():
+            self._filer.put(file_job)
+        for compact_job in self._groups.take_compactions():
+            self._compacter.put(compact_job)
         members_changed = False
         for driver in self._groups.end_turn():
             outcome = self._desks[driver.group].publish()

@@ -236,7 +236,10 @@ class Groups:
         self.use(job.group).compactor.finish_job(job)
 
     def _take(self, take: Callable[[Driver], J | None]) -> list[J]:
-        return [job for group in sorted(self._touched) if (job := take(self._drivers[group])) is not None]
+        drivers = self._drivers
+        # Of one group, as most nodes have it, there is no order.
+        touched = self._touched if len(self._touched) < 2 else sorted(self._touched)
+        return [job for group in touched if (job := take(drivers[group])) is not None]
 
     def end_turn(self) -> list[Driver]:
         """The drivers that were touched since the last call: their outcomes are worth a look."""

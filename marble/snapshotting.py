@@ -144,10 +144,9 @@ class Snapshots:
     @property
     def overdue(self) -> bool:
         """Whether a capture is due even if there is nothing to be applied."""
-        if self._write is not None or self.installing or self.stalled is not None:
+        if self._write is not None or self.installing or self.stalled is not None or not self._raft.members.voters:
             return False
-        due = self.due()
-        return self._raft.applied_index >= due.index or due.nbytes <= 0
+        return self._wanted or self._raft.applied_index >= self._next_index or self._bytes >= self._policy.log_bytes
 
     def due(self) -> Due:
         """When the next apply job is to capture the state: never while the last one is still being written.
@@ -165,9 +164,13 @@ class Snapshots:
             def full() -> bool:
                 return stored.memory_bytes >= policy.memory_bytes
 
+        return Due(self._next_index, policy.log_bytes - self._bytes, full)
+
+    @property
+    def _next_index(self) -> int:
         # At multiples, so that replicas agree on them whatever kept one of them from the last.
-        following = (self.index // policy.distance + 1) * policy.distance
-        return Due(max(following, self._not_before), policy.log_bytes - self._bytes, full)
+        distance = self._policy.distance
+        return max((self.index // distance + 1) * distance, self._not_before)
 
     def applied(self, job: ApplyJob, endpoints: Mapping[int, str]) -> None:
         """`job` has run, and the core knows. If it captured the state, that is to be written."""

@@ -111,6 +111,9 @@ def check_contiguous(batch: pa.RecordBatch) -> None:
 def changes(batch: pa.RecordBatch) -> tuple[int, ...]:
     """Indexes, ascending, of the entries of `batch` that change the membership (kind MEMBERSHIP)."""
 
+def heads(batch: pa.RecordBatch) -> list[tuple[int, int, int, int, int, int]]:
+    """``(index, kind, session, sequence, time_us, table)`` of each entry of `batch`."""
+
 def admit(batch: pa.RecordBatch, bytes_max: int, snapshot: bool = False) -> pa.RecordBatch:
     """Check everything about a batch that a peer has sent; return a copy of it in one 64-byte aligned allocation.
 

@@ -72,6 +72,11 @@ cdef extern from "entry_batch.hpp" namespace "marble" nogil:
         const uint32_t* group
         const uint64_t* index
         const uint64_t* term
+        const uint8_t* kind
+        const uint64_t* session
+        const uint64_t* sequence
+        const uint64_t* time_us
+        const uint32_t* table
     cbool IsEntry(uint8_t kind)
     cbool HasPayload(uint8_t kind)
     uint64_t EntryChecksum(uint8_t kind, uint32_t table, uint64_t session, uint64_t sequence, const uint8_t* payload, int64_t size)
@@ -298,6 +303,22 @@ def changes(batch):
     with nogil:
         FindChanges(entries, &found)
     return tuple(found)
+
+
+def heads(batch):
+    """What each row of `batch` says beside its payload, as tuples."""
+    cdef shared_ptr[CRecordBatch] value = batch_of(batch)
+    cdef Entries entries
+    cdef int64_t row = 0
+    raise_unless_ok(OpenEntries(value.get()[0], entry_schema.get()[0], &entries), UsageError)
+    found = []
+    while row < entries.rows:
+        found.append((
+            entries.index[row], entries.kind[row], entries.session[row], entries.sequence[row], entries.time_us[row],
+            entries.table[row],
+        ))
+        row += 1
+    return found
 
 
 def admit(batch, int64_t bytes_max, cbool snapshot=False):

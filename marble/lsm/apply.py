@@ -95,7 +95,7 @@ class _Step:
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.batch is None else int(self.batch.nbytes)
+        return 0 if self.batch is None else self.batch.get_total_buffer_size()
 
     def touch(self) -> None:
         """Read all files that `run` needs: a damaged one ends the entry before anything of it was done, so that it can be

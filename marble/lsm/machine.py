@@ -222,18 +222,16 @@ class TableMachine(Healing):
             return []
         check(not self._failed, "an earlier apply failed half way: this replica's tables cannot be trusted any more")
         self._failed = True
-        first = entries.column("index")[0].as_py()
-        last = entries.column("index")[entries.num_rows - 1].as_py()
+        heads = entry_batch.heads(entries)
+        first, last = heads[0][0], heads[-1][0]
         begun, self._begun = self._begun or (self.applied_index + 1, []), None
         check(
             first == begun[0] and last == first + entries.num_rows - 1,
             f"entries {first} to {last} ({entries.num_rows} rows) do not follow applied index {self.applied_index}",
         )
         entry_batch.verify(entries)
-        names = ("kind", "session", "sequence", "time_us", "table")
-        columns = zip(*(entries.column(name).to_pylist() for name in names), strict=True)
         results = begun[1]
-        for row, (kind, session, sequence, time_us, table) in enumerate(columns):
+        for row, (_, kind, session, sequence, time_us, table) in enumerate(heads):
             if row < len(results):
                 continue
             self._time_us = max(self._time_us, time_us)

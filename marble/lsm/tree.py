@@ -164,7 +164,7 @@ class Tree:
     def write(self, rows: pa.RecordBatch, index: int) -> int:
         """Insert or replace `rows`. Returns how many they are."""
         if self._stored:
-            self.memory_bytes += rows.nbytes
+            self.memory_bytes += rows.get_total_buffer_size()
         return self._memtable.upsert(rows, index)
 
     def delete(self, keys: pa.RecordBatch, index: int, time_us: int) -> int:
@@ -178,7 +178,7 @@ class Tree:
             distinct = Memtable(self.info.key_schema, self.info.key)
             distinct.upsert(keys.filter(found), index)
             gone = distinct.snapshot().row_count
-        self.memory_bytes += keys.nbytes
+        self.memory_bytes += keys.get_total_buffer_size()
         self._memtable.delete(keys, index)
         return int(gone)
 
@@ -198,7 +198,7 @@ class Tree:
 
     def bury(self, keys: pa.RecordBatch, index: int) -> None:
         """Delete by `keys`, of which none is in the memtable, without looking whether there are such rows."""
-        self.memory_bytes += keys.nbytes
+        self.memory_bytes += keys.get_total_buffer_size()
         self._memtable.delete(keys, index)
 
     def freeze(self) -> None:

@@ -351,7 +351,7 @@ class Raft(View):
         state = self._state
         return bool(
             state.outbox.waiting
-            or state.hard_state != state.announced
+            or state.hard_state is not state.announced
             or state.log.has_unannounced
             or state.log.has_committed
             or state.reads.answers
@@ -372,7 +372,8 @@ class Raft(View):
         unfinished = state.unfinished_write
         must_sync = state.must_sync
         number = state.last_write + 1 if must_sync else 0
-        hard_state = state.hard_state if state.hard_state != state.announced else None
+        current = state.hard_state
+        hard_state = current if current is not state.announced else None
         append = None
         snapshot = state.log.installing
         memberships = tuple(
@@ -387,7 +388,7 @@ class Raft(View):
         if number:
             state.announce(number)
             append = state.log.announce(number)
-        state.announced = state.hard_state
+        state.announced = current
         messages, messages_after_persist = state.outbox.take(number, unfinished)
         return Ready(
             number=number,

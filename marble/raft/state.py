@@ -120,12 +120,16 @@ class State:
 
     @property
     def hard_state(self) -> HardState:
-        """What this node must remember. Its commit index never passes what is durable.
+        """What this node must remember: `announced` itself while that says it. Its commit index never passes what is durable.
 
         Otherwise a write that is torn after the hard state could leave a commit index that covers entries which the
         lost part of that same write was to replace: a restart would take those for committed.
         """
-        return HardState(self.term, self.vote, min(self.log.commit_index, self.log.persisted_index))
+        commit = min(self.log.commit_index, self.log.persisted_index)
+        told = self.announced
+        if told.commit == commit and told.term == self.term and told.vote == self.vote:
+            return told
+        return HardState(self.term, self.vote, commit)
 
     @property
     def unfinished_write(self) -> int:

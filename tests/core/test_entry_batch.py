@@ -57,6 +57,7 @@ def test_build_agrees_with_twin(rows: list[reference.Row], group: int, first: in
     entry_batch.check_contiguous(batch)
     assert entry_batch.places_checksum(batch, 3) == reference.places_checksum(batch, 3)
     assert entry_batch.changes(batch) == reference.changes(batch)
+    assert entry_batch.heads(batch) == reference.heads(batch)
     for at, (row, made) in enumerate(zip(rows, proposals, strict=True)):
         assert entry_batch.payload(batch, at).to_pybytes() == row[4]
         assert made.checksum == reference.entry_checksum(row[0], row[2], row[3], row[1], row[4])
@@ -81,6 +82,7 @@ def test_slices_are_read_at_their_offset(rows: list[reference.Row], data: st.Dat
     assert entry_batch.payload(part, 0).to_pybytes() == rows[first][4]
     assert entry_batch.places_checksum(part) == reference.places_checksum(part)
     assert entry_batch.changes(part) == reference.changes(part)
+    assert entry_batch.heads(part) == reference.heads(part)
     assert entry_batch.concat([whole.slice(0, first), whole.slice(first)]).equals(whole)
 
 

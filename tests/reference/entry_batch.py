@@ -51,6 +51,11 @@ def changes(batch: pa.RecordBatch) -> tuple[int, ...]:
     return tuple(row["index"] for row in batch.to_pylist() if row["kind"] == 8)
 
 
+def heads(batch: pa.RecordBatch) -> list[tuple[int, ...]]:
+    names = ("index", "kind", "session", "sequence", "time_us", "table")
+    return [tuple(row[name] for name in names) for row in batch.to_pylist()]
+
+
 def snapshot_row(group: int, index: int, term: int, session: int, sequence: int, payload: bytes) -> pa.RecordBatch:
     return build(group, index, term, [(11, 0, session, sequence, payload)])
 
