@@ -7,7 +7,7 @@ of 64 bytes. An entry's checksum is XXH3-64 over ``struct "<BxxxIQQ"`` of (kind,
 
 Ownership: batches and buffers that are returned share or own their memory; a Proposal keeps its payload alive.
 Thread safety: everything here is immutable once made; all functions may run at once on the same arguments. The GIL is
-released wherever rows or payload bytes are walked.
+released wherever many rows or payload bytes are walked (``gil.hpp``).
 
 Invariants:
 1. A Proposal's checksum is computed once, from the buffer that it keeps, when it is made.
@@ -15,12 +15,15 @@ Invariants:
 3. Functions that read offsets of a batch trust them: a batch from outside has passed ``validate(full=True)`` before.
 """
 cimport cython
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from cpython.pystate cimport PyThreadState
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.memory cimport shared_ptr
 from libcpp.string cimport string
 from libcpp.utility cimport move
 from libcpp.vector cimport vector
+
+from marble._core.gil cimport release_gil, take_gil
 
 from marble._core.term_index import EntrySpan
 from marble.errors import CorruptionError, InvariantError, ProtocolError, UsageError
@@ -77,6 +80,7 @@ cdef extern from "entry_batch.hpp" namespace "marble" nogil:
         const uint64_t* sequence
         const uint64_t* time_us
         const uint32_t* table
+        const int32_t* offsets
     cbool IsEntry(uint8_t kind)
     cbool HasPayload(uint8_t kind)
     uint64_t EntryChecksum(uint8_t kind, uint32_t table, uint64_t session, uint64_t sequence, const uint8_t* payload, int64_t size)
@@ -95,6 +99,10 @@ cdef extern from "entry_batch.hpp" namespace "marble" nogil:
                                            cbool snapshot)
     void FindChanges(const Entries& entries, vector[uint64_t]* out) except +
     uint64_t PlacesChecksum(const Entries& entries, uint64_t seed)
+
+
+cdef extern from "arrow/util/byte_size.h" namespace "arrow::util" nogil:
+    int64_t TotalBufferSize(const CRecordBatch& batch)
 
 
 import_pyarrow()
@@ -159,8 +167,9 @@ cdef class Proposal:
             raise UsageError(f"an entry of kind {EntryKind(number).name} {'without' if payload is None else 'with'} payload")
         if number == CLOSE_SESSION and session == 0:
             raise UsageError("an entry that closes a session must name it")
-        with nogil:
-            Seal(&self.value)
+        cdef PyThreadState* released = release_gil(self.value.size())
+        Seal(&self.value)
+        take_gil(released)
 
     @property
     def kind(self):
@@ -202,8 +211,9 @@ def entry_checksum(kind, uint64_t session, uint64_t sequence, uint32_t table, pa
         data = buffer_of(payload)
         start = data.get().data()
         size = data.get().size()
-    with nogil:
-        digest = EntryChecksum(number, table, session, sequence, start, size)
+    cdef PyThreadState* released = release_gil(size)
+    digest = EntryChecksum(number, table, session, sequence, start, size)
+    take_gil(released)
     return digest
 
 
@@ -211,8 +221,9 @@ def encode_payload(batch):
     """One IPC message with the rows of `batch`, zero-filled to a whole number of 64 bytes."""
     cdef shared_ptr[CRecordBatch] value = batch_of(batch)
     cdef CResult[shared_ptr[CBuffer]] result
-    with nogil:
-        result = move(EncodePayload(value.get()[0]))
+    cdef PyThreadState* released = release_gil(TotalBufferSize(value.get()[0]))
+    result = move(EncodePayload(value.get()[0]))
+    take_gil(released)
     raise_unless_ok(result.status(), UsageError)
     return wrap_buffer(result.ValueOrDie())
 
@@ -225,8 +236,9 @@ def decode_payload(buffer, schema):
         raise UsageError(f"expected a pyarrow.Schema, got {type(schema).__name__}")
     cdef shared_ptr[CSchema] expected = unwrapped.ValueOrDie()
     cdef CResult[shared_ptr[CRecordBatch]] result
-    with nogil:
-        result = move(DecodePayload(data, expected))
+    cdef PyThreadState* released = release_gil(data.get().size())
+    result = move(DecodePayload(data, expected))
+    take_gil(released)
     raise_unless_ok(result.status(), ProtocolError)
     return wrap_batch(result.ValueOrDie())
 
@@ -238,15 +250,18 @@ def build(uint32_t group, uint64_t first_index, uint64_t term, proposals, uint64
     cdef Proposal proposal
     # Holds every Proposal for the time that the GIL is released, whatever happens to the caller's list meanwhile.
     cdef tuple held = tuple(proposals)
+    cdef int64_t nbytes = 0
     for item in held:
         proposal = <Proposal?>item
         values.push_back(&proposal.value)
+        nbytes += proposal.value.size()
     if not 1 <= first_index <= _INDEX_MAX - len(held) or not 1 <= term <= _INDEX_MAX:
         raise InvariantError(f"{len(held)} entries at index {first_index}, term {term}")
     if time_us > _INDEX_MAX:
         raise InvariantError(f"entries taken in at {time_us} us")
-    with nogil:
-        result = move(BuildEntries(entry_schema, group, first_index, term, time_us, values))
+    cdef PyThreadState* released = release_gil(nbytes)
+    result = move(BuildEntries(entry_schema, group, first_index, term, time_us, values))
+    take_gil(released)
     raise_unless_ok(result.status(), UsageError)
     return wrap_batch(result.ValueOrDie())
 
@@ -271,14 +286,24 @@ def snapshot_row(uint32_t group, uint64_t index, uint64_t term, uint64_t session
     return wrap_batch(result.ValueOrDie())
 
 
+# Of so few rows the numbers are looked through with the GIL held.
+cdef int64_t SHORT_ROWS = 1024
+
+
+cdef int64_t nbytes_of(const Entries& entries) noexcept nogil:
+    """What the payloads have."""
+    return 0 if entries.rows == 0 else entries.offsets[entries.rows] - entries.offsets[0]
+
+
 def verify(batch):
     """Recompute the checksum of every entry of `batch`."""
     cdef shared_ptr[CRecordBatch] value = batch_of(batch)
     cdef Entries entries
     cdef int64_t row = -1
     raise_unless_ok(OpenEntries(value.get()[0], entry_schema.get()[0], &entries), CorruptionError)
-    with nogil:
-        row = FirstDamaged(entries)
+    cdef PyThreadState* released = release_gil(nbytes_of(entries))
+    row = FirstDamaged(entries)
+    take_gil(released)
     if row >= 0:
         raise CorruptionError(
             f"entry {entries.index[row]} of term {entries.term[row]}, group {entries.group[row]} "
@@ -300,8 +325,11 @@ def changes(batch):
     cdef Entries entries
     cdef vector[uint64_t] found
     raise_unless_ok(OpenEntries(value.get()[0], entry_schema.get()[0], &entries), UsageError)
-    with nogil:
+    if entries.rows < SHORT_ROWS:
         FindChanges(entries, &found)
+    else:
+        with nogil:
+            FindChanges(entries, &found)
     return tuple(found)
 
 
@@ -325,8 +353,9 @@ def admit(batch, int64_t bytes_max, cbool snapshot=False):
     """Check everything about a batch that a peer has sent, and return an aligned copy that no one else holds."""
     cdef shared_ptr[CRecordBatch] value = batch_of(batch)
     cdef CResult[shared_ptr[CRecordBatch]] result
-    with nogil:
-        result = move(Admit(value.get()[0], entry_schema, bytes_max, snapshot))
+    cdef PyThreadState* released = release_gil(TotalBufferSize(value.get()[0]))
+    result = move(Admit(value.get()[0], entry_schema, bytes_max, snapshot))
+    take_gil(released)
     raise_unless_ok(result.status(), ProtocolError)
     return wrap_batch(result.ValueOrDie())
 

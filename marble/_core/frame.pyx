@@ -25,12 +25,15 @@ cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.object cimport PyObject
+from cpython.pystate cimport PyThreadState
 from cpython.ref cimport Py_XDECREF
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.memory cimport shared_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
+
+from marble._core.gil cimport release_gil, take_gil
 
 from marble.errors import CorruptionError, InvariantError
 
@@ -103,6 +106,10 @@ cdef extern from "frame.hpp" namespace "marble" nogil:
     const char* CheckEntries(const EntryColumns& columns, uint32_t group, int64_t row, int64_t end) noexcept
 
 
+cdef extern from "arrow/util/byte_size.h" namespace "arrow::util" nogil:
+    int64_t TotalBufferSize(const CRecordBatch& batch)
+
+
 import_pyarrow()
 
 ALIGNMENT = kAlignment
@@ -166,6 +173,7 @@ def encode(list hard_states, list ranges, uint64_t segment, uint64_t position, u
     cdef shared_ptr[CBuffer] out
     cdef shared_ptr[CRecordBatch] out_batch
     cdef CStatus status
+    cdef int64_t nbytes = 0
     for group, term, vote, commit in hard_states:
         state.group, state.kind, state.index, state.term = group, kHardState, commit, term
         state.session, state.sequence = vote, 0
@@ -180,9 +188,11 @@ def encode(list hard_states, list ranges, uint64_t segment, uint64_t position, u
         if not 0 <= part.row < part.end <= part.batch.get().num_rows():
             raise InvariantError(f"rows {row} to {end} of a batch of {batch.num_rows}")
         rows.push_back(part)
+        nbytes += TotalBufferSize(part.batch.get()[0])
     seal.segment, seal.position, seal.synced, seal.chain = segment, position, synced, chain
-    with nogil:
-        status = EncodeFrame(states, rows, &seal, &out, &out_batch)
+    cdef PyThreadState* released = release_gil(nbytes)
+    status = EncodeFrame(states, rows, &seal, &out, &out_batch)
+    take_gil(released)
     raise_status(status)
     return adopt(wrap_buffer(out)), adopt(wrap_batch(out_batch)), seal.checksum
 
@@ -237,8 +247,9 @@ def decode(data, int64_t offset, Seal seal not None):
 
 cdef int open_columns(const shared_ptr[CRecordBatch]& batch, EntryColumns* columns) except -1:
     cdef const char* problem
-    with nogil:
-        problem = columns.Open(batch.get()[0])
+    cdef PyThreadState* released = release_gil(batch.get().num_rows() * 4)
+    problem = columns.Open(batch.get()[0])
+    take_gil(released)
     if problem != NULL:
         raise InvariantError(f"not a batch of entries: {problem.decode()}")
     return 0
@@ -251,15 +262,15 @@ def check_entries(batch, uint32_t group):
     open_columns(rows, &columns)
     if columns.rows == 0:
         raise InvariantError("no entries")
-    with nogil:
-        problem = CheckEntries(columns, group, 0, columns.rows)
+    cdef int64_t largest = 0, i
+    cdef PyThreadState* released = release_gil(columns.rows * 32)
+    problem = CheckEntries(columns, group, 0, columns.rows)
+    for i in range(columns.rows):
+        largest = max(largest, <int64_t>(columns.offsets[i + 1] - columns.offsets[i]))
+    take_gil(released)
     if problem != NULL:
         raise InvariantError(f"entries of group {group}: {problem.decode()}")
     cdef int64_t last = columns.rows - 1
-    cdef int64_t largest = 0, i
-    with nogil:
-        for i in range(columns.rows):
-            largest = max(largest, <int64_t>(columns.offsets[i + 1] - columns.offsets[i]))
     return columns.index[0], columns.term[0], columns.term[last], <int64_t>(columns.offsets[last + 1] - columns.offsets[0]), largest
 
 

@@ -18,9 +18,12 @@ Invariants:
 """
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer, Py_buffer
-from libc.stdint cimport uint64_t
+from cpython.pystate cimport PyThreadState
+from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy
 from libcpp.vector cimport vector
+
+from marble._core.gil cimport release_gil, take_gil
 
 from marble.errors import ProtocolError
 
@@ -50,6 +53,14 @@ cdef Fault check_entries(const vector[uint64_t]& terms, const vector[uint64_t]& 
             return FAULT_SIZES
         total += sizes[k]
     return FAULT_NONE
+
+
+cdef uint64_t sum_of(const vector[uint64_t]& values) noexcept nogil:
+    cdef uint64_t total = 0
+    cdef size_t k
+    for k in range(values.size()):
+        total += values[k]
+    return total
 
 
 cdef size_t count_up_to(const vector[uint64_t]& values, size_t low, size_t high, uint64_t value) noexcept nogil:
@@ -107,8 +118,9 @@ cdef class EntrySpan:
             raise ProtocolError(f"{count} terms but {self._sizes.size()} sizes")
         if not 1 <= first <= INDEX_MAX or count > INDEX_MAX - <uint64_t>first + 1:
             raise ProtocolError(f"{count} entries from index {first} do not lie within 1 to {INDEX_MAX}")
-        with nogil:
-            fault = check_entries(self._terms, self._sizes)
+        cdef PyThreadState* released = release_gil(<int64_t>count * sizeof(uint64_t))
+        fault = check_entries(self._terms, self._sizes)
+        take_gil(released)
         if fault == FAULT_TERM_RANGE:
             raise ProtocolError(f"the term of an entry is not within 1 to {INDEX_MAX}")
         if fault == FAULT_TERM_FALLS:
@@ -140,11 +152,9 @@ cdef class EntrySpan:
 
     @property
     def bytes(self):
-        cdef uint64_t total = 0
-        cdef size_t k
-        with nogil:
-            for k in range(self._sizes.size()):
-                total += self._sizes[k]
+        cdef PyThreadState* released = release_gil(<int64_t>self._sizes.size() * sizeof(uint64_t))
+        cdef uint64_t total = sum_of(self._sizes)
+        take_gil(released)
         return total
 
     cdef size_t _offset(self, index) except? 0:
@@ -321,14 +331,15 @@ cdef class TermIndex:
         total = self._sum_before(end)
         if span.bytes > SIZE_MAX_TOTAL - total:
             raise ProtocolError("the sizes of all entries add up to more than 64 bits")
-        with nogil:
-            for k in range(span._terms.size()):
-                if span._terms[k] != last_term:
-                    last_term = span._terms[k]
-                    self._run_firsts.push_back(end + k)
-                    self._run_terms.push_back(last_term)
-                total += span._sizes[k]
-                self._sums.push_back(total)
+        cdef PyThreadState* released = release_gil(<int64_t>span._terms.size() * sizeof(uint64_t))
+        for k in range(span._terms.size()):
+            if span._terms[k] != last_term:
+                last_term = span._terms[k]
+                self._run_firsts.push_back(end + k)
+                self._run_terms.push_back(last_term)
+            total += span._sizes[k]
+            self._sums.push_back(total)
+        take_gil(released)
 
     def first_conflict(self, EntrySpan span not None):
         cdef uint64_t conflict
@@ -339,10 +350,9 @@ cdef class TermIndex:
         start = 0 if span._first >= self._first else <size_t>(self._first - span._first)
         if start >= span._terms.size():
             return span._first + span._terms.size()
-        with nogil:
-            conflict = common_prefix(
-                span._terms, start, span._first, self._end() - 1, self._run_firsts, self._run_terms
-            )
+        cdef PyThreadState* released = release_gil(<int64_t>span._terms.size() * sizeof(uint64_t))
+        conflict = common_prefix(span._terms, start, span._first, self._end() - 1, self._run_firsts, self._run_terms)
+        take_gil(released)
         return conflict
 
     def truncate(self, first):
@@ -417,16 +427,17 @@ cdef class TermIndex:
             return span
         index = first
         previous = self._sum_before(index)
-        with nogil:
-            span._terms.reserve(count)
-            span._sizes.reserve(count)
-            run = count_up_to(self._run_firsts, 0, self._run_firsts.size(), index) - 1
-            for k in range(count):
-                if run + 1 < self._run_firsts.size() and self._run_firsts[run + 1] == index + k:
-                    run += 1
-                span._terms.push_back(self._run_terms[run])
-                span._sizes.push_back(self._sums[self._head + (index - self._first) + k] - previous)
-                previous = self._sums[self._head + (index - self._first) + k]
+        cdef PyThreadState* released = release_gil(<int64_t>count * sizeof(uint64_t))
+        span._terms.reserve(count)
+        span._sizes.reserve(count)
+        run = count_up_to(self._run_firsts, 0, self._run_firsts.size(), index) - 1
+        for k in range(count):
+            if run + 1 < self._run_firsts.size() and self._run_firsts[run + 1] == index + k:
+                run += 1
+            span._terms.push_back(self._run_terms[run])
+            span._sizes.push_back(self._sums[self._head + (index - self._first) + k] - previous)
+            previous = self._sums[self._head + (index - self._first) + k]
+        take_gil(released)
         return span
 
     def __repr__(self):
