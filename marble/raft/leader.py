@@ -284,9 +284,8 @@ def _send_append(state: State, peer: int, if_empty: bool = True) -> bool:
     first = progress.next_index
     if first < state.log.first_index:
         return _send_snapshot(state, peer, progress)
-    entries = state.log.span(first, first)
-    if progress.state is not ProgressState.REPLICATE or not progress.inflights.full:
-        entries = state.log.span(first, state.log.clip(first, state.config.append_bytes_max))
+    waits = progress.state is ProgressState.REPLICATE and progress.inflights.full
+    entries = state.log.span(first, first if waits else state.log.clip(first, state.config.append_bytes_max))
     if not entries and not if_empty:
         return False
     state.send(
