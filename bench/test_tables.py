@@ -12,7 +12,8 @@ from marble._core.entry_batch import Proposal
 from marble._core.memtable import Memtable
 from marble.lsm import payload
 from marble.lsm.machine import TableMachine
-from marble.schema import TableInfo, check_table, conform
+from marble.rows import conform
+from marble.schema import TableInfo, check_table
 from marble.types import EntryKind
 
 SCHEMA = pa.schema([("id", pa.int64()), ("a", pa.float64()), ("b", pa.string())])

@@ -13,7 +13,7 @@ The floors; imports only run downwards, and modules of one floor never import ea
 4   checkpoint driver compacting fetching groups identity jobs options promises rebuilding recovery snapshotting transfer  turns; snapshots
 3   transport                                                                                                              over Flight
 2   raft | logstore | lsm | database | members                                                                             log; tables
-1   _core                                                                                                                  kernels, Cython
+1   _core rows                                                                                                             kernels, Cython
 0   types errors table_options schema requests filters env metrics sampling machine config sessions writing logs           words and seams
 ==  =====================================================================================================================  ================
 

@@ -325,7 +325,8 @@ class Actions:
         )
 
     def _commit(self, kind: EntryKind, body: pa.Buffer | None, stamp: wire.Stamp | None = None) -> Committed:
-        return self._wait(self._backend.propose(kind, 0, body, stamp=stamp), self._timeout_s, OutcomeUnknownError)
+        future: Future[Committed] = self._backend.propose(kind, 0, body, stamp=stamp)
+        return self._wait(future, self._timeout_s, OutcomeUnknownError)
 
     def _at_leader(
         self, context: Any, name: str, body: bytes | pa.Buffer, do: Callable[[], bytes], *, repeatable: bool

@@ -28,9 +28,10 @@ from marble.lsm.machine import TableMachine
 from marble.lsm.view import TableView
 from marble.node import GROUP, Node
 from marble.options import NodeOptions
-from marble.promises import Committed, Lane, promise
+from marble.promises import Committed, IndexFuture, Lane, promise
 from marble.requests import ScanRequest, TableChange
-from marble.schema import TableInfo, conform, conform_keys
+from marble.rows import conform, conform_keys
+from marble.schema import TableInfo
 from marble.table_options import TableOptions, fill
 from marble.transport.wire import Stamp
 from marble.types import EntryKind
@@ -65,10 +66,6 @@ def then(
 
     future.add_done_callback(done)
     return answer
-
-
-def _index(committed: Committed) -> int:
-    return committed.index
 
 
 def scan_view(view: TableView, request: ScanRequest) -> pa.RecordBatchReader:
@@ -124,12 +121,13 @@ class LocalBackend:
         lane: Lane | None = None,
         *,
         local: bool = False,
-    ) -> Future[Committed]:
-        """Offer one entry of `kind` for the log; see `Node.propose` for `term` and `lane`. `stamp`: the client's, if any."""
+        future: Future[Any] | None = None,
+    ) -> Future[Any]:
+        """Offer one entry of `kind` for the log; see `Node.propose` for the rest. `stamp`: the client's, if any."""
         self._check_open()
         session, sequence = (0, 0) if stamp is None else (stamp.session, stamp.sequence)
         proposal = Proposal(kind, table_id, body, session, sequence)
-        return self.node.propose(proposal, term, LOCAL_GROUP if local else GROUP, lane)
+        return self.node.propose(proposal, term, LOCAL_GROUP if local else GROUP, lane, future)
 
     def write_entry(
         self,
@@ -164,10 +162,10 @@ class LocalBackend:
 
     def change(self, changes: Sequence[TableChange]) -> Future[int]:
         kind, table, body = payload.encode_changes(changes)
-        return then(self.propose(kind, table, body, local=changes[0].table.local), _index)
+        return self.propose(kind, table, body, local=changes[0].table.local, future=IndexFuture())
 
     def _changed(self, kind: EntryKind, table: TableInfo, body: pa.Buffer) -> Future[int]:
-        return then(self.propose(kind, table.id, body, local=table.local), _index)
+        return self.propose(kind, table.id, body, local=table.local, future=IndexFuture())
 
     def create_table(
         self, name: str, schema: pa.Schema, key: Sequence[str], options: TableOptions, local: bool

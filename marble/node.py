@@ -229,19 +229,24 @@ class Node:
         return self._engine.is_elsewhere
 
     def propose(
-        self, proposal: Proposal, term: int | None = None, group: int = GROUP, lane: Lane | None = None
-    ) -> Future[Committed]:
+        self,
+        proposal: Proposal,
+        term: int | None = None,
+        group: int = GROUP,
+        lane: Lane | None = None,
+        future: Future[Any] | None = None,
+    ) -> Future[Any]:
         """Offer `proposal` for the log; if `term` is given, only under this node's leadership of that term.
 
         What is offered under one term takes effect in the order in which it was offered, without gaps: after one that was
         refused because the leadership is over, none of it can be accepted any more. What is offered in one `lane` has no
-        gaps for any other reason either (a full log). The future ends with `Committed`, or
+        gaps for any other reason either (a full log). The future, that which is given or a new one, ends with `Committed`, or
         with NotLeaderError or UnavailableError (nothing was replicated), OutcomeUnknownError, or the error that
         applying it gave on every replica.
         """
         self._desk(group)
         check_proposal(proposal, self.options.entry_bytes_max)
-        future: Future[Committed] = promise()
+        future = promise(future)
         self._engine.offer(group, Offer(proposal, future, term, lane, self._clock.monotonic()))
         return future
 

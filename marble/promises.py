@@ -93,9 +93,16 @@ class _Read:
     ticks: int = 0
 
 
-def promise() -> Future[Any]:
-    """A future that a caller cannot cancel: what was proposed cannot be called back."""
-    future: Future[Any] = Future()
+class IndexFuture(Future[Any]):
+    """What is told where an entry was committed, and gives out the index alone."""
+
+    def set_result(self, result: Committed) -> None:
+        super().set_result(result.index)
+
+
+def promise(future: Future[Any] | None = None) -> Future[Any]:
+    """A future, a new one unless it is given, that a caller cannot cancel: what was proposed cannot be called back."""
+    future = Future() if future is None else future
     future.set_running_or_notify_cancel()
     return future
 

@@ -77,9 +77,6 @@ _LEAVES: Final[tuple[Callable[[pa.DataType], bool], ...]] = (
     pt.is_fixed_size_binary,
 )
 
-_STRINGS: Final = (pa.string(), pa.large_string(), pa.string_view())
-_BINARIES: Final = (pa.binary(), pa.large_binary(), pa.binary_view())
-
 _KEYS: Final[tuple[Callable[[pa.DataType], bool], ...]] = (
     pt.is_boolean,
     pt.is_integer,
@@ -157,7 +154,7 @@ def check_table_name(name: str) -> str:
     """Return `name` if a table may be called so, else raise UsageError."""
     if not isinstance(name, str) or _TABLE_NAME.fullmatch(name) is None or ".." in name:
         raise UsageError(
-            f"{_shown(name)} cannot be the name of a table: use a letter or underscore, then up to "
+            f"{shown(name)} cannot be the name of a table: use a letter or underscore, then up to "
             f"{TABLE_NAME_BYTES_MAX - 1} letters, digits, '_', '-' or single dots"
         )
     return name
@@ -202,15 +199,15 @@ def check_table(name: str, schema: pa.Schema, key: Sequence[str]) -> tuple[pa.Sc
 
 def _check_key(name: str, schema: pa.Schema, key: Sequence[str]) -> tuple[str, ...]:
     if isinstance(key, str) or not isinstance(key, Sequence) or not all(isinstance(column, str) for column in key):
-        raise UsageError(f"table {name!r}: the key must be a list of column names such as ['id'], got {_shown(key)}")
+        raise UsageError(f"table {name!r}: the key must be a list of column names such as ['id'], got {shown(key)}")
     if not key:
         raise UsageError(f"table {name!r}: name at least one key column, e.g. key=[{schema.names[0]!r}]")
     if len(set(key)) < len(key):
-        raise UsageError(f"table {name!r}: a column stands twice in the key {_shown(list(key))}")
+        raise UsageError(f"table {name!r}: a column stands twice in the key {shown(list(key))}")
     for column in key:
         if column not in schema.names:
             raise UsageError(
-                f"table {name!r}: key column {_shown(column)} is not in the schema{nearest(column, schema.names)}"
+                f"table {name!r}: key column {shown(column)} is not in the schema{nearest(column, schema.names)}"
             )
         type_ = schema.field(column).type
         if not any(accepts(type_) for accepts in _KEYS):
@@ -226,7 +223,7 @@ def _check_names(names: Sequence[str], where: str) -> None:
     for name in names:
         if not name or _REFUSED.search(name) or len(name.encode()) > COLUMN_NAME_BYTES_MAX:
             raise UsageError(
-                f"{where}: {_shown(name)} cannot be the name of a column: use 1 to {COLUMN_NAME_BYTES_MAX} "
+                f"{where}: {shown(name)} cannot be the name of a column: use 1 to {COLUMN_NAME_BYTES_MAX} "
                 "bytes of UTF-8 without control characters, not beginning with '_marble_'"
             )
         if name in seen:
@@ -316,102 +313,6 @@ def to_batches(data: object) -> Iterator[pa.RecordBatch]:
         raise UsageError(f"the {type(data).__name__} did not give a stream of rows: {error}") from error
 
 
-def conform(batch: pa.RecordBatch, table: TableInfo) -> pa.RecordBatch:
-    """`batch` as rows of `table`: every check that apply makes, made where the caller can still mend the call.
-
-    Columns may come in any order and are put into the table's. Values are never changed; only representations of the
-    same values (``string``, ``large_string`` and ``string_view``; likewise binary and lists) are cast to the table's.
-
-    Returns
-    -------
-    pyarrow.RecordBatch
-        With exactly the table's schema. Shares the buffers of `batch` where no cast was needed.
-
-    Raises
-    ------
-    UsageError
-        Naming the table and column, what was expected, what came, and what to do.
-    """
-    conformed = _conform(batch, table, table.schema, "row")
-    check_rows(conformed, table)
-    return conformed
-
-
-def conform_keys(batch: pa.RecordBatch, table: TableInfo) -> pa.RecordBatch:
-    """`batch` as keys of `table`: exactly its key columns, in key order. Otherwise like `conform`."""
-    conformed = _conform(batch, table, table.key_schema, "key")
-    check_keys(conformed, table)
-    return conformed
-
-
-def _conform(batch: pa.RecordBatch, table: TableInfo, schema: pa.Schema, noun: str) -> pa.RecordBatch:
-    where = f"table {table.name!r}"
-    if batch.num_rows == 0:
-        raise UsageError(f"{where}: the batch is empty: give at least one {noun}")
-    try:
-        batch.validate(full=True)
-    except pa.ArrowInvalid as error:
-        raise UsageError(f"{where}: the batch is not valid Arrow data: {error}") from error
-    if batch.schema.equals(schema, check_metadata=True):
-        return batch
-    _check_same_names(batch.schema.names, schema.names, where, noun)
-    columns = [_conform_column(batch.column(field.name), field, where) for field in schema]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
-
-
-def _check_same_names(names: Sequence[str], wanted: Sequence[str], where: str, noun: str) -> None:
-    known, seen = set(wanted), set()
-    for name in names:
-        if name in seen:
-            raise UsageError(f"{where}: column {_shown(name)} stands twice in the batch: keep one")
-        seen.add(name)
-        if name not in known:
-            owner = "the table" if noun == "row" else "the key"
-            raise UsageError(f"{where}: column {_shown(name)} is not in {owner}: drop it{nearest(name, wanted)}")
-    for name in wanted:
-        if name not in seen:
-            raise UsageError(f"{where}: column {name!r} is missing: each {noun} needs all of {list(wanted)}")
-
-
-def _conform_column(column: pa.Array, field: pa.Field, where: str) -> pa.Array:
-    if column.type == field.type:
-        return column
-    if not _represents_same(column.type, field.type):
-        raise UsageError(
-            f"{where}: column {field.name!r} must be {field.type}, got {column.type}: "
-            f"cast it, e.g. with pyarrow.compute.cast(column, {str(field.type)!r})"
-        )
-    try:
-        return column.cast(field.type)
-    except pa.ArrowException as error:
-        raise UsageError(f"{where}: column {field.name!r} cannot be cast to {field.type}: {error}") from error
-
-
-def _represents_same(type_: pa.DataType, wanted: pa.DataType) -> bool:
-    """Whether the two types hold the same values, so that a cast between them changes nothing."""
-    if type_ == wanted:
-        return True
-    for family in (_STRINGS, _BINARIES):
-        if type_ in family and wanted in family:
-            return True
-    if _is_plain_list(type_) and _is_plain_list(wanted):
-        return bool(
-            type_.value_field.nullable == wanted.value_field.nullable
-            and _represents_same(type_.value_type, wanted.value_type)
-        )
-    if pt.is_struct(type_) and pt.is_struct(wanted) and type_.num_fields == wanted.num_fields:
-        pairs = [(type_.field(i), wanted.field(i)) for i in range(type_.num_fields)]
-        return all(
-            one.name == other.name and one.nullable == other.nullable and _represents_same(one.type, other.type)
-            for one, other in pairs
-        )
-    return False
-
-
-def _is_plain_list(type_: pa.DataType) -> bool:
-    return bool(pt.is_list(type_) or pt.is_large_list(type_) or pt.is_list_view(type_) or pt.is_large_list_view(type_))
-
-
 def check_rows(batch: pa.RecordBatch, table: TableInfo) -> None:
     """Check what the schema alone cannot say of rows of `table`: nulls, and numbers that have no order.
 
@@ -493,7 +394,7 @@ def _span(maps: pa.MapArray) -> tuple[int, int]:
     return first, maps.offsets[len(maps)].as_py() - first
 
 
-def _shown(name: object) -> str:
+def shown(name: object) -> str:
     """`name` for a message: escaped and cut, since it may be anything."""
     text = ascii(name)
     return text if len(text) <= 80 else text[:77] + "..."

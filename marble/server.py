@@ -37,6 +37,7 @@ from marble.metrics import Metrics
 from marble.node import GROUP, Node
 from marble.operating import Operated, wait_for
 from marble.options import NodeOptions, options_of
+from marble.promises import IndexFuture
 from marble.service import TablesService
 from marble.transport.arrow_flight import ArrowFlightTransport, create_arrow_flight_transport
 from marble.transport.flight import FlightTransport
@@ -394,7 +395,7 @@ class RaftServer(Operated, Watched):
             if not isinstance(operation, bytes | bytearray | memoryview | pa.Buffer):
                 raise UsageError(f"an operation must be bytes or a Proposal, not a {type(operation).__name__}")
             operation = Proposal(EntryKind.COMMAND, 0, payload.encode_command(bytes(operation)))
-        return wait_for(node.propose(operation), timeout_s, "the operation").index
+        return int(wait_for(node.propose(operation, future=IndexFuture()), timeout_s, "the operation"))
 
     @property
     def database(self) -> Database:

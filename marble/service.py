@@ -46,7 +46,8 @@ from marble.errors import (
 from marble.local import ANSWER_MARGIN_S, LocalBackend, scan_view, then
 from marble.lsm.view import TableView
 from marble.promises import Committed, Lane
-from marble.schema import TableInfo, check_table_name, conform_keys
+from marble.rows import conform_keys
+from marble.schema import TableInfo, check_table_name
 from marble.stopwatch import Calls
 from marble.transport import wire
 from marble.transport.admission import authority, demand, may

@@ -11,14 +11,8 @@ import pyarrow as pa
 import pytest
 
 from marble.errors import UsageError
-from marble.schema import (
-    TableInfo,
-    check_rows,
-    check_table,
-    conform,
-    conform_keys,
-    to_batches,
-)
+from marble.rows import conform, conform_keys
+from marble.schema import TableInfo, check_rows, check_table, to_batches
 
 SCHEMA = pa.schema([("id", pa.int64()), ("name", pa.string()), ("score", pa.float64())])
 

@@ -29,7 +29,7 @@ FLOORS = [
         "writing",
         "logs",
     ),
-    ("_core",),
+    ("_core", "rows"),
     ("raft", "logstore", "lsm", "database", "members"),
     ("transport",),
     (
@@ -64,6 +64,7 @@ STEPS = {
     "sampling": {"errors", "metrics"},
     "sessions": {"types", "errors", "machine"},
     "writing": {"env"},
+    "rows": {"_core"},
     "checkpoint": {"identity"},
     "fetching": {"jobs"},
     "transfer": {"fetching", "jobs", "rebuilding"},

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from marble.errors import UsageError
-from marble.schema import TableInfo, conform, conform_keys, to_batches
+from marble.rows import conform, conform_keys
+from marble.schema import TableInfo, to_batches
 from marble.table_options import fill
 
 _PLAIN: Final = ({int}, {str}, {bytes})

@@ -71,7 +71,7 @@ class Table:
         Raises
         ------
         UsageError
-            If a batch does not fit the table (see `marble.schema.conform`), is larger than ``max_entry_size``, or
+            If a batch does not fit the table (see `marble.rows.conform`), is larger than ``max_entry_size``, or
             `data` has no rows.
         UnavailableError
             Nothing of the batch that a note on the error names was replicated: retry later, from that batch on.

@@ -50,7 +50,7 @@ class TableView:
         Parameters
         ----------
         keys
-            Of the table's key schema, as `marble.schema.conform_keys` returns them. May be empty.
+            Of the table's key schema, as `marble.rows.conform_keys` returns them. May be empty.
 
         Returns
         -------

@@ -14,7 +14,8 @@ from marble.errors import CorruptionError, ProtocolError, UsageError
 from marble.lsm import payload
 from marble.lsm.machine import TableMachine
 from marble.members import decode_members, encode_members
-from marble.schema import TableInfo, conform, conform_keys
+from marble.rows import conform, conform_keys
+from marble.schema import TableInfo
 from marble.table_options import fill
 from marble.transport import wire
 from marble.types import EntryKind
