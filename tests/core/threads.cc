@@ -1,7 +1,7 @@
 // Readers beside a writer, for ThreadSanitizer: no part of marble, and not built with it. docs/testing.md says how to run it.
 //
 // One thread writes a memtable. Others take its states, and read them merged with two files whose decoded blocks go through one cache
-// that is too small for them: scans that end and scans that are given up, look-ups, counts. What is read must be what was written:
+// that is too small for them: scans that end and scans that are given up, look-ups of many keys and of one, counts. What is read must be what was written:
 // every key is there in every state, and its value is that of the state's index or an older one.
 
 #include <arrow/api.h>
@@ -92,6 +92,17 @@ void ReadOnce(const MemtableCore& table, const LsmReader& files, unsigned seed) 
   std::shared_ptr<arrow::Array> found;
   Check(reader->GetMany(**wanted, {0, 1}, &rows, &found));
   Check(static_cast<const arrow::BooleanArray&>(*found).true_count() == rows->num_rows(), "a look-up missed keys");
+  for (int64_t key = seed % 11; key < kKeys; key += 97) {
+    std::string encoded(8, '\0');  // As the key codec writes an int64: its sign turned, the highest byte first.
+    for (int byte = 0; byte < 8; ++byte) {
+      encoded[byte] = static_cast<char>((static_cast<uint64_t>(key) ^ (uint64_t{1} << 63)) >> (56 - 8 * byte));
+    }
+    PointHit hit;
+    if (!reader->FindInMemory(encoded, &hit)) Check(reader->FindInFiles(encoded, &hit));
+    Check(hit.source != nullptr, "a single look-up missed a key");
+    const auto values = std::static_pointer_cast<arrow::Int64Array>(arrow::MakeArray(hit.source->columns[1]));
+    Check(values->Value(hit.row) <= newest, "a single look-up found a value of the future");
+  }
   uint64_t counted = 0;
   Check(reader->CountRows(options, &counted));
   Check(counted == kKeys, "a count missed keys");
