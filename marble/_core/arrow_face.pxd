@@ -13,6 +13,8 @@ from pyarrow.includes.libarrow cimport CArray, CRecordBatch, CSchema
 
 cdef extern from "arrow/result.h" namespace "arrow" nogil:
     cdef cppclass CResult "arrow::Result"[T]:
+        cbool ok()
+        CStatus status()
         T ValueOrDie()
 
 
@@ -25,6 +27,10 @@ cdef extern from "arrow/python/pyarrow.h" namespace "arrow::py":
     object wrap_array(const shared_ptr[CArray]& array)
     object wrap_batch(const shared_ptr[CRecordBatch]& batch)
     object wrap_schema(const shared_ptr[CSchema]& schema)
+
+
+cdef extern from "aligned.hpp" namespace "marble":
+    CResult[shared_ptr[CRecordBatch]] aligned_batch "marble::AlignedBatch"(shared_ptr[CRecordBatch] batch)
 
 
 cdef inline int raise_status(const CStatus& status) except -1:
@@ -42,12 +48,14 @@ cdef inline int raise_status(const CStatus& status) except -1:
 
 
 cdef inline int batch_of(object batch, shared_ptr[CRecordBatch]* out) except -1:
-    """Take the C++ batch out of a pyarrow.RecordBatch."""
+    """Take the C++ batch out of a pyarrow.RecordBatch, its buffers aligned."""
     if not is_batch(batch):
         from marble.errors import UsageError
 
         raise UsageError(f"expected a pyarrow.RecordBatch, got {type(batch).__name__}")
-    out[0] = unwrap_batch(batch).ValueOrDie()
+    cdef CResult[shared_ptr[CRecordBatch]] aligned = aligned_batch(unwrap_batch(batch).ValueOrDie())
+    raise_status(aligned.status())
+    out[0] = aligned.ValueOrDie()
     return 0
 
 

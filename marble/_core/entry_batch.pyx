@@ -61,6 +61,10 @@ cdef extern from "arrow/python/pyarrow.h" namespace "arrow::py":
     object wrap_batch(const shared_ptr[CRecordBatch]&)
 
 
+cdef extern from "aligned.hpp" namespace "marble":
+    CResult[shared_ptr[CRecordBatch]] aligned_batch "marble::AlignedBatch"(shared_ptr[CRecordBatch] batch)
+
+
 cdef extern from "entry_batch.hpp" namespace "marble" nogil:
     cdef cppclass ProposalData:
         uint8_t kind
@@ -125,7 +129,9 @@ cdef shared_ptr[CRecordBatch] batch_of(object batch) except *:
     cdef CResult[shared_ptr[CRecordBatch]] result = unwrap_batch(batch)
     if not result.ok():
         raise UsageError(f"expected a pyarrow.RecordBatch, got {type(batch).__name__}")
-    return result.ValueOrDie()
+    cdef CResult[shared_ptr[CRecordBatch]] aligned = aligned_batch(result.ValueOrDie())
+    raise_unless_ok(aligned.status(), InvariantError)
+    return aligned.ValueOrDie()
 
 
 cdef shared_ptr[CBuffer] buffer_of(object buffer) except *:
