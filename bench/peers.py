@@ -59,7 +59,7 @@ class Marble:
         if layout is None:
             machine = TableMachine(files=TableFiles(files, cache=self.cache))
         else:
-            policy = StorePolicy(CompactionPolicy(level0_files=NEVER, level0_files_max=NEVER))
+            policy = StorePolicy(CompactionPolicy(NEVER, NEVER, level0_overlap_files=NEVER))
             machine = TableMachine(files=TableFiles(files, cache=self.cache), policy=policy)
             options = NodeOptions(
                 cluster_id="embedded",

@@ -3,7 +3,8 @@
 Rule 1: a compaction that failed changed nothing and is tried again, but not at once: a disk that is full stays so for a
 while. What is damaged the machine leaves alone by itself.
 Rule 2: each file is read through and checked once in `scrub_ticks`, spread evenly over that time, when there is nothing to compact:
-what a disk has lost is found while the peers still have it, and healed as any other damage.
+what a disk has lost is found while the peers still have it, and healed as any other damage. And all of them at once when a peer
+could not get from here what it was offered.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ class Compactor:
         self._pace = pace
         self._out: CompactJob | None = None
         self._rest = 0
-        self._healing = machine if isinstance(machine, HealingMachine) and scrub_ticks else None
+        self._healing = machine if isinstance(machine, HealingMachine) else None
         self._scrub_ticks = scrub_ticks
+        self._hurried = False
+        """Whether a round is under way that somebody waits for."""
         self._scrub_after = ""
         """The file that was checked last: they are checked in the order of their names, again and again."""
         self._scrub_wait = scrub_ticks // SCRUBS_MIN
@@ -59,9 +62,14 @@ class Compactor:
         if self._machine.compaction_due:
             if not self._rest:
                 self._out = CompactJob(self._group, self._machine, self._pace)
-        elif self._healing is not None and not self._scrub_wait:
+        elif self._healing is not None and (self._hurried or (self._scrub_ticks and not self._scrub_wait)):
             self._out = ScrubJob(self._group, self._machine, self._healing, self._scrub_after, self._pace)
         return self._out
+
+    def check_all(self) -> None:
+        """Check all files, one after the other, from now on: one of them may be damaged, and nobody has noticed."""
+        if not self._hurried:
+            self._hurried, self._scrub_after = True, ""
 
     def finish_job(self, job: CompactJob) -> None:
         """`job` has run."""
@@ -70,6 +78,7 @@ class Compactor:
         if isinstance(job, ScrubJob):
             self.scrubbed += bool(job.name)
             self._scrub_after = job.name
+            self._hurried = self._hurried and bool(job.name)
             # So few files that a round takes less than its time are checked more often, but not all the time.
             self._scrub_wait = max(1, self._scrub_ticks // max(SCRUBS_MIN, job.files))
         if job.error is not None:

@@ -37,7 +37,7 @@ from marble.raft.messages import MembershipProposed, Message, MessageKind, ReadS
 from marble.raft.progress import ProgressState
 from marble.snapshotting import SnapshotPolicy, Snapshots
 from marble.transport.codec import Envelope
-from marble.types import INDEX_MAX, Change, EntryKind, HardState, Members, Position, SnapshotMeta, Transition
+from marble.types import INDEX_MAX, Change, EntryKind, HardState, Members, Position, Role, SnapshotMeta, Transition
 
 Send = Callable[[int, list[Envelope]], bool]
 """Hand messages to the transport; False if the peer's queue would not take them."""
@@ -228,6 +228,10 @@ class Driver:
             self._staged.append(envelope.batch)
         if message is not None:
             self.raft.step(message)
+            refused = message.kind is MessageKind.INSTALL_SNAPSHOT_RESPONSE and message.reject
+            leads = self.raft.role is Role.LEADER and message.term == self.raft.term
+            if refused and leads and self.snapshots is not None and self.snapshots.refused(message):
+                self.compactor.check_all()
 
     def tick(self, now_us: int = 0) -> None:
         """One tick of the clock; `now_us` as in `Raft.tick`."""
@@ -479,9 +483,11 @@ class Driver:
         """Send an INSTALL_SNAPSHOT with what describes the snapshot."""
         assert self.snapshots is not None
         try:
+            if self.snapshots.renewing:
+                raise UnavailableError("the newest snapshot is being made anew")
             envelope = self.snapshots.transfer.offer(message)
         except UnavailableError:
-            # A newer one has taken its place since the core chose it.
+            # A newer one has taken its place since the core chose it, or will do so.
             self.raft.report_snapshot(message.to, False)
         else:
             self._send_one(envelope)

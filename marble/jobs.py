@@ -203,7 +203,7 @@ class WriteJob:
         state, self._state = self._state, None  # What it holds of memory goes when the file is written.
         assert state is not None
         try:
-            self._store.write(self.meta, self._endpoints, state.batches(self._wait), self._wait)
+            self._store.write(self.meta, self._endpoints, state.batches(self._wait), self._wait, renew=True)
             self._store.prune(self.meta.index)
         except (OSError, UnavailableError) as error:
             self.error = error.with_traceback(None)

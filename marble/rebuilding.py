@@ -11,7 +11,8 @@ A state that is newer is taken as a snapshot of the leader is, once this node kn
 Rule 3: what is fetched is never this node's own snapshot: two of one entry may differ in their files. After the change one of
 its own is written.
 
-The question is a SNAPSHOT_FETCH of no snapshot, the answer a SNAPSHOT_PIECE whose ``context`` is `DESCRIPTION` and whose data
+The question is a SNAPSHOT_FETCH of no snapshot, which says where the log of this node begins: a peer whose newest snapshot does not
+reach so far takes another one. The answer is a SNAPSHOT_PIECE whose ``context`` is `DESCRIPTION` and whose data
 `describe` made.
 """
 
@@ -84,18 +85,30 @@ class Rebuilding:
         self._post = post
         self._patience_ticks = patience_ticks
         self._sources: list[int] = []
+        self._first_index = 0
         self._ticks = 0
         self._rest = 0
 
-    def ask(self, peers: Sequence[int], term: int) -> None:
-        """Ask `peers` for their newest snapshot, one after the other, unless that is being done or was done a moment ago."""
+    def ask(self, peers: Sequence[int], term: int, first_index: int) -> None:
+        """Ask `peers` for their newest snapshot, one after the other, unless that is being done or was done a moment ago.
+
+        `first_index` is where the log begins here: a snapshot that does not reach so far is of no use.
+        """
         if not self._sources and not self._rest and peers:
-            self._sources = list(peers)
+            self._sources, self._first_index = list(peers), first_index
             self._ask(term)
 
     def _ask(self, term: int) -> None:
         self._ticks = 0
-        self._post(Message(MessageKind.SNAPSHOT_FETCH, self._node_id, self._sources[0], term, context=DESCRIPTION))
+        question = Message(
+            MessageKind.SNAPSHOT_FETCH,
+            self._node_id,
+            self._sources[0],
+            term,
+            log_index=self._first_index,
+            context=DESCRIPTION,
+        )
+        self._post(question)
 
     def expects(self, message: Message) -> bool:
         """Whether `message` is the answer to the question that is out."""

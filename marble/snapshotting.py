@@ -29,7 +29,11 @@ from marble.transport.codec import Envelope
 from marble.types import NO_NODE, Position, Role, SnapshotMeta
 
 GARBAGE_TICKS: Final = 50
-"""How often it is looked how much old snapshots keep."""
+"""How often it is looked how much old snapshots keep, and a refused snapshot made anew at most."""
+
+TAIL_BYTES_MIN: Final = 64 * 1024 * 1024
+"""What of the log stays behind a snapshot for the other members, however small the state is: what they write in a moment, and
+what lies between the snapshots of two of them, which one that is built anew has to make up for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +47,11 @@ class SnapshotPolicy:
     memory_bytes: int = 64 * 1024 * 1024
     """Or when a machine with files has about so much in memory only."""
     tail: int | None = None
-    """How many entries before a snapshot stay, for followers that lag. None: ``distance``."""
+    """How many entries before a snapshot stay, for followers that lag. None: ``distance``, if there are other members, but
+    no more bytes than the state has, or `TAIL_BYTES_MIN`: who lags further behind is sooner sent the state."""
     piece_bytes_max: int = 1024 * 1024
     """What one message carries of a snapshot."""
-    garbage_bytes: int = 1024 * 1024 * 1024
+    garbage_bytes: int = 64 * 1024 * 1024
     """Or when files that compaction has replaced take so much, and half of what those take that are in use: only snapshots need them."""
     patience_ticks: int = 10
     """How long an answer may take before a piece is asked for again."""
@@ -97,6 +102,8 @@ class Snapshots:
         """What keeps the machine from applying: a file that it needs is damaged."""
         self.purged = False
         """Whether the log was told of a purge since somebody set this to False."""
+        self.renewing = False
+        """Whether the newest snapshot is of no use to others, and is being replaced."""
         self.store = store
         self._group = group
         self._raft = raft
@@ -126,6 +133,8 @@ class Snapshots:
         self._rebuilding = Rebuilding(raft.id, lambda message: post(Envelope(group, message)), policy.patience_ticks)
         self._stalled_ticks = 0
         self._garbage_ticks = 0
+        self._refused_ticks = 0
+        """How long ago a peer refused what it was offered, counted down."""
 
     # -- taking one --------------------------------------------------------------------------------------------------
 
@@ -134,9 +143,13 @@ class Snapshots:
         """Where the newest snapshot stands; 0 without one."""
         return 0 if self._raft.snapshot is None else self._raft.snapshot.index
 
-    def want(self) -> bool:
-        """Take one now, whatever the policy. False if that would be the one that is there."""
-        if self._raft.applied_index in (0, self.index) or not self._raft.members.voters:
+    def want(self, *, renew: bool = False) -> bool:
+        """Take one now, whatever the policy. False if that would be the one that is there.
+
+        With `renew` also that one is made anew: it holds the same, but refers to the files of now.
+        """
+        there = self._raft.applied_index == self.index and not renew
+        if there or not self._raft.applied_index or not self._raft.members.voters:
             return False
         self._wanted = True
         return True
@@ -209,7 +222,7 @@ class Snapshots:
         if isinstance(job, CollectJob):
             return
         if isinstance(job, WriteJob):
-            self._write = None
+            self._write, self.renewing = None, False
             if job.error is None:
                 self._collect = True
                 self._raft.snapshot_taken(job.meta)
@@ -257,7 +270,10 @@ class Snapshots:
     def purge(self, tailless: bool = False) -> None:
         """Let go of the log that the newest snapshot makes superfluous; keep none of it for followers if `tailless`."""
         raft, policy = self._raft, self._policy
-        log, tail = raft.log, policy.distance if policy.tail is None else policy.tail
+        log, tail, tail_bytes = raft.log, policy.tail, policy.log_bytes
+        if tail is None:
+            tail = 0 if raft.members.all == (raft.id,) else policy.distance
+            tail_bytes = min(tail_bytes, max(TAIL_BYTES_MIN, self._state_bytes()))
         tail = 0 if tailless else tail
         end = self.index - tail
         needed = (self.transfer.pinned_index, None if self._rebuild is None else self._rebuild.index)
@@ -268,7 +284,7 @@ class Snapshots:
         low, high = max(end, log.first_index - 1), self.index if pinned is None else min(self.index, pinned)
         while low < high:
             middle = (low + high) // 2
-            if log.bytes(middle + 1, self.index + 1) > policy.log_bytes:
+            if log.bytes(middle + 1, self.index + 1) > tail_bytes:
                 low = middle + 1
             else:
                 high = middle
@@ -277,6 +293,12 @@ class Snapshots:
             self._log.start_after(self._group, end, log.term_at(end))
             raft.purge(end)
             self.purged = True
+
+    def _state_bytes(self) -> int:
+        """What somebody who lags has to be sent: the newest snapshot and the machine's files, which are about those of it."""
+        info = self._store.newest()
+        files = [] if self._healing is None else self._healing.live()
+        return sum(ref.nbytes for ref in files) + (0 if info is None else info.nbytes)
 
     # -- one from the leader -----------------------------------------------------------------------------------------
 
@@ -289,6 +311,9 @@ class Snapshots:
         match message.kind:
             case MessageKind.SNAPSHOT_FETCH:
                 self.transfer.serve(message, raft.term)
+                if message.context == DESCRIPTION and self.index + 1 < message.log_index:
+                    # It is too old for that peer, and if nobody writes, no newer one will ever be due.
+                    self.want()
                 return None
             case MessageKind.SNAPSHOT_PIECE if message.context == DESCRIPTION:
                 self._described(envelope)
@@ -308,6 +333,24 @@ class Snapshots:
         if isinstance(self._out, WriteJob):
             self._out.give_up()
         return None
+
+    def refused(self, message: Message) -> bool:
+        """A peer was not to be had what it was offered: a file may be damaged here, and this node has not read it since.
+
+        If the machine has replaced files of that snapshot, it is made anew, of those of now; until then it is not offered.
+        Returns whether the machine's own files are to be checked, since there is no other explanation here.
+        """
+        self.transfer.release(message.sender)
+        newest = self._store.newest()
+        if self._healing is None or newest is None or newest.index != message.log_index or self._refused_ticks:
+            return False
+        self._refused_ticks = GARBAGE_TICKS
+        live = {ref.name for ref in self._healing.live()}
+        if all(ref.name in live for ref in self._store.known_files(newest)):
+            return True
+        if self.want(renew=True):
+            self.renewing = True
+        return False
 
     @property
     def installing(self) -> bool:
@@ -401,11 +444,14 @@ class Snapshots:
     def tick(self) -> list[int]:
         """A tick has passed. Returns peers that fetch no longer what they were offered."""
         self._rebuilding.tick(self._raft.term)
+        self._refused_ticks = max(0, self._refused_ticks - 1)
+        if not self._refused_ticks:
+            self.renewing = False
         if self._healing is not None:
             self._heal(self._healing)
             self._garbage_ticks = (self._garbage_ticks + 1) % GARBAGE_TICKS
-            if not self._garbage_ticks and self._has_garbage(self._healing):
-                self.want()
+            if not self._garbage_ticks and self._write is None and self._has_garbage(self._healing):
+                self.want(renew=True)
         self._stalled_ticks = 0 if self.stalled is None else self._stalled_ticks + 1
         if self._stalled_ticks and self._stalled_ticks % self._policy.patience_ticks == 0:
             self._hand_over()
@@ -425,7 +471,7 @@ class Snapshots:
             self.transfer.fetching.heal(damaged, peers, Position(max(1, raft.applied_index), max(1, raft.term)))
             busy = self.transfer.receiving is not None or self._rebuild is not None
             if not busy and self.transfer.fetching.in_vain(damaged):
-                self._rebuilding.ask(peers, raft.term)
+                self._rebuilding.ask(peers, raft.term, raft.log.first_index)
 
     def _has_garbage(self, machine: HealingMachine) -> bool:
         """Whether so much is kept for old snapshots alone that a new one is worth its while."""

@@ -107,6 +107,8 @@ class SnapshotStore:
         endpoints: Mapping[int, str],
         batches: Iterable[pa.RecordBatch],
         pace: Callable[[int], None] | None = None,
+        *,
+        renew: bool = False,
     ) -> SnapshotInfo:
         """Make a snapshot. When this returns it is durable.
 
@@ -120,14 +122,23 @@ class SnapshotStore:
             What `marble.machine.MachineState.batches` of that state gives.
         pace
             Called after each sync of a part with the bytes that it had; may wait, and may raise to give up.
+        renew
+            Take the place of one of the same entry, which holds the same in other files, unless somebody reads it.
+
+        Returns
+        -------
+        SnapshotInfo
+            What is there of that entry now.
 
         Raises
         ------
         OSError
-            The disk failed or is full. There is no snapshot then, and all else is as before.
+            The disk failed or is full. There is no snapshot then, or the one that was there, and all else is as before.
         """
         existing = self._infos.get(meta.index)
-        if existing is not None and existing.term == meta.term:
+        if existing is not None and existing.term != meta.term:
+            existing = None
+        if existing is not None and (not renew or self._is_pinned(meta.index)):
             return existing
         encoder = Encoder()
 
@@ -140,12 +151,32 @@ class SnapshotStore:
         with self._giving_up(path + _TEMPORARY):
             with contextlib.closing(self._create(path + _TEMPORARY)) as file:
                 write_paced(file, messages(), pace)
+            info = SnapshotInfo(
+                self._group, meta.index, meta.term, meta.members, dict(endpoints), encoder.nbytes, encoder.checksum
+            )
+            if existing is not None:
+                return self._exchange(existing, info, path)
             self._publish(path + _TEMPORARY, path)
-        info = SnapshotInfo(
-            self._group, meta.index, meta.term, meta.members, dict(endpoints), encoder.nbytes, encoder.checksum
-        )
         self._take_in(info)
         return info
+
+    def _exchange(self, old: SnapshotInfo, new: SnapshotInfo, path: str) -> SnapshotInfo:
+        """Put what was written for `new` in the place of `old`. Returns the one that is there then."""
+        with self._lock:
+            # At once for whoever pins it: of a name and what is known of it nobody may have one without the other.
+            if self._pins[old.index]:
+                self._files.remove(path + _TEMPORARY)
+                return old
+            self._files.rename(path + _TEMPORARY, path)
+            self._infos[new.index] = new
+            self._files_of.pop(old, None)
+        # Before this returns nobody removes a file that only the old one refers to.
+        self._files.sync_directory(DIRECTORY)
+        return new
+
+    def _is_pinned(self, index: int) -> bool:
+        with self._lock:
+            return self._pins[index] > 0
 
     def read(self, info: SnapshotInfo) -> Iterator[pa.RecordBatch]:
         """The rows that `write` was given, each verified, in batches of schema `SNAPSHOT_SCHEMA`.

@@ -37,6 +37,9 @@ class CompactionPolicy:
     """With so many they are merged into level 1, whatever that costs."""
     level0_share: int = 4
     """They also are when they have a share of one part in so many of what they meet in level 1."""
+    level0_overlap_files: int = 2
+    """With so many that overlap one another or level 1 they are merged as soon as they have no fewer bytes than what they meet
+    there: all of it may have been written anew, so that half of what is kept would be of no use."""
     level1_bytes: int = 256 * _MIB
     ratio: int = 10
     """How much larger each level may be than the one above it."""
@@ -144,6 +147,8 @@ def _plans(levels: Levels, policy: CompactionPolicy, expired_until: int | None, 
             yield Plan(tuple((file,) for file in expired), None, rewrite=False)
     if len(levels[0]) >= policy.level0_files:
         yield from _level0(levels, policy)
+    elif len(levels[0]) >= policy.level0_overlap_files:
+        yield from _overwritten(levels)
     scores = {
         level: sum(file.nbytes for file in levels[level]) / policy.bytes_max(level)
         for level in range(1, len(levels.levels))
@@ -189,9 +194,24 @@ def _level0(levels: Levels, policy: CompactionPolicy) -> Iterator[Plan]:
     if disjoint and not met and all(file.nbytes >= policy.file_bytes_max // 4 for file in files):
         yield Plan((tuple(apart),), 1, rewrite=False)
         return
-    runs = [(file,) for file in files] + ([met] if met else [])
+    yield _into_level1(levels, met)
+
+
+def _overwritten(levels: Levels) -> Iterator[Plan]:
+    """Few files in level 0 that may be as much again of what is there already."""
+    files = levels[0]
+    met = levels.overlapping(1, *_range(files))
+    apart = sorted(files, key=lambda file: file.first_key)
+    disjoint = all(a.last_key < b.first_key for a, b in pairwise(apart))
+    if (met or not disjoint) and sum(file.nbytes for file in files) >= sum(file.nbytes for file in met):
+        yield _into_level1(levels, met)
+
+
+def _into_level1(levels: Levels, met: tuple[TableFile, ...]) -> Plan:
+    """All of level 0, and `met`, which it meets in level 1."""
+    runs = [(file,) for file in levels[0]] + ([met] if met else [])
     first, last = _range([file for run in runs for file in run])
-    yield Plan(tuple(runs), 1, drop_tombstones=not levels.reaches_below(1, first, last))
+    return Plan(tuple(runs), 1, drop_tombstones=not levels.reaches_below(1, first, last))
 
 
 def _similar(files: Sequence[TableFile]) -> tuple[int, int]:

@@ -33,9 +33,6 @@ from marble.types import Role
 STEPS: Final = 10_000
 """How many events the faulty part of a history has, unless somebody says otherwise."""
 
-UNHEALED_US: Final = 15 * SECOND
-"""So long a node that needs a file may ask its peers for it when all else is well: more than twice what asking all of them takes."""
-
 HISTORY_STATES_MAX: Final = 200_000
 """Configurations that the history checker may look at for one key."""
 
@@ -273,8 +270,6 @@ class Simulation:
                     self._back_us = loop.now - begun
             if self._is_done():
                 return
-            if loop.now > begun + UNHEALED_US:
-                self._replace_unhealed()
         raise Violation(
             f"no progress within {self.plan.heal_us / SECOND:g} s after all faults ended: {self._what_lacks()}"
         )
@@ -285,22 +280,6 @@ class Simulation:
         ):
             return False
         return all(self._agree(group, ledger) for group, ledger in self.world.ledgers.items())
-
-    def _replace_unhealed(self) -> None:
-        """A file that none of the peers has, since each compacts for itself, is not to be healed: that takes another node.
-
-        So it does if only a snapshot refers to the file: its node does not read it any more, and cannot hand it on.
-        """
-        for node in list(self.nodes.values()):
-            if not node.tables.is_harmed(node.seats) or not self.operator.can_lose(node):
-                continue
-            for group, seat in node.seats.items():
-                for name in (ref.name for ref in seat.machine.damaged()):
-                    peers = (peer for peer in self.nodes.values() if peer is not node and peer.seats)
-                    if any(peer.tables.has(peer.seats[group], name) for peer in peers):
-                        raise Violation(f"node {node.id} does not heal {name}, which a peer has")
-            self.world.injected["files that no peer had"] += 1
-            node.retire("a file of its tables is damaged, and no peer has it")
 
     def _agree(self, group: int, ledger: Ledger) -> bool:
         """Whether all members are well and have applied everything."""

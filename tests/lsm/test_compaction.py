@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +14,13 @@ from marble.lsm.files import TableFile
 from marble.lsm.levels import Levels
 
 POLICY = CompactionPolicy(
-    level0_files=3, level0_files_max=6, level0_share=4, level1_bytes=100, ratio=10, file_bytes_max=40
+    level0_files=3,
+    level0_files_max=6,
+    level0_share=4,
+    level0_overlap_files=3,
+    level1_bytes=100,
+    ratio=10,
+    file_bytes_max=40,
 )
 
 
@@ -88,6 +96,26 @@ def test_level_0_is_tiered_while_level_1_is_much_larger() -> None:
         True,
         True,
     )
+
+
+def test_few_files_of_level_0_go_down_as_soon_as_half_of_all_may_be_of_no_use() -> None:
+    policy = replace(POLICY, level0_overlap_files=2)
+    new, old = file("a", "d", 9, "new"), file("c", "g", 9, "old")
+    assert names(plan_compaction(levels([new, old]), policy)) == ([["new"], ["old"]], 1, True, True)
+    assert plan_compaction(levels([new]), policy) is None
+    # Nothing of them can be the same row.
+    apart = file("e", "g", 9, "apart")
+    assert plan_compaction(levels([new, apart]), policy) is None
+    met = [file("a", "f", 18, "met")]
+    assert names(plan_compaction(levels([new, apart], met), policy)) == ([["new"], ["apart"], ["met"]], 1, True, True)
+    assert names(plan_compaction(levels([new, old], met, [file("b", "b")]), policy)) == (
+        [["new"], ["old"], ["met"]],
+        1,
+        True,
+        False,
+    )
+    # More would be written than that is worth.
+    assert plan_compaction(levels([new, old], [file("a", "f", 19)]), policy) is None
 
 
 def test_a_deep_level_that_is_too_large_gives_its_cheapest_file() -> None:

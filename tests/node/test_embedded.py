@@ -119,7 +119,7 @@ def test_a_log_with_a_limit_is_purged_behind_snapshots(tmp_path: Path) -> None:
 
 
 def test_a_full_log_refuses_writes_and_stays_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: object) -> None:
+    def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
     with marble.open(tmp_path, max_log_size=20_000) as db:

@@ -333,7 +333,7 @@ def test_a_full_disk_gives_no_snapshot_and_does_no_harm() -> None:
     driver = ring[1].driver
     store = ring[1].stores[0]
 
-    def full(*arguments: object) -> None:
+    def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
     store.write = full
