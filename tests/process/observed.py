@@ -316,6 +316,16 @@ class Watch:
         }
         return {node: self._clients.reply(number)["status"] for node, number in asked.items()}
 
+    def through_all(self) -> Callable[[], float]:
+        """Begin to ask each node for a linearizable read and a write; what is returned waits for the answers: when the last one came."""
+        numbers = [self._clients.order("through", endpoint=endpoint) for endpoint in self._cluster.endpoints.values()]
+
+        def wait() -> float:
+            replies = [self._clients.reply(number) for number in numbers]
+            return max(max(reply["read"], reply["write"]) for reply in replies)
+
+        return wait
+
     def until(self, condition: Callable[[dict[int, Any]], Any], what: str, nodes: Sequence[int] | None = None) -> Any:
         """Ask until `condition` holds of the answers of all these nodes; what it gave."""
         end = time.monotonic() + DEADLINE_S

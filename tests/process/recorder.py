@@ -21,13 +21,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.flight as flight
 
 import marble
 from marble.errors import MarbleError, OutcomeUnknownError, UnavailableError
+from marble.transport.wire import decode_acks
 
 SCHEMA = pa.schema([pa.field("id", pa.int64()), pa.field("value", pa.int64())])
 FIRST_ROW = 1000
 THINK_S = 0.03
+PROBE_TIMEOUT_S = 1.0
+PROBE_PAUSE_S = 0.02
 
 
 class _Clients:
@@ -42,7 +46,7 @@ class _Clients:
         self._operations = 0
         self._values = FIRST_ROW
         self._stop = threading.Event()
-        self._asked: dict[str, marble.Database] = {}
+        self._probed = f"{settings['table']}_probed"
 
     def say(self, **line: Any) -> None:
         with self._lock:
@@ -52,6 +56,7 @@ class _Clients:
         """Create the table, start everybody, and obey until the input ends or says so."""
         with marble.connect(self._settings["url"], timeout_s=60.0) as db:
             db.create_table(self._settings["table"], SCHEMA, key=["id"])
+            db.create_table(self._probed, SCHEMA, key=["id"])
         threads = [
             threading.Thread(target=self._guarded, args=(action, f"{action.__name__[1:]}-{number}"))
             for action, count in ((self._writer, self._settings["writers"]), (self._reader, self._settings["readers"]))
@@ -79,14 +84,39 @@ class _Clients:
             raise
 
     def obey(self, command: dict[str, Any]) -> None:
-        """``status``: what the node at this endpoint says of itself, or null; ``write``: how one impatient write ended."""
+        """``status``: what the node at this endpoint says of itself, or null; ``write``: how one impatient write ended; ``through``:
+        when a linearizable read and a write, asked of the node at this endpoint and of no other, had their answers.
+        """
         match command["do"]:
+            case "through":
+                with flight.connect(f"grpc://{command['endpoint']}") as client:
+                    self.say(
+                        reply=command["reply"], read=self._until(client, "get"), write=self._until(client, "upsert")
+                    )
             case "status":
                 self.say(reply=command["reply"], status=self._status(command["endpoint"]))
             case "write":
                 with marble.connect(f"grpc://{command['endpoint']}", timeout_s=command["timeout_s"]) as db:
                     error = self._write(f"impatient-{command['reply']}", lambda: db.table(self._settings["table"]))
                 self.say(reply=command["reply"], error=error)
+
+    def _until(self, client: flight.FlightClient, verb: str) -> float:
+        """Ask the node again and again; when it answered. Not in the history: these rows are in a table of their own."""
+        rows = pa.record_batch({"id": [1], "value": [1]}, schema=SCHEMA)
+        batch = rows.select(["id"]) if verb == "get" else rows
+        while True:
+            try:
+                descriptor = flight.FlightDescriptor.for_path(self._probed, verb)
+                writer, reader = client.do_exchange(descriptor, flight.FlightCallOptions(timeout=PROBE_TIMEOUT_S))
+                with writer:
+                    writer.begin(batch.schema)
+                    writer.write_batch(batch)
+                    writer.done_writing()
+                    chunk = reader.read_chunk()
+                    if verb == "get" or decode_acks(chunk.app_metadata)[0].error() is None:
+                        return time.monotonic()
+            except (pa.ArrowException, OSError, StopIteration):
+                time.sleep(PROBE_PAUSE_S)
 
     def _status(self, endpoint: str) -> dict[str, Any] | None:
         try:
