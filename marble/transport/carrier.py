@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.flight as fl
 
 from marble.errors import ProtocolError
+from marble.transport.channel import dying
 from marble.transport.security import PLAIN, Credentials
 
 RAFT_COMMAND: Final = b"marble.raft/1"
@@ -171,10 +172,8 @@ class FlightCarrier:
                 ("grpc.use_local_subchannel_pool", 1),
                 # gRPC's name for the time that one attempt to connect may take.
                 ("grpc.min_reconnect_backoff_ms", max(1, round(connect_timeout_s * 1000))),
-                # Keepalive pings are off in effect (servers refuse more than one in five minutes), but they make gRPC
-                # set TCP_USER_TIMEOUT, so that a machine that has vanished is noticed.
-                ("grpc.keepalive_time_ms", 600_000),
-                ("grpc.keepalive_timeout_ms", max(1, round(silent_peer_s * 1000))),
+                # A machine that has vanished is noticed.
+                *dying(max(1, round(silent_peer_s * 1000))),
             ],
         )
         try:

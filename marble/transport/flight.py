@@ -421,6 +421,9 @@ class FlightTransport(Messaging):
                 raise ProtocolError(f"entries without messages from node {sender}")
             packet = unwrap(metadata.to_pybytes(), batch, self.options.entry_bytes_max)
             envelopes = self._codec.decode(sender, packet.metadata, packet.batch)
+            link = self._peers.links.get(sender)
+            if link is not None:
+                link.heard()
             if envelopes:
                 if receiver is None:
                     raise ProtocolError(f"node {self.node_id} takes no messages of Raft, only those of users")

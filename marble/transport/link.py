@@ -185,8 +185,10 @@ class Link:
         self.endpoint = endpoint
         self._clock = around.clock
         self._options = around.options
-        self._watch_s = around.options.answer_s / 4 if several else around.options.silent_peer_s / 8
-        self._pulse = Pulse(around.options.ping_s if several else around.options.idle_check_s, around.options.answer_s)
+        ping_s = min(around.options.idle_check_s, around.options.silent_quick_s / 4)
+        ping_s = around.options.ping_s if several else ping_s
+        self._watch_s = around.options.answer_s / 4 if several else around.options.silent_quick_s / 8
+        self._pulse = Pulse(ping_s, around.options.answer_s)
         self._started = False
         self._warned = False
         loads = {
@@ -211,6 +213,7 @@ class Link:
             loads[Lane.CONTROL],
             around,
             opened=self._poke,
+            answered=self._answered,
             pulse=self._pulse,
             ping=lambda: codec.encode(peer, ())[0],
             number=number,
@@ -270,16 +273,17 @@ class Link:
         return self._loads[lane].queued_bytes
 
     def watch(self, now: float) -> float:
-        """Break streams off whose other end has not answered for `TransportOptions.silent_peer_s`.
+        """Break streams off whose other end has not answered for long (`TransportOptions.silent_quick_s`).
 
         Seconds until the next look.
         """
-        silent = self._pulse.waited_s(now) > self._options.silent_peer_s
-        for pump in self._pumps.values():
-            if silent or pump.greeting_s(now) > self._options.silent_peer_s:
-                pump.break_off(f"no answer for {self._options.silent_peer_s:g} s")
-        taken_s = self._pulse.round_trip_s
-        if taken_s is not None and taken_s > self._options.round_trip_max_s and not self._warned:
+        silent_s, most_s = self._pulse.waited_s(now), self._options.silent_peer_s
+        quick = self._pulse.overdue(now, self._options.silent_quick_s, most_s)
+        for lane, pump in self._pumps.items():
+            silent = silent_s > most_s if lane is Lane.MESSAGES else quick
+            if silent or pump.greeting_s(now) > most_s:
+                pump.break_off(f"no answer for {max(silent_s, pump.greeting_s(now)):.1f} s")
+        if not self._warned and (taken_s := self._pulse.least_s) > self._options.round_trip_max_s:
             self._warned = True
             _log.warning(
                 "a round trip to node %d at %s takes %.0f ms: make election_timeout_ms ten times as much, or leaders change "
@@ -348,7 +352,17 @@ class Link:
 
     def poke(self) -> None:
         """Try now to reach the peer, if it is not reached: something says that it is back."""
-        self._control.poke()
+        if self._control.connected:
+            self.heard()
+        else:
+            self._control.poke()
+
+    def heard(self) -> None:
+        """Something has come from the peer, so it lives. If it owes an answer for long all the same, what was sent to it waits in TCP,
+        which sends what was lost again after pauses as long as the fault: other streams are there sooner.
+        """
+        if self._overdue(self._clock.monotonic()):
+            self._break_off(Lane.CONTROL, Lane.LOG, Lane.BULK)
 
     def request_stop(self) -> None:
         """Let the threads end as soon as they can, whatever is queued. Returns at once."""
@@ -363,6 +377,20 @@ class Link:
         for pump in self._pumps.values():
             ended &= pump.join(end - self._clock.monotonic())
         return ended
+
+    def _answered(self) -> None:
+        """The answer to a packet has come, which is not noted yet. If it was overdue, the other streams stand still, too, as in `heard`."""
+        if self._overdue(self._clock.monotonic()):
+            self._break_off(Lane.LOG, Lane.BULK)
+
+    def _overdue(self, now: float) -> bool:
+        return self._pulse.overdue(now, self._options.silent_quick_s / 2, self._options.silent_peer_s)
+
+    def _break_off(self, *lanes: Lane) -> None:
+        # Not that of users' messages: what is under way there and arrives late is better than what does not arrive.
+        waited_s = self._pulse.waited_s(self._clock.monotonic())
+        for lane in lanes:
+            self._pumps[lane].break_off(f"no answer for {waited_s:.1f} s, though it lives")
 
     def _poke(self) -> None:
         for lane, pump in self._pumps.items():

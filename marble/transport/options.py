@@ -16,12 +16,14 @@ class TransportOptions:
 
     - ``entry_bytes_max``: buffers of the entries in one packet; above the largest append that a node makes.
     - ``queue_bytes_max``, ``queue_messages_max``: per peer and lane. A queue that is empty takes any one send.
-    - ``connect_timeout_s``: one attempt to reach a peer; also how long `Link.join` may have to wait for one.
+    - ``connect_timeout_s``: one attempt to reach a peer; also how long `Link.join` may have to wait for one. Most attempts take
+      ``connect_quick_s`` at most, so that a peer that is back is soon found; see `marble.transport.pump.PATIENT_EVERY`.
     - ``backoff_min_s``, ``backoff_max_s``: pause between attempts, doubling, of which a random half is taken off.
     - ``idle_check_s``: after this long without a message an empty packet shows whether the stream still lives.
     - ``compression``: of large payloads: ``auto`` where it makes them arrive sooner, ``off``, ``lz4``, ``zstd``.
     - ``idle_close_s``: after this long without a message a stream for anything but control is closed until it is needed.
-    - ``silent_peer_s``: a stream is broken off on which the peer's process answers nothing for so long.
+    - ``silent_peer_s``: a stream is broken off on which the peer's process answers nothing for so long; after ``silent_quick_s``, if
+      its answers usually come much sooner.
     - ``message_bytes_max``: one message of a user's, whole.
     - ``message_count_max``: users' messages queued for one peer; ``queue_bytes_max`` bounds their bytes.
     - ``mailbox_bytes_max``, ``mailbox_count_max``: users' messages that have come and were not taken out, from all peers.
@@ -37,11 +39,13 @@ class TransportOptions:
     queue_bytes_max: int = 64 << 20
     queue_messages_max: int = 4096
     connect_timeout_s: float = 1.0
+    connect_quick_s: float = 0.5
     backoff_min_s: float = 0.02
     backoff_max_s: float = 1.0
     idle_check_s: float = 1.0
     idle_close_s: float = 60.0
     silent_peer_s: float = 5.0
+    silent_quick_s: float = 2.0
     message_bytes_max: int = 128 << 20
     message_count_max: int = 65536
     mailbox_bytes_max: int = 64 << 20

@@ -217,6 +217,9 @@ class Paths:
         for link in self._links:
             link.poke()
 
+    def heard(self) -> None:
+        """The peer lives. Which of the ways would reach it is not known by that, and a way that does not answer is left in time."""
+
     def request_stop(self) -> None:
         """Let the threads end as soon as they can, whatever is queued. Returns at once."""
         for link in self._links:

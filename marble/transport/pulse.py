@@ -4,6 +4,7 @@ Only the peer's own process can give one back. TCP, and gRPC's keepalive, answer
 
 Rule 1: an answer belongs to the oldest packet without one: a stream keeps the order.
 Rule 2: late is later than `patience_s` and than round trips on this way ever need (RFC 6298's timeout): a long way is no dead one.
+Overdue is much later than that: not even a busy peer needs so long.
 
 Invariants:
 - At most `UNANSWERED_MAX` packets are out; while there are so many no more are due.
@@ -17,6 +18,11 @@ from collections import deque
 from typing import Final
 
 UNANSWERED_MAX: Final = 8
+
+LATEST: Final = 8
+
+OVERDUE_FACTOR: Final = 4.0
+"""What is overdue takes so many times as long as what is late. Processes on a busy machine answer unevenly."""
 
 
 class Pulse:
@@ -37,12 +43,21 @@ class Pulse:
         self._out: deque[float] = deque()
         self._next_at: float | None = None
         self._smoothed_s: float | None = None
+        self._latest: deque[float] = deque(maxlen=LATEST)
         self._variation_s = 0.0
 
     @property
     def round_trip_s(self) -> float | None:
         """Smoothed, as TCP does it; of earlier streams, too. None before the first answer."""
         return self._smoothed_s
+
+    @property
+    def least_s(self) -> float:
+        """The shortest of the latest `LATEST` round trips, in seconds; 0 before there are so many. What TCP had to send again is
+        not what the way takes.
+        """
+        with self._lock:
+            return min(self._latest) if len(self._latest) == LATEST else 0.0
 
     def begin(self, now: float) -> None:
         """A stream has opened, at whose other end is somebody who gives packets back."""
@@ -76,6 +91,7 @@ class Pulse:
             if not self._out:
                 return None
             taken_s = now - self._out.popleft()
+            self._latest.append(taken_s)
             if self._smoothed_s is None:
                 self._smoothed_s, self._variation_s = taken_s, taken_s / 2
             else:
@@ -93,5 +109,14 @@ class Pulse:
 
     def late(self, now: float) -> bool:
         """Whether an answer takes longer than it ever should."""
-        usual_s = 0.0 if self._smoothed_s is None else self._smoothed_s + 4 * self._variation_s
-        return self.waited_s(now) > max(self._patience_s, usual_s)
+        return self.waited_s(now) > max(self._patience_s, self._usual_s)
+
+    def overdue(self, now: float, least_s: float, most_s: float) -> bool:
+        """Whether an answer takes so long that none is to be expected on this stream: `least_s` to `most_s` seconds, by what is
+        usual on this way.
+        """
+        return self.waited_s(now) > min(max(least_s, OVERDUE_FACTOR * self._usual_s), most_s)
+
+    @property
+    def _usual_s(self) -> float:
+        return 0.0 if self._smoothed_s is None else self._smoothed_s + 4 * self._variation_s

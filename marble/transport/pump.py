@@ -16,7 +16,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import pyarrow as pa
 import pyarrow.flight as fl
@@ -34,6 +34,11 @@ from marble.transport.options import TransportOptions
 from marble.transport.pulse import Pulse
 
 _log = logging.getLogger("marble.transport")
+
+UNHURRIED_EVERY: Final = 4
+PATIENT_EVERY: Final = 16
+"""Of so many attempts to reach a peer one takes twice as long as the others, or as long as it may: for ways that are long or lose packets,
+and for machines that are busy."""
 
 
 class Load(Protocol):
@@ -106,6 +111,8 @@ class Pump:
         None for a stream that is always open. Else it is opened when needed and while this returns True.
     opened
         Called on the pump's thread when a stream stands.
+    answered
+        Called, on a thread of the stream's, when the peer gave a packet back, before `pulse` hears of it.
     pulse, ping
         What measures whether the peer answers, and makes an empty packet for it to give back. None: it is not measured.
     number
@@ -124,6 +131,7 @@ class Pump:
         *,
         gate: Callable[[], bool] | None = None,
         opened: Callable[[], None] = lambda: None,
+        answered: Callable[[], None] = lambda: None,
         pulse: Pulse | None = None,
         ping: Callable[[], Packet] | None = None,
         number: int = 0,
@@ -140,6 +148,8 @@ class Pump:
         self._options = around.options
         self._gate = gate
         self._on_open = opened
+        self._on_answer = answered
+        self._attempts = 0
         self._pulse = pulse
         self._ping = ping
         self._listener: threading.Thread | None = None
@@ -309,10 +319,11 @@ class Pump:
         )
 
     def _open(self) -> Stream:
+        self._attempts += 1
         stream = self._around.carrier.open(
             self.endpoint,
             self._schema,
-            connect_timeout_s=self._options.connect_timeout_s,
+            connect_timeout_s=self._connect_s(self._attempts),
             silent_peer_s=self._options.silent_peer_s,
         )
         with self._lock:
@@ -336,10 +347,18 @@ class Pump:
             self._listener.start()
         self.load.accept()
         self._connected.set()
+        self._attempts = 0
         self.trouble = ""
         self._opened.add()
         self._on_open()
         return stream
+
+    def _connect_s(self, attempt: int) -> float:
+        """How long this attempt to reach the peer may take, the first being 1."""
+        most_s = self._options.connect_timeout_s
+        if attempt % PATIENT_EVERY == 0:
+            return most_s
+        return min(most_s, self._options.connect_quick_s * (2 if attempt % UNHURRIED_EVERY == 0 else 1))
 
     def _forget(self, stream: Stream) -> None:
         with self._lock:
@@ -357,6 +376,7 @@ class Pump:
         """Take the packets that the peer gives back, and notice when it ends the stream. On a thread of its own."""
         try:
             while stream.answer() is not None:
+                self._on_answer()
                 taken_s = pulse.answered(self._around.clock.monotonic())
                 if taken_s is not None:
                     self._round_trips.observe(taken_s)

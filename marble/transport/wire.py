@@ -31,6 +31,7 @@ import pyarrow.flight as flight
 from marble.errors import ERROR_CODES, InvariantError, MarbleError, NotLeaderError, ProtocolError, UsageError
 from marble.schema import COLUMN_NAME_BYTES_MAX, COLUMNS_MAX, TableInfo, check_table
 from marble.table_options import DEFAULT_OPTIONS, TableOptions, check_options
+from marble.transport.channel import CHANNEL_OPTIONS
 from marble.transport.security import PLAIN, Credentials
 from marble.types import INDEX_MAX
 
@@ -421,21 +422,9 @@ def _from_server(data: bytes | pa.Buffer, what: str, bytes_max: int) -> Any:
         raise ProtocolError(str(error)) from None
 
 
-_CHANNEL_OPTIONS: Final = (
-    # gRPC's own waits grow to two minutes: too long for a node that is back after a second.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 2000),
-    ("grpc.max_reconnect_backoff_ms", 2000),
-    # Nodes are reached directly, whatever proxy the environment names for the outside world.
-    ("grpc.enable_http_proxy", 0),
-    # Otherwise clients of one process share connections, and with them each other's waits.
-    ("grpc.use_local_subchannel_pool", 1),
-)
-
-
 def connect(endpoint: str, credentials: Credentials = PLAIN) -> flight.FlightClient:
     """A Flight client of the node at `endpoint` (``host:port``). Connects with its first call, and again if it must."""
-    return credentials.client(endpoint, _CHANNEL_OPTIONS)
+    return credentials.client(endpoint, CHANNEL_OPTIONS)
 
 
 def call_options(
