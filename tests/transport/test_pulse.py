@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from marble.transport.pulse import UNANSWERED_MAX, Pulse
+from marble.transport.pulse import LATEST, UNANSWERED_MAX, Pulse
 
 
 def test_nothing_is_due_before_a_stream_and_after_it() -> None:
@@ -76,3 +76,35 @@ def test_a_short_way_has_its_patience() -> None:
     pulse.sent(50.0)
     assert not pulse.late(50.19)
     assert pulse.late(50.21)
+
+
+def test_what_is_overdue_is_much_later_than_usual() -> None:
+    pulse = Pulse(0.1, 0.2)
+    pulse.begin(0.0)
+    pulse.sent(0.0)
+    assert not pulse.overdue(0.9, 1.0, 5.0)
+    assert pulse.overdue(1.1, 1.0, 5.0)
+    pulse.answered(0.001)
+    for at in range(1, 20):
+        pulse.sent(float(at))
+        pulse.answered(at + 0.5)
+    # Half a second is usual by now: two of them are not much.
+    pulse.sent(50.0)
+    assert not pulse.overdue(51.5, 1.0, 5.0)
+    assert pulse.overdue(54.0, 1.0, 5.0)
+    # There is an end to patience.
+    assert pulse.overdue(51.5, 1.0, 1.4)
+
+
+def test_what_tcp_sent_again_is_not_what_the_way_takes() -> None:
+    pulse = Pulse(0.1, 0.2)
+    pulse.begin(0.0)
+    for at in range(LATEST):
+        assert pulse.least_s == 0.0
+        pulse.sent(float(at))
+        pulse.answered(at + (0.002 if at == 3 else 0.9))
+    assert pulse.least_s == pytest.approx(0.002)
+    for at in range(10, 10 + LATEST):
+        pulse.sent(float(at))
+        pulse.answered(at + 0.3)
+    assert pulse.least_s == pytest.approx(0.3)
