@@ -71,6 +71,7 @@ class Desk:
             options.read_timeout_s,
             lambda request, lease: driver.raft.read_index(request, now_us(), lease),
             ask_again_ticks=options.heartbeat_ticks,
+            confirm_timeout_s=options.confirm_timeout_s,
         )
         self.role = Role.FOLLOWER
         self.leader = NO_NODE
@@ -308,6 +309,7 @@ class Desk:
         )
         if event.leader not in (NO_NODE, self.leader) and len(self.members.all) > 1:
             self._leaders.add()
+        self.promises.led(event.leader != NO_NODE, self._now_us() / 1_000_000)
         with self._changed:
             self.role, self.leader = event.role, event.leader
             leading_term = event.term if event.role is Role.LEADER else 0

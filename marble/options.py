@@ -8,6 +8,9 @@ from typing import Final
 
 from marble.config import RaftClusterConfig
 
+CONFIRM_MIN_S: Final = 2.0
+"""However short election timeouts are: on a busy machine an election takes longer."""
+
 SEGMENT_BYTES_MIN: Final = 4096
 """A segment has a header and at least one sync's worth."""
 
@@ -75,6 +78,12 @@ class NodeOptions:
     """A group that had nothing to do for so long sleeps. 0: never."""
     join: bool = False
     """An empty directory becomes a node that waits to be added to a cluster which is there, and has no vote until then."""
+
+    @property
+    def confirm_timeout_s(self) -> float:
+        """A read that no leader has confirmed for so long is refused, so that its caller asks elsewhere: two election timeouts."""
+        two_s = 2 * self.election_ticks * self.tick_ms / 1000
+        return min(self.read_timeout_s, max(CONFIRM_MIN_S, two_s))
 
     @property
     def log_bytes_kept(self) -> int:

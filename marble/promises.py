@@ -121,13 +121,23 @@ class Promises:
         Asks the core for a read index under a new number; by lease if the second argument says so.
     ask_again_ticks
         A read that the core has not answered for so long is asked again: question or answer was lost.
+    confirm_timeout_s
+        A read that no leader has confirmed for so long is refused; at once, if no leader is known for so long already.
+        None: as `read_timeout_s`, which what a leader has confirmed may take until it is applied here.
     """
 
     def __init__(
-        self, write_timeout_s: float, read_timeout_s: float, ask: Callable[[int, bool], None], ask_again_ticks: int
+        self,
+        write_timeout_s: float,
+        read_timeout_s: float,
+        ask: Callable[[int, bool], None],
+        ask_again_ticks: int,
+        confirm_timeout_s: float | None = None,
     ) -> None:
         self._write_timeout_s = write_timeout_s
         self._read_timeout_s = read_timeout_s
+        self._confirm_timeout_s = read_timeout_s if confirm_timeout_s is None else confirm_timeout_s
+        self._leaderless_since: float | None = None
         self._ask = ask
         self._ask_again_ticks = ask_again_ticks
         self._writes: dict[int, list[_Write]] = {}
@@ -143,7 +153,17 @@ class Promises:
 
     def add_read(self, future: Future[int], now: float, lease: bool = False) -> None:
         """Ask the core for a read index; `lease`: one that rests on a lease will do."""
-        self._begin(_Read(future, now + self._read_timeout_s, lease))
+        if self._leaderless_since is not None and now - self._leaderless_since >= self._confirm_timeout_s:
+            future.set_exception(self._unconfirmed())
+        else:
+            self._begin(_Read(future, now + self._read_timeout_s, lease))
+
+    def led(self, led: bool, now: float) -> None:
+        """A leader is known from now on, or none is."""
+        if led:
+            self._leaderless_since = None
+        elif self._leaderless_since is None:
+            self._leaderless_since = now
 
     @property
     def any(self) -> bool:
@@ -217,10 +237,13 @@ class Promises:
                     )
         for request, read in list(self._reads.items()):
             read.ticks += 1
-            if read.deadline <= now:
+            if not read.index and now - (read.deadline - self._read_timeout_s) >= self._confirm_timeout_s:
+                del self._reads[request]
+                read.future.set_exception(self._unconfirmed())
+            elif read.deadline <= now:
                 del self._reads[request]
                 read.future.set_exception(
-                    UnavailableError(f"no leader confirmed the read within {self._read_timeout_s:g} s: retry")
+                    UnavailableError(f"the read's index was not applied here within {self._read_timeout_s:g} s: retry")
                 )
             elif not read.index and read.ticks > self._ask_again_ticks:
                 del self._reads[request]
@@ -235,6 +258,11 @@ class Promises:
                 write.future.set_exception(OutcomeUnknownError(f"the node stopped before entry {index} was decided"))
         for read in reads.values():
             read.future.set_exception(gone)
+
+    def _unconfirmed(self) -> UnavailableError:
+        return UnavailableError(
+            f"no leader confirmed the read within {self._confirm_timeout_s:g} s: this node may be cut off; ask another one"
+        )
 
     def _begin(self, read: _Read) -> None:
         request, self._next_request = self._next_request, self._next_request + 1

@@ -164,3 +164,45 @@ def test_when_the_engine_ends_a_write_is_of_unknown_outcome_and_a_read_ends_as_t
     promises.abandon(gone)
     assert isinstance(write.exception(0), OutcomeUnknownError)
     assert read.exception(0) is gone
+
+
+def test_a_read_that_no_leader_confirms_is_refused_before_its_deadline() -> None:
+    promises = Promises(10.0, 5.0, lambda request, lease: None, 3, confirm_timeout_s=2.0)
+    future: Future[int] = promise()
+    promises.add_read(future, 100.0)
+    promises.expire(101.9)
+    assert not future.done()
+    promises.expire(102.0)
+    with pytest.raises(UnavailableError, match="ask another"):
+        future.result(0)
+
+
+def test_a_read_that_is_confirmed_and_not_applied_has_its_deadline() -> None:
+    promises = Promises(10.0, 5.0, lambda request, lease: None, 3, confirm_timeout_s=2.0)
+    future: Future[int] = promise()
+    promises.add_read(future, 100.0)
+    promises.answered([ReadState(1, 50)], applied_index=49)
+    promises.expire(104.9)
+    assert not future.done()
+    promises.expire(105.0)
+    with pytest.raises(UnavailableError, match="not applied"):
+        future.result(0)
+
+
+def test_who_has_known_no_leader_for_long_refuses_reads_at_once() -> None:
+    asked: list[int] = []
+    promises = Promises(10.0, 5.0, lambda request, lease: asked.append(request), 3, confirm_timeout_s=2.0)
+    promises.led(False, 100.0)
+    promises.led(False, 101.5)  # Another term, and still nobody.
+    early: Future[int] = promise()
+    promises.add_read(early, 101.9)
+    assert not early.done()
+    late: Future[int] = promise()
+    promises.add_read(late, 102.0)
+    with pytest.raises(UnavailableError, match="ask another"):
+        late.result(0)
+    promises.led(True, 102.1)
+    again: Future[int] = promise()
+    promises.add_read(again, 110.0)
+    assert not again.done()
+    assert len(asked) == 2
