@@ -253,11 +253,16 @@ class RaftServer(Operated, Watched):
             stack.callback(watch.stop)
             backend = LocalBackend(node, self._machine, lease_reads=self._config.lease_reads)
             service = TablesService(backend, watch, lambda: security.current().relay_credentials())
+
+            def unreachable(peer: int) -> None:
+                node.unreachable(peer)
+                service.unreachable(peer)
+
             node.start()
             carrier.start(
                 node.receive,
                 service,
-                unreachable=node.unreachable,
+                unreachable=unreachable,
                 failed=node.fail,
                 acquaintances=node.acquaintances,
             )

@@ -147,6 +147,12 @@ class TablesService:
             intake.stop()
         self._relays.stop()
 
+    def unreachable(self, peer: int) -> None:
+        """A stream to node `peer` broke. Returns at once."""
+        endpoint = self._node.endpoints.get(peer)
+        if endpoint is not None:
+            self._relays.renew(endpoint)
+
     def check_running(self) -> None:
         """Raise UnavailableError after `stop`."""
         if self._stopped.done():

@@ -49,6 +49,7 @@ _CAUSES: Final = tuple(
             "FD Shutdown|connection attempt timed out|Connection timed out|Timeout occurred",
             "no connection in time (a firewall, or the machine is down?)",
         ),
+        ("Stream removed", "the connection broke, or did not come about in time (a firewall, or the machine is down?)"),
         ("Deadline Exceeded", "no answer in time (a slow disk, a busy node, or something else on this port?)"),
         ("Failed parsing HTTP/2|Expected SETTINGS", "another program is on that port, or a node that speaks TLS"),
         (

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import logging
 import os
 import threading
@@ -29,10 +30,10 @@ from marble.errors import InvariantError, ProtocolError, UnavailableError, Usage
 from marble.metrics import Metrics
 from marble.transport import _shutdown
 from marble.transport.carrier import STREAM_ERRORS, Arrival, Carrier, FlightCarrier
-from marble.transport.codec import Codec, Envelope, Lane
+from marble.transport.codec import Codec, Envelope, Hello, Lane
 from marble.transport.compression import unwrap
 from marble.transport.faults import cause_of, to_flight_error
-from marble.transport.handshake import ECHO, Acquaintances, Chunk, Handshake
+from marble.transport.handshake import ECHO, ONLY, Acquaintances, Chunk, Handshake
 from marble.transport.listening import Listening
 from marble.transport.messages import MessageCodec, MessageIntake
 from marble.transport.messaging import SEND_TIMEOUT_S, Messaging, OnMessages, Peer
@@ -118,6 +119,8 @@ class FlightTransport(Messaging):
         self._unreachable: Callable[[int], None] = _ignore
         self._failed: Callable[[BaseException], None] = _ignore
         self._calls = 0
+        self._places = itertools.count(1)
+        self._latest: dict[tuple[int, Lane], int] = {}
         self._stopped = False
         self._forked = False
         self.metrics.expect(*COUNTED_BY_PEER)
@@ -403,7 +406,8 @@ class FlightTransport(Messaging):
                     self._messages.take(hello.sender, chunks)
                 else:
                     echoes = hello.lane is Lane.CONTROL and hello.features & ECHO
-                    self._take_envelopes(hello.sender, chunks, arrival.answer if echoes else None)
+                    with self._place(hello) as newest:
+                        self._take_envelopes(hello.sender, chunks, arrival.answer if echoes else None, newest)
         except fl.FlightError:
             raise
         except Exception as error:
@@ -412,8 +416,34 @@ class FlightTransport(Messaging):
                 self._failed(error)
             raise self._told(error) from None
 
-    def _take_envelopes(self, sender: int, chunks: Iterator[Chunk], echo: Callable[[bytes], bool] | None) -> None:
-        """Messages of Raft. Packets without any go to `echo`, until it says that nobody wants them."""
+    @contextlib.contextmanager
+    def _place(self, hello: Hello) -> Iterator[Callable[[], bool]]:
+        """To be called for each packet of the stream that began with `hello`: whether none has come on a later one of the same sender
+        and lane.
+
+        What still comes on an old one, which TCP had held back, is of the past: heartbeats of a leader, say, that has given up
+        meanwhile.
+        """
+        place, key = next(self._places), (hello.sender, hello.lane)
+
+        def newest() -> bool:
+            with self._lock:
+                newest = self._latest.get(key, 0) <= place
+                if newest and hello.features & ONLY:
+                    self._latest[key] = place
+                return newest
+
+        try:
+            yield newest
+        finally:
+            with self._lock:
+                if self._latest.get(key) == place:
+                    del self._latest[key]
+
+    def _take_envelopes(
+        self, sender: int, chunks: Iterator[Chunk], echo: Callable[[bytes], bool] | None, newest: Callable[[], bool]
+    ) -> None:
+        """Messages of Raft, while the stream is the `newest`. Packets without any go to `echo`, until it says that nobody wants them."""
         receiver = self._receiver
         received = self.metrics.counter("transport_messages_received", peer=sender)
         for metadata, batch in chunks:
@@ -421,6 +451,8 @@ class FlightTransport(Messaging):
                 raise ProtocolError(f"entries without messages from node {sender}")
             packet = unwrap(metadata.to_pybytes(), batch, self.options.entry_bytes_max)
             envelopes = self._codec.decode(sender, packet.metadata, packet.batch)
+            if not newest():
+                return
             link = self._peers.links.get(sender)
             if link is not None:
                 link.heard()

@@ -26,6 +26,9 @@ from marble.transport.compression import ALL_FEATURES
 from marble.transport.proof import CalleeProof, CallerProof, Secret
 from marble.types import NO_NODE
 
+ONLY: Final = 1 << 9
+"""A feature of a stream, said by who opens it: there is one way to that peer, so its earlier streams of that lane are of the past."""
+
 ECHO: Final = 1 << 8
 """A feature: packets without messages on a stream for control are given back, on the same stream."""
 
@@ -101,9 +104,9 @@ class Handshake:
         self._lock = threading.Lock()
         self._refused = metrics.counter("transport_calls_refused")
 
-    def hello(self, to: int, lane: Lane) -> bytes:
+    def hello(self, to: int, lane: Lane, features: int = 0) -> bytes:
         """What this node says to `to`, whoever of the two has called, on a stream for `lane`; to `NO_NODE`: who are you?"""
-        return self._codec.hello(to, self._advertised, self.acquaintances.incarnation, lane, self.features)
+        return self._codec.hello(to, self._advertised, self.acquaintances.incarnation, lane, self.features | features)
 
     def greet(self, chunks: Iterator[Chunk]) -> Guest | None:
         """Find out who opened this stream; None if it ended at once. Nothing is kept of it before it has proved who it is.
@@ -139,12 +142,12 @@ class Handshake:
             self._keep(guest.hello)
         return True
 
-    def call(self, peer: int, lane: Lane, stream: Stream) -> int:
-        """Say hello on `stream` and wait for the answer of `peer`; return which features both have.
+    def call(self, peer: int, lane: Lane, stream: Stream, features: int = 0) -> int:
+        """Say hello on `stream`, with these features of its own, and wait for the answer of `peer`; return which features both have.
 
         Raises ProtocolError as `greet` and `confirm`, and what the stream raises.
         """
-        hello, last_word = self._meet(peer, lane, stream, f"node {peer}")
+        hello, last_word = self._meet(peer, lane, stream, f"node {peer}", features)
         if hello.sender != peer:
             raise ProtocolError(f"node {hello.sender} answers at the endpoint of node {peer}")
         self._keep(hello)
@@ -158,10 +161,10 @@ class Handshake:
         self._keep(hello)
         return hello.sender
 
-    def _meet(self, peer: int, lane: Lane, stream: Stream, who: str) -> tuple[Hello, bytes | None]:
+    def _meet(self, peer: int, lane: Lane, stream: Stream, who: str, features: int = 0) -> tuple[Hello, bytes | None]:
         """The answer to a hello, proved where there is a secret, and what is to be sent in return."""
         proof = CallerProof(self._secret())
-        stream.write(proof.hello(self.hello(peer, lane)), None)
+        stream.write(proof.hello(self.hello(peer, lane, features)), None)
         answer = stream.answer()
         if answer is None:
             raise ProtocolError(f"{who} ends the stream without a hello")

@@ -44,11 +44,11 @@ RELAY_END_TIMEOUT_S: Final = 1.0
 """How long the end of a stream waits for its relay, which by then owes nothing."""
 
 
-RESIGNED_WAIT_S: Final = 1.0
+RESIGNED_WAIT_S: Final = 0.3
 """What has a stamp and was offered here has its outcome so long after this node ceased to lead, or not before it hears from the others
 again, which may take any time: its client is told to ask the new leader, under the same stamp."""
 
-RESIGNED_LOOK_S: Final = 0.25
+RESIGNED_LOOK_S: Final = 0.1
 """How often a batch that waits looks whether this node still leads."""
 
 

@@ -217,6 +217,7 @@ class Link:
             pulse=self._pulse,
             ping=lambda: codec.encode(peer, ())[0],
             number=number,
+            only=not several,
         )
         self._pumps = {Lane.CONTROL: self._control} | {
             lane: Pump(
@@ -229,6 +230,7 @@ class Link:
                 around,
                 gate=lambda: self._control.connected,
                 number=number,
+                only=not several,
             )
             for lane, load in loads.items()
             if lane is not Lane.CONTROL
@@ -243,6 +245,7 @@ class Link:
             around,
             gate=lambda: self._control.connected,
             number=number,
+            only=not several,
         )
 
     @property

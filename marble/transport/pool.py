@@ -72,6 +72,12 @@ class ClientPool:
                 return address
         return chosen
 
+    def renew(self, endpoint: str) -> None:
+        """Connect anew with the next call: the connection that there is may stand still. Streams on it go on."""
+        with self._lock:
+            for address in {endpoint, *endpoint.split(",")}:
+                self._clients.pop(address, None)
+
     def close(self) -> None:
         """Close all. Idempotent."""
         with self._lock:

@@ -29,7 +29,7 @@ from marble.transport.carrier import STREAM_ERRORS, Carrier, Stream
 from marble.transport.codec import Lane, Packet
 from marble.transport.explaining import explain
 from marble.transport.faults import cause_of, from_flight_error
-from marble.transport.handshake import ECHO, Handshake
+from marble.transport.handshake import ECHO, ONLY, Handshake
 from marble.transport.options import TransportOptions
 from marble.transport.pulse import Pulse
 
@@ -117,6 +117,8 @@ class Pump:
         What measures whether the peer answers, and makes an empty packet for it to give back. None: it is not measured.
     number
         Which of several ways to the peer this is; for names.
+    only
+        Whether there is but one way.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class Pump:
         pulse: Pulse | None = None,
         ping: Callable[[], Packet] | None = None,
         number: int = 0,
+        only: bool = False,
     ) -> None:
         self.peer = peer
         self.endpoint = endpoint
@@ -147,6 +150,7 @@ class Pump:
         self._around = around
         self._options = around.options
         self._gate = gate
+        self._only = only
         self._on_open = opened
         self._on_answer = answered
         self._attempts = 0
@@ -334,7 +338,7 @@ class Pump:
                 raise fl.FlightCancelledError("the link stops")
             self._heard = None
             self._greeting_at = self._around.clock.monotonic()
-            self._features = self._around.handshake.call(self.peer, self._lane, stream)
+            self._features = self._around.handshake.call(self.peer, self._lane, stream, ONLY if self._only else 0)
         except BaseException:
             self._forget(stream)
             raise

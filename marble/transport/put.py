@@ -43,30 +43,17 @@ from marble.errors import (
 )
 from marble.transport.faults import from_flight_error
 from marble.transport.gathering import Item, gather
+from marble.transport.patience import (
+    GATHER_AFTER,
+    IN_FLIGHT_BATCHES_MAX,
+    IN_FLIGHT_BYTES_MAX,
+    SILENCE_MAX_S,
+    longer,
+)
 from marble.transport.wire import Ack, Stamp, decode_acks, encode_stamp
 
 STREAM_ERRORS: Final = (pa.ArrowException, OSError)
 """What Flight raises when a stream breaks: some breaks come as Arrow's IOError, which is Python's OSError."""
-
-IN_FLIGHT_BATCHES_MAX: Final = 1024
-"""Writes of one stream that wait for their answer; a further `write` waits for room."""
-
-IN_FLIGHT_BYTES_MAX: Final = 64 * 1024 * 1024
-"""The same in bytes of Arrow buffers; a single larger batch is let through alone."""
-
-REFUSED_PAUSE_MIN_S: Final = 0.01
-REFUSED_PAUSE_MAX_S: Final = 0.5
-"""Before what was refused, or could not be sent, is sent again; doubling while that goes on."""
-
-GATHER_AFTER: Final = 3
-"""A stream that owes so many answers gathers what else is written until one comes."""
-
-SILENCE_MAX_S: Final = 8.0
-"""A stream with a session that owes answers and gives none for so long is given up, and its writes go to whoever leads then."""
-
-
-def _longer(pause_s: float) -> float:
-    return min(max(2 * pause_s, REFUSED_PAUSE_MIN_S), REFUSED_PAUSE_MAX_S)
 
 
 class PutStream:
@@ -178,6 +165,13 @@ class PutStream:
             reader.cancel()
             return now + self._timeout_s
         return due
+
+    def give_up_silent(self, heard_before: float) -> None:
+        """Give up a stream that owes answers and whose last one came before then (``time.monotonic()``)."""
+        with self._state:
+            reader = self._reader if self._sent and self._heard_s < heard_before else None
+        if reader is not None:
+            reader.cancel()
 
     def abort(self) -> None:
         """Give up at once: what was sent and not answered ends in OutcomeUnknownError. Does not wait."""
@@ -329,7 +323,7 @@ class PutStream:
                 # Held until the stream is settled: pyarrow ends the whole exchange when its writer is collected.
                 writer = self._open(client)
             except (MarbleError, *STREAM_ERRORS) as failure:
-                failed, pause_s = True, _longer(pause_s)
+                failed, pause_s = True, longer(pause_s)
                 told = from_flight_error(failure)
                 mends = isinstance(told, UnavailableError | NotLeaderError | OutcomeUnknownError)
                 if not mends or time.monotonic() >= deadline:
@@ -338,7 +332,7 @@ class PutStream:
                 continue
             again, why = self._read_acks()
             failed = bool(again) or why is not None
-            pause_s = _longer(0.0 if self._progressed else pause_s) if failed else 0.0
+            pause_s = longer(0.0 if self._progressed else pause_s) if failed else 0.0
             self._settle(again, why)
             # After the end of the stream this only collects its status, which is known.
             with contextlib.suppress(*STREAM_ERRORS):

@@ -29,6 +29,9 @@ from marble.transport.wire import Stamp, call_options
 RETRY_WAIT_S: Final = 0.02
 """Between two tries to reach a leader: an election takes longer, a node's news of it hardly does."""
 
+STUCK_S: Final = 1.0
+"""A stream over a way that was broken and that has had no answer for so long waits for TCP, most likely."""
+
 WATCH_WAIT_S: Final = 0.25
 """How late a stream's deadline may be noticed."""
 
@@ -42,8 +45,14 @@ class RelayStream(PutStream):
 
     def __init__(self, relays: Relays, path: tuple[str, ...], schema: pa.Schema, authority: Authority) -> None:
         options = call_options(None, forward=False, authority=authority)
-        super().__init__(path, schema, relays.locate, relays.timeout_s, options)
+        super().__init__(path, schema, self._find, relays.timeout_s, options)
         self._relays = relays
+        self.endpoint = ""
+        """Where it goes, or went last."""
+
+    def _find(self, deadline: float, failed: bool) -> flight.FlightClient:
+        self.endpoint, client = self._relays.locate(deadline, failed)
+        return client
 
     def close(self, timeout_s: float) -> None:
         super().close(timeout_s)
@@ -93,8 +102,18 @@ class Relays:
         with self._lock:
             self._streams.discard(stream)
 
-    def locate(self, deadline: float, failed: bool) -> flight.FlightClient:
-        """A client of the leader, waiting for one until `deadline` (``time.monotonic()``).
+    def renew(self, endpoint: str) -> None:
+        """The way to `endpoint` was broken, and may be whole again: what goes there from now on takes a new connection, and streams that
+        wait there for an answer are given up, so that their clients repeat what has none.
+        """
+        self._clients.renew(endpoint)
+        with self._lock:
+            streams = [stream for stream in self._streams if stream.endpoint == endpoint]
+        for stream in streams:
+            stream.give_up_silent(time.monotonic() - STUCK_S)
+
+    def locate(self, deadline: float, failed: bool) -> tuple[str, flight.FlightClient]:
+        """Where the leader is, and a client of it, waiting for one until `deadline` (``time.monotonic()``).
 
         Raises
         ------
@@ -103,7 +122,8 @@ class Relays:
         """
         if failed:
             self._stopping.wait(RETRY_WAIT_S)
-        return self._client(self._leader(deadline))
+        endpoint = self._leader(deadline)
+        return endpoint, self._client(endpoint)
 
     def action(
         self, name: str, body: bytes, *, repeatable: bool, stamp: Stamp | None = None, authority: Authority = ()

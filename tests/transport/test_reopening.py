@@ -9,10 +9,14 @@ from collections.abc import Iterator
 import pytest
 from transport.test_link import DEADLINE_S, append, heartbeat, wait_until
 
+from marble._core.entry_batch import ENTRY_SCHEMA
 from marble.env import SystemClock
 from marble.metrics import Metrics
 from marble.testing.relay import Line, Relay
+from marble.transport.carrier import STREAM_ERRORS
+from marble.transport.codec import Lane
 from marble.transport.flight import FlightTransport
+from marble.transport.handshake import ONLY
 from marble.transport.options import TransportOptions
 from marble.transport.pump import PATIENT_EVERY, UNHURRIED_EVERY, Pump
 
@@ -40,7 +44,7 @@ class Pair:
         self.inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.told: queue.SimpleQueue[int] = queue.SimpleQueue()
         self.metrics = Metrics()
-        two = FlightTransport("127.0.0.1:0", "c", 2, options=OPTIONS)
+        self.two = two = FlightTransport("127.0.0.1:0", "c", 2, options=OPTIONS)
         stack.callback(two.stop, 5.0)
         self.relay = stack.enter_context(Relay(two.endpoint))
         self.one = FlightTransport("127.0.0.1:0", "c", 1, options=OPTIONS, clock=self.clock, metrics=self.metrics)
@@ -123,3 +127,26 @@ def test_most_attempts_are_quick_and_some_are_patient() -> None:
     assert sum(allowed) / len(allowed) < 1.0
     pump._options = TransportOptions(connect_timeout_s=0.1, connect_quick_s=0.5)
     assert {pump._connect_s(attempt) for attempt in range(1, 33)} == {0.1}
+
+
+def test_what_comes_late_on_an_older_stream_is_of_the_past(pair: Pair) -> None:
+    """Here the older stream is one that nobody cancelled. The newer one is the link's, after that was ended by the older one's start."""
+    around = pair.one._around
+    old = around.carrier.open(pair.two.endpoint, ENTRY_SCHEMA, connect_timeout_s=DEADLINE_S, silent_peer_s=DEADLINE_S)
+    try:
+        around.handshake.call(2, Lane.CONTROL, old, ONLY)
+        old.write(*pair.one._codec.encode(2, ())[0])
+        assert old.answer()
+        # What the link still sends is taken no more, so it opens another stream, which is then the newest.
+        assert pair.told.get(timeout=DEADLINE_S) == 2
+        trips = pair.one.metrics.histogram("transport_round_trip_seconds", peer=2)
+        wait_until(lambda: pair.one.connected(2))
+        before = trips.spread().total
+        wait_until(lambda: trips.spread().total > before + 2)
+        with contextlib.suppress(*STREAM_ERRORS):
+            old.write(*pair.one._codec.encode(2, [heartbeat(5)])[0])
+            assert old.answer() is None
+    finally:
+        old.close()
+    assert pair.one.send(2, [heartbeat(6)])
+    assert pair.inbox.get(timeout=DEADLINE_S).message.commit == 6
