@@ -8,7 +8,7 @@ The floors; imports only run downwards, and modules of one floor never import ea
 ==  =====================================================================================================================  ================
 8   cli demo simulate backup_commands status_commands watch certs                                                          commands
 7   server service actions operating                                                                                       a node's ports
-6   local client orders admin backup doctor                                                                                tables near, far
+6   local client contacts vigil orders admin backup doctor                                                                 tables near, far
 5   node engine desk workers verify status stopwatch web                                                                   node's threads
 4   checkpoint driver compacting fetching groups identity jobs options promises rebuilding recovery snapshotting transfer  turns; snapshots
 3   transport                                                                                                              over Flight

@@ -25,6 +25,7 @@ import pyarrow.flight as fl
 
 from marble._core.entry_batch import decode_payload, encode_payload
 from marble.config import parse_url
+from marble.contacts import Contacts
 from marble.database import Database
 from marble.errors import (
     ForbiddenError,
@@ -71,11 +72,9 @@ from marble.transport.wire import (
     encode_schema,
     options_to_json,
 )
+from marble.vigil import Vigil
 
 T = TypeVar("T")
-
-PROBE_TIMEOUT_S: Final = 2.0
-"""How long one node is asked who leads before the next one is."""
 
 SCAN_TIMEOUT_S: Final = 3600.0
 """How long a scan may take in all."""
@@ -86,13 +85,7 @@ FOLLOW_MAX: Final = 3
 CLOSE_SESSION_TIMEOUT_S: Final = 1.0
 """How long `close` waits for the end of a session, which would also end by itself."""
 
-REFRESH_S: Final = 10.0
-"""How often a client with streams open asks which nodes there are. Those that it knows may all be removed in time."""
-
 REFRESH_TIMEOUT_S: Final = 1.0
-
-WATCH_WAIT_MAX_S: Final = 1.0
-"""How late the deadline of a stream may be noticed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +102,6 @@ class ClientOptions:
 class RemoteBackend:
     """What `marble.database.Database` does, done over Flight. Thread-safe.
 
-    - ``_leader`` is a guess: every use may find it wrong. ``_silent`` are those that last did not answer: they are asked last.
-    - ``_given`` are the user's endpoints; what asks one replica about itself stays with them. ``_learnt`` are the others that nodes named.
-    - ``_scans`` has the streams that are being read, with the moment at which a silent one is given up.
 
     Parameters
     ----------
@@ -122,20 +112,16 @@ class RemoteBackend:
     """
 
     def __init__(self, endpoints: Sequence[str], options: ClientOptions) -> None:
-        self._given = tuple(endpoints)
-        self._learnt: tuple[str, ...] = ()
+        self._contacts = Contacts(endpoints)
         self._gather_bytes_max = 0
         self._options = options
         self._lock = threading.Lock()
         self._clients = ClientPool(lambda: options.credentials)
         self._puts: dict[tuple[int, str], PutStream] = {}
-        self._scans: dict[fl.FlightStreamReader, float] = {}
-        self._leader: str | None = None
-        self._silent: set[str] = set()
         self._closed = threading.Event()
         self._orders = Orders(self._locate, options.timeout_s, self._closed)
         self._process = os.getpid()
-        self._watch: threading.Thread | None = None
+        self._vigil = Vigil(self._contacts, self._clients, self._closed, self._open_puts, self._refresh)
 
     # -- writes ------------------------------------------------------------------------------------------------------
 
@@ -160,7 +146,7 @@ class RemoteBackend:
                     gather_bytes_max=(lambda: 0) if table.options.merge else (lambda: self._gather_bytes_max),
                 )
                 self._puts[table.id, verb] = stream
-            self._start_watch()
+            self._vigil.start()
         answer: Future[int] = Future()
         answer.set_running_or_notify_cancel()
 
@@ -176,16 +162,17 @@ class RemoteBackend:
 
     def _locate(self, deadline: float, failed: bool) -> fl.FlightClient:
         """The client of the leader. `failed`: the last guess did not work out."""
+        contacts = self._contacts
         if failed:
-            self._leader = None
+            contacts.leader = None
         backoff = Backoff(deadline, self._closed)
         while True:
             silent: list[str] = []
             followed = 0
-            candidates = self._candidates()
+            candidates = contacts.candidates()
             while candidates:
                 endpoint = candidates.pop(0)
-                timeout_s = max(RETRY_WAIT_MIN_S, min(PROBE_TIMEOUT_S, deadline - time.monotonic()))
+                timeout_s = max(RETRY_WAIT_MIN_S, min(contacts.patience_s(endpoint), deadline - time.monotonic()))
                 try:
                     status = as_object(self._action(endpoint, "status", b"", timeout_s))
                 except MarbleError as failure:
@@ -193,21 +180,24 @@ class RemoteBackend:
                     if isinstance(failure, UnauthenticatedError | ForbiddenError) and not candidates:
                         raise
                     silent.append(str(failure))
+                    self._vigil.lose(endpoint)
                     continue
+                contacts.answered(endpoint)
                 self._learn(status)
                 if status["role"] == "leader":
-                    self._leader = endpoint
+                    contacts.leader = endpoint
                     return self._client(endpoint)
                 named = status["leader_endpoint"]
-                if named and followed < FOLLOW_MAX:
+                # Its followers may not have noticed yet that it is gone.
+                if named and followed < FOLLOW_MAX and not contacts.is_silent(named):
                     # Ask it next; nodes whose news is old may name one another for a while.
                     followed += 1
                     candidates = [named, *(each for each in candidates if each != named)]
-            self._leader = None
-            backoff.wait(UnavailableError(f"no node took the write: {no_leader(self._candidates(), silent)}"))
+            contacts.leader = None
+            backoff.wait(UnavailableError(f"no node took the write: {no_leader(contacts.candidates(), silent)}"))
 
     def _learn(self, status: dict[str, Any]) -> None:
-        self._learnt = tuple(each for each in status["nodes"].values() if each not in self._given)
+        self._contacts.learn(status)
         self._gather_bytes_max = status.get("max_entry_size", 0) // 2
 
     # -- catalog and actions -------------------------------------------------------------------------------------------
@@ -249,7 +239,9 @@ class RemoteBackend:
         return next((info for info in self.tables() if info.name == name), None)
 
     def status(self) -> dict[str, Any]:
-        return as_object(self._call(lambda endpoint, left: self._action(endpoint, "status", b"", left), self._given))
+        return as_object(
+            self._call(lambda endpoint, left: self._action(endpoint, "status", b"", left), self._contacts.given)
+        )
 
     def ask(self, name: str, body: bytes) -> dict[str, Any]:
         """The answer of any node to an action that changes nothing."""
@@ -278,7 +270,7 @@ class RemoteBackend:
         def read(endpoint: str, left: float) -> pa.RecordBatch:
             descriptor = fl.FlightDescriptor.for_path(*path)
             writer, reader = self._client(endpoint).do_exchange(descriptor, call_options(left))
-            with writer:
+            with writer, self._watched(reader, left, endpoint):
                 writer.begin(keys.schema)
                 writer.write_batch(keys)
                 writer.done_writing()
@@ -302,9 +294,9 @@ class RemoteBackend:
         def begin(endpoint: str, left: float) -> fl.FlightStreamReader:
             # A call's deadline covers the whole of a scan, so it is generous, and the watch ends a scan that stands still. But
             # DoGet itself waits for the first answer, uninterruptibly: ask first whether there is somebody to give it.
-            self._action(endpoint, "ping", b"", left)
+            self._vigil.ping(endpoint, left)
             reader = self._client(endpoint).do_get(ticket, call_options(SCAN_TIMEOUT_S))
-            with self._watched(reader, left):
+            with self._watched(reader, left, endpoint):
                 reader.schema  # noqa: B018  (waits for the first answer: until then another node can be asked)
             return reader
 
@@ -322,7 +314,7 @@ class RemoteBackend:
 
     def _replicas(self, consistency: str) -> tuple[str, ...] | None:
         """Whom to ask: about one replica's own state only those whom the user named."""
-        return None if consistency == "linearizable" else self._given
+        return None if consistency == "linearizable" else self._contacts.given
 
     def _batches(self, reader: fl.FlightStreamReader) -> Iterator[pa.RecordBatch]:
         """The batches of a Flight stream; a break comes out as a MarbleError."""
@@ -342,20 +334,17 @@ class RemoteBackend:
         with self._lock:
             if self._closed.is_set():
                 return
-            puts, watch = list(self._puts.values()), self._watch
+            puts = list(self._puts.values())
         deadline = time.monotonic() + self._options.timeout_s
         for put in puts:
             put.close(max(0.0, deadline - time.monotonic()))
         self._close_sessions([*(put.session for put in puts), self._orders.session])
         self._closed.set()
-        if watch is not None:
-            # A Ctrl-C may have come while it was being started; then there is nothing to wait for.
-            with contextlib.suppress(RuntimeError):
-                watch.join()
+        self._vigil.join()
         self._clients.close()
 
     def _close_sessions(self, sessions: Sequence[int]) -> None:
-        leader = self._leader
+        leader = self._contacts.leader
         if leader is None:
             return
         # The first that fails is the last: they all end by themselves, and nobody is to wait for them.
@@ -370,55 +359,23 @@ class RemoteBackend:
         if self._closed.is_set():
             raise UsageError("the connection is closed")
 
-    def _candidates(self) -> list[str]:
-        """All known nodes, the likely leader first."""
-        leader = self._leader
-        others = [each for each in (*self._given, *self._learnt) if each != leader]
-        return self._willing_first(others if leader is None else [leader, *others])
+    def _open_puts(self) -> list[PutStream]:
+        with self._lock:
+            return list(self._puts.values())
 
-    def _willing_first(self, endpoints: Sequence[str]) -> list[str]:
-        return sorted(endpoints, key=lambda each: each in self._silent)
-
-    def _start_watch(self) -> None:
-        """Start the watch unless it runs. Called under the lock."""
-        if self._watch is None:
-            self._watch = threading.Thread(target=self._hold_to_deadlines, name="marble-client-watch", daemon=True)
-            self._watch.start()
-
-    @contextlib.contextmanager
-    def _watched(self, reader: fl.FlightStreamReader, timeout_s: float) -> Iterator[None]:
-        """Cancel `reader` if what happens in here takes longer than `timeout_s`."""
+    def _watched(
+        self, reader: fl.FlightStreamReader, timeout_s: float, endpoint: str | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """See `Vigil.watched`."""
         with self._lock:
             self._check_open()
-            self._start_watch()
-            self._scans[reader] = time.monotonic() + timeout_s
-        try:
-            yield
-        finally:
-            with self._lock:
-                del self._scans[reader]
-
-    def _hold_to_deadlines(self) -> None:
-        wait_s = min(REFRESH_S, WATCH_WAIT_MAX_S)
-        refresh = time.monotonic() + REFRESH_S
-        while not self._closed.wait(wait_s):
-            now = time.monotonic()
-            if now >= refresh:
-                self._refresh()
-                refresh = now = time.monotonic()
-                refresh += REFRESH_S
-            with self._lock:
-                puts = list(self._puts.values())
-                late = [reader for reader, deadline in self._scans.items() if deadline <= now]
-            for reader in late:
-                reader.cancel()
-            due = min((put.expire(now) for put in puts), default=now + WATCH_WAIT_MAX_S)
-            wait_s = min(max(RETRY_WAIT_MIN_S, min(due, refresh) - now), WATCH_WAIT_MAX_S)
+            self._vigil.start()
+        return self._vigil.watched(reader, timeout_s, endpoint)
 
     def _refresh(self) -> None:
         """Ask the likely leader which nodes there are; not to know it now costs nothing."""
         with contextlib.suppress(MarbleError):
-            self._learn(as_object(self._action(self._candidates()[0], "status", b"", REFRESH_TIMEOUT_S)))
+            self._learn(as_object(self._action(self._contacts.candidates()[0], "status", b"", REFRESH_TIMEOUT_S)))
 
     def _client(self, endpoint: str) -> fl.FlightClient:
         self._check_open()
@@ -438,24 +395,26 @@ class RemoteBackend:
         while True:
             error: MarbleError = UnavailableError("no node answers")
             refused: dict[str, None] = {}
-            candidates = self._candidates() if only is None else self._willing_first(only)
+            contacts = self._contacts
+            candidates = contacts.candidates() if only is None else contacts.willing_first(only)
             for number, endpoint in enumerate(candidates):
                 self._check_open()
                 # Its share of the time that is left: one that hangs must not use up the others'.
                 left = (deadline - time.monotonic()) / (len(candidates) - number)
                 try:
+                    if not contacts.is_fresh(endpoint) and len(candidates) > 1:
+                        self._vigil.ping(endpoint, max(RETRY_WAIT_MIN_S, min(left, contacts.patience_s(endpoint))))
                     answer = attempt(endpoint, max(RETRY_WAIT_MIN_S, min(left, ATTEMPT_TIMEOUT_S)))
-                    self._silent.discard(endpoint)
+                    contacts.helped(endpoint)
                     return answer
                 except (MarbleError, *STREAM_ERRORS) as failure:
                     error = from_flight_error(failure, peer=endpoint)
                 if isinstance(error, NotLeaderError):
-                    self._leader = error.leader
+                    contacts.leader = error.leader
                 elif not isinstance(error, UnavailableError | OutcomeUnknownError):
                     raise error
                 else:
-                    self._silent.add(endpoint)
-                    self._leader = None if endpoint == self._leader else self._leader
+                    contacts.refused(endpoint)
                     refused[str(error)] = None
             if refused and isinstance(error, UnavailableError):
                 error = UnavailableError(f"{'; '.join(refused)}; see `marble doctor {','.join(candidates)}`")

@@ -48,7 +48,7 @@ FLOORS = [
         "transfer",
     ),
     ("node", "engine", "desk", "workers", "verify", "status", "stopwatch", "web"),
-    ("local", "client", "orders", "admin", "backup", "doctor"),
+    ("local", "client", "contacts", "vigil", "orders", "admin", "backup", "doctor"),
     ("server", "service", "actions", "operating"),
     ("cli", "demo", "simulate", "backup_commands", "status_commands", "watch", "certs"),
 ]
@@ -76,7 +76,8 @@ STEPS = {
     "desk": {"stopwatch"},
     "engine": {"desk", "workers"},
     "node": {"desk", "engine", "status"},
-    "client": {"orders"},
+    "client": {"contacts", "orders", "vigil"},
+    "vigil": {"contacts", "orders"},
     "admin": {"client"},
     "backup": {"client"},
     "operating": {"actions"},

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import itertools
 import logging
 import os
 import threading
@@ -30,10 +29,10 @@ from marble.errors import InvariantError, ProtocolError, UnavailableError, Usage
 from marble.metrics import Metrics
 from marble.transport import _shutdown
 from marble.transport.carrier import STREAM_ERRORS, Arrival, Carrier, FlightCarrier
-from marble.transport.codec import Codec, Envelope, Hello, Lane
+from marble.transport.codec import Codec, Envelope, Lane
 from marble.transport.compression import unwrap
 from marble.transport.faults import cause_of, to_flight_error
-from marble.transport.handshake import ECHO, ONLY, Acquaintances, Chunk, Handshake
+from marble.transport.handshake import ECHO, Acquaintances, Chunk, Handshake
 from marble.transport.listening import Listening
 from marble.transport.messages import MessageCodec, MessageIntake
 from marble.transport.messaging import SEND_TIMEOUT_S, Messaging, OnMessages, Peer
@@ -42,6 +41,7 @@ from marble.transport.paths import Peering, make_link
 from marble.transport.peers import Peers, host_of
 from marble.transport.port import FlightService
 from marble.transport.pump import Surroundings
+from marble.transport.succession import Succession
 from marble.transport.watch import Watch
 from marble.transport.watching import WatchedSecurity
 
@@ -119,8 +119,7 @@ class FlightTransport(Messaging):
         self._unreachable: Callable[[int], None] = _ignore
         self._failed: Callable[[BaseException], None] = _ignore
         self._calls = 0
-        self._places = itertools.count(1)
-        self._latest: dict[tuple[int, Lane], int] = {}
+        self._succession = Succession()
         self._stopped = False
         self._forked = False
         self.metrics.expect(*COUNTED_BY_PEER)
@@ -406,7 +405,7 @@ class FlightTransport(Messaging):
                     self._messages.take(hello.sender, chunks)
                 else:
                     echoes = hello.lane is Lane.CONTROL and hello.features & ECHO
-                    with self._place(hello) as newest:
+                    with self._succession.place(hello) as newest:
                         self._take_envelopes(hello.sender, chunks, arrival.answer if echoes else None, newest)
         except fl.FlightError:
             raise
@@ -415,30 +414,6 @@ class FlightTransport(Messaging):
             if isinstance(error, InvariantError):
                 self._failed(error)
             raise self._told(error) from None
-
-    @contextlib.contextmanager
-    def _place(self, hello: Hello) -> Iterator[Callable[[], bool]]:
-        """To be called for each packet of the stream that began with `hello`: whether none has come on a later one of the same sender
-        and lane.
-
-        What still comes on an old one, which TCP had held back, is of the past: heartbeats of a leader, say, that has given up
-        meanwhile.
-        """
-        place, key = next(self._places), (hello.sender, hello.lane)
-
-        def newest() -> bool:
-            with self._lock:
-                newest = self._latest.get(key, 0) <= place
-                if newest and hello.features & ONLY:
-                    self._latest[key] = place
-                return newest
-
-        try:
-            yield newest
-        finally:
-            with self._lock:
-                if self._latest.get(key) == place:
-                    del self._latest[key]
 
     def _take_envelopes(
         self, sender: int, chunks: Iterator[Chunk], echo: Callable[[bytes], bool] | None, newest: Callable[[], bool]

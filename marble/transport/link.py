@@ -23,7 +23,7 @@ import logging
 import queue
 import threading
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import pyarrow as pa
 
@@ -39,7 +39,7 @@ from marble.transport.merging import merge_appends
 from marble.transport.messages import MessageCodec, MessageLoad
 from marble.transport.options import TransportOptions
 from marble.transport.pulse import Pulse
-from marble.transport.pump import Pump, Surroundings
+from marble.transport.pump import Load, Pump, Surroundings
 
 _log = logging.getLogger("marble.transport")
 _LANES: Final = {MessageKind.APPEND_ENTRIES: Lane.LOG, MessageKind.SNAPSHOT_PIECE: Lane.BULK}
@@ -204,48 +204,28 @@ class Link:
             around.clock,
             around.metrics,
         )
-        self._control = Pump(
-            codec.node_id,
-            peer,
-            endpoint,
+
+        def pump(lane: Lane, schema: pa.Schema, load: Load, **more: Any) -> Pump:
+            return Pump(
+                codec.node_id, peer, endpoint, lane, schema, load, around, number=number, only=not several, **more
+            )
+
+        self._control = pump(
             Lane.CONTROL,
             ENTRY_SCHEMA,
             loads[Lane.CONTROL],
-            around,
             opened=self._poke,
             answered=self._answered,
             pulse=self._pulse,
             ping=lambda: codec.encode(peer, ())[0],
-            number=number,
-            only=not several,
         )
         self._pumps = {Lane.CONTROL: self._control} | {
-            lane: Pump(
-                codec.node_id,
-                peer,
-                endpoint,
-                lane,
-                ENTRY_SCHEMA,
-                load,
-                around,
-                gate=lambda: self._control.connected,
-                number=number,
-                only=not several,
-            )
+            lane: pump(lane, ENTRY_SCHEMA, load, gate=lambda: self._control.connected)
             for lane, load in loads.items()
             if lane is not Lane.CONTROL
         }
-        self._message_pump = self._pumps[Lane.MESSAGES] = Pump(
-            codec.node_id,
-            peer,
-            endpoint,
-            Lane.MESSAGES,
-            MESSAGE_SCHEMA,
-            self._messages,
-            around,
-            gate=lambda: self._control.connected,
-            number=number,
-            only=not several,
+        self._message_pump = self._pumps[Lane.MESSAGES] = pump(
+            Lane.MESSAGES, MESSAGE_SCHEMA, self._messages, gate=lambda: self._control.connected
         )
 
     @property

@@ -20,6 +20,12 @@ GATHER_AFTER: Final = 3
 SILENCE_MAX_S: Final = 8.0
 """A stream with a session that owes answers and gives none for so long is given up, and its writes go to whoever leads then."""
 
+PROBE_AFTER_S: Final = 1.0
+"""Who owes an answer for so long is asked whether it is there, and again after so long."""
+
+SLOW_BYTES_PER_S: Final = 256 * 1024
+"""What was written may take so long to arrive before its answer counts as owed: the question would wait behind it."""
+
 
 def longer(pause_s: float) -> float:
     """The pause after one of `pause_s` that was for nothing."""

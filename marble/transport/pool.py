@@ -78,6 +78,15 @@ class ClientPool:
             for address in {endpoint, *endpoint.split(",")}:
                 self._clients.pop(address, None)
 
+    def forget(self, client: fl.FlightClient) -> str | None:
+        """As `renew`, of the node that `client` calls: its endpoint, or None if others have taken its place already."""
+        with self._lock:
+            for endpoint, each in self._clients.items():
+                if each is client:
+                    del self._clients[endpoint]
+                    return endpoint
+        return None
+
     def close(self) -> None:
         """Close all. Idempotent."""
         with self._lock:

@@ -41,15 +41,9 @@ from marble.errors import (
     UsageError,
     check,
 )
+from marble.transport import patience
 from marble.transport.faults import from_flight_error
 from marble.transport.gathering import Item, gather
-from marble.transport.patience import (
-    GATHER_AFTER,
-    IN_FLIGHT_BATCHES_MAX,
-    IN_FLIGHT_BYTES_MAX,
-    SILENCE_MAX_S,
-    longer,
-)
 from marble.transport.wire import Ack, Stamp, decode_acks, encode_stamp
 
 STREAM_ERRORS: Final = (pa.ArrowException, OSError)
@@ -109,6 +103,8 @@ class PutStream:
         self._sequence = 0
         self._dead: MarbleError | None = None
         self._heard_s = 0.0
+        self._probed_s = 0.0
+        self._client: fl.FlightClient | None = None
         self._progressed = False
         self._order = threading.Lock()
         self._state = threading.Condition()
@@ -160,11 +156,20 @@ class PutStream:
             reader = self._reader
             due = self._sent[0].deadline if self._sent else now + self._timeout_s
             if self._sent and self._open_session is not None:
-                due = min(due, self._heard_s + SILENCE_MAX_S)
+                due = min(due, self._heard_s + patience.SILENCE_MAX_S, now + patience.PROBE_AFTER_S / 4)
         if due <= now and reader is not None:
             reader.cancel()
             return now + self._timeout_s
         return due
+
+    def suspect(self, now: float) -> fl.FlightClient | None:
+        """The client of a stream that owes answers for long: whoever asks is to find out whether anybody is there."""
+        with self._state:
+            usual_s = patience.PROBE_AFTER_S + sum(item.size for item in self._sent) / patience.SLOW_BYTES_PER_S
+            owes = self._sent and self._open_session is not None and self._reader is not None
+            late = owes and now >= max(self._heard_s, self._probed_s) + usual_s
+            self._probed_s = now if late else self._probed_s
+            return self._client if late else None
 
     def give_up_silent(self, heard_before: float) -> None:
         """Give up a stream that owes answers and whose last one came before then (``time.monotonic()``)."""
@@ -213,8 +218,10 @@ class PutStream:
 
     def _admit(self, item: Item) -> None:
         def room() -> bool:
-            fits = self._count < IN_FLIGHT_BATCHES_MAX and self._bytes + item.size <= IN_FLIGHT_BYTES_MAX
-            return fits or not self._count or self._closing
+            full = (
+                self._count >= patience.IN_FLIGHT_BATCHES_MAX or self._bytes + item.size > patience.IN_FLIGHT_BYTES_MAX
+            )
+            return not full or not self._count or self._closing
 
         if not self._state.wait_for(room, max(0.0, item.deadline - time.monotonic())):
             raise UnavailableError("too many writes wait for their answer: nothing was sent; retry later")
@@ -229,9 +236,9 @@ class PutStream:
 
     def _waits(self, item: Item) -> bool:
         """Whether `item` is to be gathered although a stream is open. Called under ``_state``."""
-        if self._backlog:
-            return True  # It must not overtake what waits.
-        if len(self._sent) < GATHER_AFTER or not item.fresh or not self._gather_bytes_max():
+        if self._backlog:  # It must not overtake what waits.
+            return True
+        if len(self._sent) < patience.GATHER_AFTER or not item.fresh or not self._gather_bytes_max():
             return False
         if self._gatherer is None:
             name = "marble-gather-" + "/".join(self._path)
@@ -252,7 +259,7 @@ class PutStream:
 
     def _end_writing(self) -> None:
         """The last of what waits goes out, if a stream is open. Called under ``_order``."""
-        self._flush(IN_FLIGHT_BATCHES_MAX + 1)
+        self._flush(patience.IN_FLIGHT_BATCHES_MAX + 1)
         if (writer := self._writer) is not None:
             try:
                 writer.done_writing()
@@ -263,7 +270,7 @@ class PutStream:
         """What the gathering thread does until `close`, which sends the rest itself."""
 
         def ready() -> bool:
-            return self._closing or bool(self._writer and self._backlog and len(self._sent) < GATHER_AFTER)
+            return self._closing or bool(self._writer and self._backlog and len(self._sent) < patience.GATHER_AFTER)
 
         while True:
             with self._state:
@@ -271,7 +278,7 @@ class PutStream:
                 if self._closing:
                     return
             with self._order:
-                self._flush(GATHER_AFTER)
+                self._flush(patience.GATHER_AFTER)
 
     def _owe(self, item: Item) -> None:
         """`item` is about to be sent; number it if this is the first time. Called under ``_state``."""
@@ -323,7 +330,7 @@ class PutStream:
                 # Held until the stream is settled: pyarrow ends the whole exchange when its writer is collected.
                 writer = self._open(client)
             except (MarbleError, *STREAM_ERRORS) as failure:
-                failed, pause_s = True, longer(pause_s)
+                failed, pause_s = True, patience.longer(pause_s)
                 told = from_flight_error(failure)
                 mends = isinstance(told, UnavailableError | NotLeaderError | OutcomeUnknownError)
                 if not mends or time.monotonic() >= deadline:
@@ -332,7 +339,7 @@ class PutStream:
                 continue
             again, why = self._read_acks()
             failed = bool(again) or why is not None
-            pause_s = longer(0.0 if self._progressed else pause_s) if failed else 0.0
+            pause_s = patience.longer(0.0 if self._progressed else pause_s) if failed else 0.0
             self._settle(again, why)
             # After the end of the stream this only collects its status, which is known.
             with contextlib.suppress(*STREAM_ERRORS):
@@ -349,9 +356,9 @@ class PutStream:
         writer.begin(self._schema)
         with self._order:
             with self._state:
-                self._writer, self._reader = writer, reader
+                self._writer, self._reader, self._client = writer, reader, client
                 self._progressed = False
-            self._flush(IN_FLIGHT_BATCHES_MAX + 1)
+            self._flush(patience.IN_FLIGHT_BATCHES_MAX + 1)
             if self._closing:
                 writer.done_writing()
         return writer

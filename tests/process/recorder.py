@@ -116,7 +116,7 @@ class _Clients:
                     if verb == "get" or decode_acks(chunk.app_metadata)[0].error() is None:
                         return time.monotonic()
             except (pa.ArrowException, OSError, StopIteration):
-                time.sleep(PROBE_PAUSE_S)
+                self._stop.wait(PROBE_PAUSE_S)
 
     def _status(self, endpoint: str) -> dict[str, Any] | None:
         try:

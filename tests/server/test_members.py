@@ -14,7 +14,7 @@ import pytest
 from server.cluster import SCHEMA, WAIT_S, Cluster, eventually, refused, rows
 
 from marble import actions as actions_module
-from marble import client as client_module
+from marble import vigil as vigil_module
 from marble.admin import ClusterAdmin
 from marble.client import ClientOptions, RemoteBackend
 from marble.database import Database
@@ -62,7 +62,7 @@ class Load:
 
     def knows(self, endpoints: Collection[str]) -> bool:
         """Whether the client has learnt of all these nodes."""
-        return set(endpoints) <= set(self._backend._learnt)
+        return set(endpoints) <= set(self._backend._contacts.learnt)
 
     def more(self, count: int = 5) -> None:
         """Wait until so many further writes have succeeded."""
@@ -94,7 +94,7 @@ def _table(server: Any) -> Any:
 def test_a_cluster_grows_to_five_and_shrinks_to_two_under_load(
     make_cluster: MakeCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "REFRESH_S", 0.1)
+    monkeypatch.setattr(vigil_module, "REFRESH_S", 0.1)
     cluster = make_cluster()
     cluster.create_table("t")
     with admin(cluster) as operator, Load(cluster) as load:

@@ -13,10 +13,10 @@ import pyarrow.flight as fl
 import pytest
 
 from marble.errors import MarbleError, OutcomeUnknownError, UnavailableError, UsageError
-from marble.transport import gathering
-from marble.transport import put as put_module
+from marble.transport import gathering, patience
 from marble.transport.gathering import Item, gather
-from marble.transport.put import GATHER_AFTER, PutStream
+from marble.transport.patience import GATHER_AFTER
+from marble.transport.put import PutStream
 from marble.transport.wire import Ack, Stamp, decode_stamp, encode_ack
 
 SCHEMA = pa.schema([("k", pa.int64())])
@@ -215,7 +215,7 @@ def test_when_its_time_is_up_the_outcome_is_unknown_for_what_was_sent_only(
 def test_closing_does_not_wait_for_a_server_that_does_not_read(
     server: Server, client: fl.FlightClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(put_module, "GATHER_AFTER", 10**6)
+    monkeypatch.setattr(patience, "GATHER_AFTER", 10**6)
     server.reading.clear()
     stream = make(client)
     rows = pa.record_batch({"k": list(range(1 << 17))}, schema=SCHEMA)

@@ -20,7 +20,7 @@ from marble.errors import (
     UnavailableError,
     UsageError,
 )
-from marble.transport import put as put_module
+from marble.transport import patience
 from marble.transport.put import PutStream
 from marble.transport.wire import Ack, Stamp, decode_stamp, encode_ack
 
@@ -351,7 +351,7 @@ def test_without_an_answer_until_its_deadline_a_write_has_an_unknown_outcome(
 def test_a_server_that_says_nothing_is_left_for_another_try(
     server: Server, numbered: PutStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(put_module, "SILENCE_MAX_S", 0.0)
+    monkeypatch.setattr(patience, "SILENCE_MAX_S", 0.0)
     future = numbered.write(batch(0))
     assert server.got.get(timeout=DEADLINE_S) == 0
     numbered.expire(time.monotonic())
@@ -366,7 +366,7 @@ def test_a_server_that_says_nothing_is_left_for_another_try(
 def test_more_writes_than_may_be_in_flight_wait_for_the_first_stream_to_open(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(put_module, "IN_FLIGHT_BATCHES_MAX", 2)
+    monkeypatch.setattr(patience, "IN_FLIGHT_BATCHES_MAX", 2)
     located = threading.Event()
     client = fl.connect(f"grpc://127.0.0.1:{server.port}")
 
