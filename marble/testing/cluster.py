@@ -10,7 +10,7 @@ After each event the invariants that it may have broken are checked: see `marble
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -55,6 +55,8 @@ class Report:
     """Histories whose check gave up."""
     back_us: int = 0
     """From the end of all faults until each group has committed something anew."""
+    level_us: int = 0
+    """And until each of its members has applied something of that."""
 
 
 class Simulation:
@@ -87,7 +89,7 @@ class Simulation:
             Client(self.world, number, self.nodes, self.sales) for number in range(1, plan.load.clients + 1)
         ]
         self.operator = Operator(self.world, self.nodes)
-        self._back_us = 0
+        self._back_us = self._level_us = 0
         for node in self.nodes.values():
             self.loop.after(self.loop.between(0, 50_000), node.start)
         for client in self.clients:
@@ -266,13 +268,24 @@ class Simulation:
         while loop.now < begun + self.plan.heal_us:
             for _ in range(64):
                 loop.step()
-                if not self._back_us and all(len(world.ledgers[group].committed) > before[group] for group in before):
-                    self._back_us = loop.now - begun
+                self._note_progress(begun, before)
             if self._is_done():
                 return
         raise Violation(
             f"no progress within {self.plan.heal_us / SECOND:g} s after all faults ended: {self._what_lacks()}"
         )
+
+    def _note_progress(self, begun: int, before: Mapping[int, int]) -> None:
+        """Keep when all that was committed in each group `before` was left behind: by somebody, by all its members."""
+        if not self._back_us:
+            if all(len(self.world.ledgers[group].committed) > index for group, index in before.items()):
+                self._back_us = self.loop.now - begun
+        elif not self._level_us and all(
+            number in self.world.cores[group] and self.world.cores[group][number].applied_index > index
+            for group, index in before.items()
+            for number in self.operator.members(group).all
+        ):
+            self._level_us = self.loop.now - begun
 
     def _is_done(self) -> bool:
         if any(client.operation is not None for client in self.clients) or not all(
@@ -319,7 +332,7 @@ class Simulation:
         report.steps, report.simulated_us = self.loop.steps, self.loop.now
         report.injected = dict(self.world.injected)
         report.acknowledged, report.lost = self.sales.acknowledged, self.sales.lost
-        report.back_us = self._back_us
+        report.back_us, report.level_us = self._back_us, self._level_us
         report.undecided = int(verdict.answer is Answer.UNDECIDED)
         for ledger in self.world.ledgers.values():
             report.reads += ledger.reads_answered

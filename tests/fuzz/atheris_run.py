@@ -2,7 +2,7 @@
 
     python tests/fuzz/atheris_run.py ticket -max_total_time=600 -rss_limit_mb=2048 -timeout=10
 
-The first argument names a target of `fuzz.targets` (none: it lists them), the rest is libFuzzer's. Valid inputs are the corpus to
+The first argument names a target of `fuzz.targets`, or "port" for a whole node (none: it lists them), the rest is libFuzzer's. Valid inputs are the corpus to
 begin with; the changes are those of `fuzz.mutate`, half of them with checksums made right again, beside libFuzzer's own. An
 input that finds something is kept as ``crash-…``: give its path as the last argument to repeat it. Not collected by pytest,
 which needs no atheris.
@@ -15,22 +15,31 @@ import random
 import sys
 import tempfile
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # What follows is found there.
 
+from fuzz.live import live_node
 from fuzz.mutate import BYTES_MAX, Change, changed
+from fuzz.target import Target
 from fuzz.targets import TARGETS
 
 
 def main(name: str, *options: str) -> None:
     """Attack the target `name` until libFuzzer ends, which ends the process."""
     known = {each.name.replace(" ", "_"): each for each in TARGETS}
+    if name == "port":
+        with tempfile.TemporaryDirectory() as directory, live_node(Path(directory)) as live:
+            _run(live.target(), options)
     if name not in known:
-        sys.exit(f"name one of: {', '.join(known)}")
-    target = known[name]
+        sys.exit(f"name one of: {', '.join(known)}, port")
+    _run(known[name], options)
+
+
+def _run(target: Target, options: Sequence[str]) -> None:
     seeds = target.seeds()
     # Not by hooks at import: those see nothing of a package that is installed to be edited.
     for function in [each for each in gc.get_objects() if isinstance(each, types.FunctionType)]:
