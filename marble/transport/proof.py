@@ -32,6 +32,7 @@ import hashlib
 import hmac
 import os
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 from marble.errors import ProtocolError
@@ -80,18 +81,24 @@ class Secret:
     Parameters
     ----------
     key
-        `SECRET_BYTES_MIN` to `SECRET_BYTES_MAX` bytes.
+        `SECRET_BYTES_MIN` to `SECRET_BYTES_MAX` bytes: what this node proves that it knows.
+    also
+        Others, whose proof is taken as well, while one secret takes the place of another.
     """
 
-    __slots__ = ("_key",)
+    __slots__ = ("_key", "_known")
 
-    def __init__(self, key: bytes) -> None:
-        if not SECRET_BYTES_MIN <= len(key) <= SECRET_BYTES_MAX:
-            raise ValueError(f"a cluster's secret must have {SECRET_BYTES_MIN} to {SECRET_BYTES_MAX} bytes")
+    def __init__(self, key: bytes, also: Sequence[bytes] = ()) -> None:
+        for each in (key, *also):
+            if not SECRET_BYTES_MIN <= len(each) <= SECRET_BYTES_MAX:
+                raise ValueError(f"a cluster's secret must have {SECRET_BYTES_MIN} to {SECRET_BYTES_MAX} bytes")
         self._key = key
+        self._known = (key, *also)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and hmac.compare_digest(self._key, other._key)
+        if not isinstance(other, Secret) or len(self._known) != len(other._known):
+            return False
+        return all(hmac.compare_digest(*pair) for pair in zip(self._known, other._known, strict=True))
 
     def __hash__(self) -> int:
         return hash(Secret)
@@ -101,12 +108,16 @@ class Secret:
 
     def mac(self, words: bytes, *parts: bytes) -> bytes:
         """HMAC-SHA256 over `words` and `parts`."""
-        return hmac.new(self._key, words + b"".join(parts), hashlib.sha256).digest()
+        return _mac(self._key, words, *parts)
+
+    def knows(self, mac: bytes, words: bytes, *parts: bytes) -> bool:
+        """Whether `mac` is that of `words` and `parts` under any of the secrets that are known here. Takes as long if it is of none."""
+        return sum(hmac.compare_digest(_mac(key, words, *parts), mac) for key in self._known) > 0
 
     def call(self, cluster_id: str, node: int) -> str:
         """A proof for the header `PEER_HEADER`."""
         nonce = os.urandom(_NONCE)
-        return f"1;{node};{nonce.hex()};{self._call_mac(cluster_id, node, nonce).hex()}"
+        return f"1;{node};{nonce.hex()};{self.mac(_CALL, *_call_parts(cluster_id, node, nonce)).hex()}"
 
     def check_call(self, cluster_id: str, header: str) -> int | None:
         """The node that sent `header`; None if that is no proof."""
@@ -120,11 +131,16 @@ class Secret:
             nonce, mac = bytes.fromhex(parts[2]), bytes.fromhex(parts[3])
         except ValueError:
             return None
-        good = hmac.compare_digest(self._call_mac(cluster_id, node, nonce), mac)
+        good = self.knows(mac, _CALL, *_call_parts(cluster_id, node, nonce))
         return node if good and len(nonce) == _NONCE else None
 
-    def _call_mac(self, cluster_id: str, node: int, nonce: bytes) -> bytes:
-        return self.mac(_CALL, cluster_id.encode(), b"\0", struct.pack("<Q", node), nonce)
+
+def _mac(key: bytes, words: bytes, *parts: bytes) -> bytes:
+    return hmac.new(key, words + b"".join(parts), hashlib.sha256).digest()
+
+
+def _call_parts(cluster_id: str, node: int, nonce: bytes) -> tuple[bytes, ...]:
+    return cluster_id.encode(), b"\0", struct.pack("<Q", node), nonce
 
 
 def _digest(hello: bytes, answer: bytes) -> bytes:
@@ -166,7 +182,7 @@ class CallerProof:
             raise ProtocolError(f"{who} has no cluster secret, and this one has: give both the same secret_file")
         nonce, mac = body[:_NONCE], body[_NONCE:]
         digest = _digest(self._hello, answer)
-        if not hmac.compare_digest(self._secret.mac(_CALLEE, self._nonce, nonce, digest), mac):
+        if not self._secret.knows(mac, _CALLEE, self._nonce, nonce, digest):
             raise ProtocolError(f"{who} has another cluster secret than this one: give both the same secret_file")
         return answer, _sealed(_LAST, self._secret.mac(_CALLER, nonce, self._nonce, digest))
 
@@ -179,7 +195,7 @@ class CalleeProof:
         self._nonce = os.urandom(_NONCE)
         self._theirs = b""
         self._hello = b""
-        self._expected: bytes | None = None
+        self._digest: bytes | None = None
 
     def take_hello(self, data: bytes) -> bytes:
         """The hello in `data`. Raises ProtocolError unless it asks for a proof where there must be one, and only there."""
@@ -196,8 +212,7 @@ class CalleeProof:
         """What to send in place of `answer`."""
         if self._secret is None:
             return answer
-        digest = _digest(self._hello, answer)
-        self._expected = _sealed(_LAST, self._secret.mac(_CALLER, self._nonce, self._theirs, digest))
+        self._digest = digest = _digest(self._hello, answer)
         return answer + _sealed(_ANSWER, self._nonce + self._secret.mac(_CALLEE, self._theirs, self._nonce, digest))
 
     @property
@@ -207,6 +222,12 @@ class CalleeProof:
 
     def check_last_word(self, data: bytes) -> None:
         """Raises ProtocolError unless `data` is the caller's proof."""
-        expected, self._expected = self._expected, None
-        if expected is None or not hmac.compare_digest(expected, data):
+        digest, self._digest = self._digest, None
+        mac = _opened(data, _LAST)
+        if (
+            self._secret is None
+            or digest is None
+            or mac is None
+            or not self._secret.knows(mac, _CALLER, self._nonce, self._theirs, digest)
+        ):
             raise ProtocolError("the caller does not know the cluster secret: give all nodes the same secret_file")

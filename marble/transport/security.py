@@ -95,6 +95,15 @@ class _Headers(fl.ClientMiddleware):  # type: ignore[misc]
         return self._headers
 
 
+ALSO: Final = b"also "
+"""Begins the lines of a secret's file that have other secrets, whose proof is taken as well."""
+
+SECRETS_MAX: Final = 4
+"""Secrets that are known at a time."""
+
+SECRETS_BYTES_MAX: Final = SECRETS_MAX * (SECRET_BYTES_MAX + 16)
+
+
 @dataclass(frozen=True, slots=True)
 class Tls:
     """A node's certificate and whom it trusts, all PEM."""
@@ -255,13 +264,21 @@ def _read_tokens(path: Path) -> TokenFile:
 
 
 def _read_secret(path: Path) -> Secret:
-    key = _read(path, "the cluster's secret", SECRET_BYTES_MAX + 2).strip()
-    if not SECRET_BYTES_MIN <= len(key) <= SECRET_BYTES_MAX:
+    whole = _read(path, "the cluster's secret", SECRETS_BYTES_MAX).strip()
+    first, *rest = whole.split(b"\n")
+    # A secret may be of any bytes, so a file without such lines is one, whatever is in it.
+    others = bool(rest) and all(line.startswith(ALSO) for line in rest)
+    keys = [first.strip(), *(line.removeprefix(ALSO).strip() for line in rest)] if others else [whole]
+    if any(not SECRET_BYTES_MIN <= len(key) <= SECRET_BYTES_MAX for key in keys):
         raise UsageError(
             f"{path}: a cluster's secret has {SECRET_BYTES_MIN} to {SECRET_BYTES_MAX} bytes: "
             "make one with: head -c 32 /dev/urandom | base64"
         )
-    return Secret(key)
+    if len(keys) > SECRETS_MAX:
+        raise UsageError(
+            f"{path}: {len(keys)} secrets, more than {SECRETS_MAX}: take out those that no node proves any more"
+        )
+    return Secret(keys[0], keys[1:])
 
 
 def read_token(path: Path) -> str:

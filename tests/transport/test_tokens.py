@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import logging
 import queue
 from pathlib import Path
@@ -313,6 +314,55 @@ def test_a_proof_is_for_one_side_and_one_opening() -> None:
         CalleeProof(SECRET).take_hello(b"hello of 1")
     with pytest.raises(ProtocolError, match="the caller has a cluster secret and this node has none"):
         CalleeProof(None).take_hello(hello)
+
+
+def opens(caller: Secret, callee: Secret) -> bool:
+    """Whether a stream between two that know these comes about."""
+    called = caller.call("c", 1)
+    try:
+        there = CalleeProof(callee)
+        there.check_last_word(meet(CallerProof(caller), there))
+    except ProtocolError:
+        return False
+    assert callee.check_call("c", called) == 1
+    return True
+
+
+def test_one_secret_takes_the_place_of_another_node_by_node() -> None:
+    old, new = b"o" * 32, b"n" * 32
+    # Each step is done at one node after the other: neighbours are one step apart.
+    steps = (Secret(old), Secret(old, [new]), Secret(new, [old]), Secret(new))
+    for before, after in itertools.pairwise(steps):
+        for one, other in itertools.product((before, after), repeat=2):
+            assert opens(one, other)
+    assert not opens(steps[0], steps[2])
+    assert not opens(steps[0], steps[3])
+    assert not opens(steps[3], steps[0])
+    assert Secret(new).check_call("c", Secret(old).call("c", 1)) is None
+    assert Secret(old, [new]) != Secret(new, [old])
+    assert Secret(old, [new]) != Secret(old)
+    assert Secret(old, [new]) == Secret(old, [new])
+    with pytest.raises(ValueError, match="must have"):
+        Secret(old, [b"short"])
+
+
+def test_a_file_may_have_other_secrets_that_are_known(files: Files) -> None:
+    path = files.secret()
+
+    def read(text: bytes) -> Secret | None:
+        path.write_bytes(text)
+        return read_security(SecurityConfig(secret_file=path)).secret
+
+    old, new = b"o" * 40, b"n" * 40
+    assert read(new + b"\nalso " + old + b"\n") == Secret(new, [old])
+    assert read(new + b"\r\nalso  " + old + b" \r\n") == Secret(new, [old])
+    # Any bytes are one secret, as ever.
+    assert read(new + b"\n" + old) == Secret(new + b"\n" + old)
+    assert read(new + b"\nalso " + old + b"\n" + old) == Secret(new + b"\nalso " + old + b"\n" + old)
+    with pytest.raises(UsageError, match="has 32 to 4096 bytes"):
+        read(new + b"\nalso short")
+    with pytest.raises(UsageError, match="5 secrets, more than 4"):
+        read(new + b"".join(b"\nalso " + bytes([65 + number]) * 32 for number in range(4)))
 
 
 def test_without_a_secret_nothing_is_added() -> None:
