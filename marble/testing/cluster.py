@@ -3,7 +3,8 @@
 Rule 1: a history is what a plan and a seed make it, to the byte. Nothing here reads a clock, starts a thread, or draws chance that is not
         seeded.
 Rule 2: a history has three parts: faults and load for a number of steps; then all faults end, and within a bound the cluster must have done
-        all that was asked of it (progress); then the clients' history is checked (linearizability), and the replicas must agree.
+        all that was asked of it, and have begun with it soon (progress); then the clients' history is checked (linearizability), and
+        the replicas must agree.
 
 After each event the invariants that it may have broken are checked: see `marble.testing.invariants`.
 """
@@ -258,7 +259,7 @@ class Simulation:
         for node in self.nodes.values():
             node.files.lose_power_at = node.files.fail_at = node.files.fail_read_at = None
             node.files.full = False
-            node.pause(0)
+            node.resume()
             node.start()
         self.operator.settle()
         for client in self.clients:
@@ -269,6 +270,7 @@ class Simulation:
             for _ in range(64):
                 loop.step()
                 self._note_progress(begun, before)
+            self._check_progress(loop.now - begun)
             if self._is_done():
                 return
         raise Violation(
@@ -286,6 +288,16 @@ class Simulation:
             for number in self.operator.members(group).all
         ):
             self._level_us = self.loop.now - begun
+
+    def _check_progress(self, since: int) -> None:
+        """Something that is proposed anywhere is committed soon, and soon everybody has it: no cluster disturbs itself."""
+        bound = self.plan.back_timeouts
+        late = since > bound * self.plan.election_ticks * self.plan.tick_us
+        if bound and late and not self._level_us:
+            what = "applied by all members" if self._back_us else "committed"
+            raise Violation(
+                f"nothing was {what} within {bound} election timeouts after all faults ended: {self._what_lacks()}"
+            )
 
     def _is_done(self) -> bool:
         if any(client.operation is not None for client in self.clients) or not all(

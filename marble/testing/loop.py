@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable
-from heapq import heappop, heappush
+from collections.abc import Callable, Collection, Sequence
+from heapq import heapify, heappop, heappush
 from random import Random
 from typing import Any, Final
 
@@ -49,6 +49,16 @@ class Loop:
         """Let `action` happen `delay_us` from now."""
         self._order += 1
         heappush(self._heap, (self.now + delay_us, self._order, action, arguments))
+
+    def hasten(self, moments: Collection[int], actions: Sequence[Callable[..., None]]) -> None:
+        """Let what was to happen of `actions` at one of these later `moments` happen now, in its order."""
+        self._heap = [
+            (min(at, self.now), order, action, arguments)
+            if at in moments and action in actions
+            else (at, order, action, arguments)
+            for at, order, action, arguments in self._heap
+        ]
+        heapify(self._heap)
 
     def step(self) -> bool:
         """Let the next event happen. False if there is none."""

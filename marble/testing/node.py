@@ -79,6 +79,7 @@ class SimulatedNode:
         self._syncing = False
         self._pumping = False
         self._paused_until = 0
+        self._wakes: set[int] = set()
 
     @property
     def alive(self) -> bool:
@@ -242,6 +243,12 @@ class SimulatedNode:
     def pause(self, until: int) -> None:
         """The process stands still; what is for it waits."""
         self._paused_until = until
+        self._wakes.add(until)
+
+    def resume(self) -> None:
+        """It goes on now, whatever was said before, with what has waited."""
+        self._paused_until = 0
+        self._loop.hasten(self._wakes, (self._if_alive, self._tick))
 
     def _do(self, action: Callable[..., None], *arguments: Any) -> None:
         """Let the node act, and let it end as a node does when its disk fails it."""
@@ -271,39 +278,30 @@ class SimulatedNode:
     def receive(self, envelopes: Sequence[Envelope]) -> None:
         """Take a packet from the network."""
         if self.seats:
-            if self._paused_until > self._loop.now:
-                self._later(self._receive, envelopes)
-            else:
-                self._do(self._receive, envelopes)
+            self._when_awake(self._receive, envelopes)
 
     def propose(self, group: int, proposal: Proposal, future: Future[Committed]) -> None:
         """Take a client's write."""
-        if self._paused_until > self._loop.now:
-            self._later(self._propose, group, proposal, future)
-        else:
-            self._do(self._propose, group, proposal, future)
+        self._when_awake(self._propose, group, proposal, future)
 
     def read_index(self, group: int, future: Future[int], lease: bool) -> None:
         """Take a client's read."""
-        if self._paused_until > self._loop.now:
-            self._later(self._read_index, group, future, lease)
-        else:
-            self._do(self._read_index, group, future, lease)
+        self._when_awake(self._read_index, group, future, lease)
 
     def act(self, group: int, action: Callable[[Driver], object]) -> None:
         """Let an operator do something with the driver of `group`, if the node can hear."""
         if self.seats and self._paused_until <= self._loop.now:
             self._do(self._acted, group, action)
 
-    def _later(self, action: Callable[..., None], *arguments: Any) -> None:
-        self._loop.after(self._paused_until - self._loop.now, self._if_alive, self.life, action, *arguments)
+    def _when_awake(self, action: Callable[..., None], *arguments: Any) -> None:
+        if self._paused_until > self._loop.now:
+            self._loop.after(self._paused_until - self._loop.now, self._if_alive, self.life, action, *arguments)
+        else:
+            self._do(action, *arguments)
 
     def _if_alive(self, life: int, action: Callable[..., None], *arguments: Any) -> None:
         if life == self.life:
-            if self._paused_until > self._loop.now:
-                self._later(action, *arguments)
-            else:
-                self._do(action, *arguments)
+            self._when_awake(action, *arguments)
 
     def _receive(self, envelopes: Sequence[Envelope]) -> None:
         for envelope in envelopes:
@@ -366,10 +364,7 @@ class SimulatedNode:
     def _pump_late(self, life: int) -> None:
         if life == self.life:
             self._pumping = False
-            if self._paused_until > self._loop.now:
-                self._later(self._pump, life)
-            else:
-                self._do(self._pump, life)
+            self._when_awake(self._pump, life)
 
     def _pump(self, life: int) -> None:
         groups = self._groups
@@ -454,7 +449,7 @@ class SimulatedNode:
             self._sync()
         if self._paused_until > self._loop.now:
             # The kernel finished; the process will hear of it.
-            self._later(self._report_sync, writes)
+            self._when_awake(self._report_sync, writes)
         else:
             self._report_sync(writes)
 

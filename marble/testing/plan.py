@@ -165,6 +165,10 @@ class Plan:
     at_leaders: float = 0.5
     """Chance that a fault hits one that takes itself for a leader, rather than anybody: that is where most of a history is made."""
     heal_us: int = 60_000 * MILLISECOND
+    back_timeouts: int = 0
+    """Within so many election timeouts of the end of all faults each group commits something anew, and all its members apply it.
+    0: that is not demanded.
+    """
 
     def healed(self) -> Plan:
         """The same cluster and clients without any fault."""
@@ -289,29 +293,32 @@ PLANS: Final[dict[str, Plan]] = {
 }
 """The mixes that have a name. ``swarm`` and ``swarm-files`` are not among them: see `plan_for`."""
 
+_ONE: Final = replace(_CALM, back_timeouts=6)
+"""Of one kind of fault. Two timeouts are what an election takes at most, if no vote is split; something slow may have begun before."""
+
 _CUT: Final = NetworkFaults(loss=0, duplication=0, cuts=0.4, ways="both", partial=0.0, flap=0.0, lags=0)
 _BARE: Final = replace(_CUT, cuts=0, slow=0)
 
 SCENARIOS: Final[dict[str, Plan]] = {
     plan.name: plan
     for plan in (
-        replace(_CALM, name="partition", network=_CUT),
-        replace(_CALM, name="one-way", network=replace(_CUT, ways="one")),
-        replace(_CALM, name="partial-partition", network=replace(_CUT, partial=1.0)),
+        replace(_ONE, name="partition", network=_CUT),
+        replace(_ONE, name="one-way", network=replace(_CUT, ways="one")),
+        replace(_ONE, name="partial-partition", network=replace(_CUT, partial=1.0)),
         # So many cuts at once that for most of the time nobody hears a majority.
-        replace(_CALM, name="no-majority", network=replace(_CUT, cuts=2.0, cut_us=5_000 * MILLISECOND), at_leaders=0.0),
-        replace(_CALM, name="loss", network=replace(_BARE, loss=0.3)),
-        replace(_CALM, name="delay", network=replace(_BARE, delay_us=100 * MILLISECOND)),
+        replace(_ONE, name="no-majority", network=replace(_CUT, cuts=2.0, cut_us=5_000 * MILLISECOND), at_leaders=0.0),
+        replace(_ONE, name="loss", network=replace(_BARE, loss=0.3)),
+        replace(_ONE, name="delay", network=replace(_BARE, delay_us=100 * MILLISECOND)),
         # A connection that breaks takes with it what is on the way.
-        replace(_CALM, name="resets", network=replace(_CUT, cuts=2.0, cut_us=50 * MILLISECOND)),
+        replace(_ONE, name="resets", network=replace(_CUT, cuts=2.0, cut_us=50 * MILLISECOND)),
         # What arrives is whole, since checksums cover it: a flipped bit is a packet that does not arrive, and ends its stream.
-        replace(_CALM, name="flipped-bits", network=replace(_CUT, loss=0.02, cuts=0.5, cut_us=20 * MILLISECOND)),
+        replace(_ONE, name="flipped-bits", network=replace(_CUT, loss=0.02, cuts=0.5, cut_us=20 * MILLISECOND)),
         # It takes nothing in and says nothing, while its kernel takes what it is sent; then it goes on where it stood.
-        replace(_CALM, name="stopped", clocks=ClockFaults(jumps=0, pauses=0.15, pause_us=6_000 * MILLISECOND)),
-        replace(_CALM, name="silent-peer", clocks=ClockFaults(jumps=0, pauses=0.15, pause_us=60_000 * MILLISECOND)),
-        replace(_CALM, name="slow-disk", disk=DiskFaults(slow=0.5, slow_us=1_000 * MILLISECOND)),
+        replace(_ONE, name="stopped", clocks=ClockFaults(jumps=0, pauses=0.15, pause_us=6_000 * MILLISECOND)),
+        replace(_ONE, name="silent-peer", clocks=ClockFaults(jumps=0, pauses=0.15, pause_us=60_000 * MILLISECOND)),
+        replace(_ONE, name="slow-disk", disk=DiskFaults(slow=0.5, slow_us=1_000 * MILLISECOND)),
         # A disk that is full stops its node, and somebody starts it again when there is room.
-        replace(_CALM, name="full-disk", disk=DiskFaults(slow=0, full=0.1)),
+        replace(_ONE, name="full-disk", disk=DiskFaults(slow=0, full=0.1)),
     )
 }
 """What `tests/process` does to real processes, under the same names: one kind of fault each. No part of ``all``, nor of a swarm."""

@@ -2,7 +2,8 @@
 
     python tests/fuzz/atheris_run.py ticket -max_total_time=600 -rss_limit_mb=2048 -timeout=10
 
-The first argument names a target of `fuzz.targets`, or "port" for a whole node (none: it lists them), the rest is libFuzzer's. Valid inputs are the corpus to
+The first argument names a target of `fuzz.targets`, or "port" for a whole node (none: it lists them), the rest is libFuzzer's.
+Valid inputs are the corpus to
 begin with; the changes are those of `fuzz.mutate`, half of them with checksums made right again, beside libFuzzer's own. An
 input that finds something is kept as ``crash-…``: give its path as the last argument to repeat it. Not collected by pytest,
 which needs no atheris.
