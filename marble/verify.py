@@ -188,8 +188,12 @@ class _Verifier:
             log.close()
 
     def _verify_mark(self) -> None:
-        problem = segment.check_mark(self._files.read(segment.SYNCED_PATH))
-        if problem is not None:
+        mark = self._files.read(segment.SYNCED_PATH)
+        problem = segment.check_mark(mark)
+        if not mark:
+            # It is never synced, and a file system may keep the name alone. No flipped bit makes a file empty.
+            self._add(segment.SYNCED_PATH, "it is empty, as after a loss of power", damage=False)
+        elif problem is not None:
             self._add(segment.SYNCED_PATH, problem, 0)
 
     def _judge_end(self, report: RecoveryReport) -> None:

@@ -136,9 +136,7 @@ class SnapshotStore:
             The disk failed or is full. There is no snapshot then, or the one that was there, and all else is as before.
         """
         existing = self._infos.get(meta.index)
-        if existing is not None and existing.term != meta.term:
-            existing = None
-        if existing is not None and (not renew or self._is_pinned(meta.index)):
+        if existing is not None and existing.term == meta.term and (not renew or self._pins[meta.index]):
             return existing
         encoder = Encoder()
 
@@ -154,7 +152,7 @@ class SnapshotStore:
             info = SnapshotInfo(
                 self._group, meta.index, meta.term, meta.members, dict(endpoints), encoder.nbytes, encoder.checksum
             )
-            if existing is not None:
+            if existing is not None and existing.term == meta.term:
                 return self._exchange(existing, info, path)
             self._publish(path + _TEMPORARY, path)
         self._take_in(info)
@@ -173,10 +171,6 @@ class SnapshotStore:
         # Before this returns nobody removes a file that only the old one refers to.
         self._files.sync_directory(DIRECTORY)
         return new
-
-    def _is_pinned(self, index: int) -> bool:
-        with self._lock:
-            return self._pins[index] > 0
 
     def read(self, info: SnapshotInfo) -> Iterator[pa.RecordBatch]:
         """The rows that `write` was given, each verified, in batches of schema `SNAPSHOT_SCHEMA`.

@@ -136,13 +136,19 @@ class SimulatedFiles:
 
     # -- faults ------------------------------------------------------------------------------------------------------
 
-    def crash(self) -> None:
-        """Lose the power and come back: from here on, reads see only what the medium kept."""
+    def crash(self, survives: bool | None = None) -> None:
+        """Lose the power and come back: from here on, reads see only what the medium kept.
+
+        Of what no sync has covered that is everything if `survives`, nothing if it is False, and any part of it if it is None.
+        """
         for change in self._changes:
-            if self._random.randrange(0, 2):
+            if self._random.randrange(0, 2) if survives is None else survives:
                 change.apply(self._stored_names)
         for node in {id(node): node for node in (*self._names.values(), *self._stored_names.values())}.values():
-            self._tear(node)
+            if survives:
+                node.sync()
+            elif survives is None:
+                self._tear(node)
             node.dirty.clear()
             node.seen = bytearray(node.stored)
         self._names = dict(self._stored_names)
