@@ -126,7 +126,11 @@ def _merge_advice(operator: str, type_: pa.DataType) -> str:
 
 
 def fill(batch: pa.RecordBatch, schema: pa.Schema, options: TableOptions) -> pa.RecordBatch:
-    """`batch` with the columns of the table that it lacks and that apply makes anyhow (`TableOptions.filled`)."""
+    """`batch` with columns of the table that it lacks: those that apply makes anyhow (`TableOptions.filled`), and those with a merge
+    operator, in which nulls change nothing. Without any other column it stays, and is refused."""
+    for name, _ in options.merge:
+        if name not in (*batch.schema.names, *options.filled) and schema.field(name).nullable:
+            batch = batch.append_column(schema.field(name), pa.nulls(batch.num_rows, schema.field(name).type))
     for name in options.filled:
         if name not in batch.schema.names:
             type_ = schema.field(name).type

@@ -278,6 +278,32 @@ class TestOptions:
         assert [tuple(row.values()) for row in found(table)] == [("a", 3, 3, epoch), ("b", 12, 2, epoch)]
         assert table.info.options.merge == (("n", "sum"), ("rows", "count"))
 
+    def test_what_a_write_leaves_out_stays_where_it_would_be_merged(self, db: Database) -> None:
+        schema = pa.schema(
+            [
+                ("k", pa.string()),
+                ("n", pa.int64()),
+                ("tags", pa.list_(pa.string())),
+                ("last", pa.string()),
+                pa.field("must", pa.int64(), nullable=False),
+                ("plain", pa.string()),
+            ]
+        )
+        operators = {"n": "sum", "tags": "append", "last": "last", "must": "max"}
+        table = db.create_table("parts", schema, ["k"], merge=operators)
+        table.write(
+            pa.RecordBatch.from_pylist([dict(zip(schema.names, ("a", 1, ["x"], "l", 7, "p"), strict=True))], schema)
+        )
+        table.write(pa.record_batch({"k": ["a", "b"], "n": [2, 5], "must": [1, 1], "plain": ["q", None]}))
+        left = [tuple(row.values()) for row in found(table)]
+        assert left == [("a", 3, ["x"], "l", 7, "q"), ("b", 5, None, None, 1, None)]
+        # Without an operator a null would be written, and what may not be null is not made up.
+        for missing in ("plain", "must", "k"):
+            columns = {"k": ["a"], "must": [1], "plain": ["z"]}
+            del columns[missing]
+            with pytest.raises(UsageError, match=missing):
+                table.write(pa.record_batch(columns))
+
     def test_definitions_differ_by_their_options(self, db: Database) -> None:
         db.create_table("state", self.STATE, ["k"], merge={"rows": "count", "n": "sum"}, compression="zstd")
         again = db.create_table(

@@ -61,7 +61,8 @@ class Table:
         Parameters
         ----------
         data
-            Anything with ``__arrow_c_stream__`` or ``__arrow_c_array__`` that has the table's columns, in any order.
+            Anything with ``__arrow_c_stream__`` or ``__arrow_c_array__`` that has the table's columns, in any order. Those with a
+            merge operator may be missing: then they stay as they are.
 
         Returns
         -------

@@ -173,6 +173,8 @@ class TableMachine(Healing):
         ------
         UsageError
             There is no such table, or none at that entry; or that state is not kept (any more), or has not been reached.
+        CorruptionError
+            A file of the table is missing, or so damaged that it could not even be opened; it is named.
         """
         state = self._state if at_index is None else self._state_at(at_index)
         view = state.views.get(table) if isinstance(table, int) else None

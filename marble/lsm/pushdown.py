@@ -57,6 +57,26 @@ def push_down(info: TableInfo, filter: pc.Expression) -> tuple[KeyRange, MayMatc
     return keys, (None if not others else lambda zones: _may_match(zones, others))
 
 
+def living_blocks(info: TableInfo, expired_until: int, also: MayMatch | None = None) -> MayMatch:
+    """What to ask of blocks of a table whose rows live for a time: whether any row of them is not over, and what `also` asks.
+
+    A block whose rows are all over may hide older rows of its keys, which live: that it is read then is up to whoever asks.
+    """
+    column = info.options.ttl_column
+
+    def may_match(zones: pa.RecordBatch) -> pa.BooleanArray:
+        result = pa.array([True] * zones.num_rows, pa.bool_()) if also is None else also(zones)
+        if f"{column}.max" not in zones.schema.names:
+            return result
+        latest = zones.column(f"{column}.max")
+        times = latest.view(pa.int32() if latest.type.bit_width == 32 else pa.int64())
+        # A row without a time stays.
+        lives = pc.or_kleene(pc.greater(times, expired_until), pc.greater(zones.column(f"{column}.nulls"), 0))
+        return pc.and_kleene(result, lives).fill_null(True)
+
+    return may_match
+
+
 def is_key_range(info: TableInfo, filter: pc.Expression) -> bool:  # noqa: A002
     """Whether `filter` says no more than the range of keys that `push_down` makes of it: all rows in there pass."""
     try:

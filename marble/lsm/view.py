@@ -18,7 +18,7 @@ from marble._core.memtable import Snapshot
 from marble.errors import CorruptionError
 from marble.filters import columns_read, filter_batches
 from marble.lsm.keyrange import KeyRange
-from marble.lsm.pushdown import is_key_range, push_down
+from marble.lsm.pushdown import is_key_range, living_blocks, push_down
 from marble.schema import TableInfo
 
 SCAN_BATCH_ROWS_MAX: Final = 65536
@@ -138,6 +138,8 @@ class TableView:
         if self.expired_until is not None:
             living = living_filter(self.info, self.expired_until)
             filter = living if filter is None else filter & living  # noqa: A001
+            if isinstance(self.snapshot, Reader) and self._has_expired(self.snapshot):
+                may_match = living_blocks(self.info, self.expired_until, may_match)
         read = wanted if filter is None else columns_read(schema, wanted, filter)
         given = pa.schema([schema.field(name) for name in read])
         # What a filter leaves is counted behind it.
@@ -153,6 +155,13 @@ class TableView:
             return source
         kept = filter_batches(source, columns, filter)
         return kept if limit is None else pa.RecordBatchReader.from_batches(kept.schema, _first_rows(kept, limit))
+
+    def _has_expired(self, reader: Reader) -> bool:
+        """Whether some file has a row whose time is over: else its blocks need not be asked."""
+        until = self.expired_until
+        assert until is not None
+        ends = (file.info.ttl_min for level in reader.files for file in level)
+        return any(end is not None and end <= until for end in ends)
 
     def _typed(self, batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         with self._telling():

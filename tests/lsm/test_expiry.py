@@ -5,8 +5,10 @@ from __future__ import annotations
 from random import Random
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from marble._core.entry_batch import Proposal, build
+from marble._core.sstable import BlockCache
 from marble.lsm import payload
 from marble.lsm.files import TableFiles
 from marble.lsm.machine import TableMachine
@@ -22,10 +24,10 @@ LIFE_US = 1_000
 class Bench:
     """A machine, and the entries that it is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, files: TableFiles | None = None) -> None:
         self.files = SimulatedFiles(Random(1))
         self.machine = TableMachine(
-            files=TableFiles(self.files), policy=StorePolicy(inline_table_bytes_max=0, inline_bytes_max=0)
+            files=files or TableFiles(self.files), policy=StorePolicy(inline_table_bytes_max=0, inline_bytes_max=0)
         )
         self.create("short", TableOptions(ttl_column="at", ttl_us=LIFE_US))
         self.create("other", TableOptions())
@@ -42,6 +44,11 @@ class Bench:
         batch = pa.record_batch({"k": list(keys), "at": pa.array([at] * len(keys), pa.timestamp("us"))}, SCHEMA)
         self.apply(EntryKind.WRITE, self.machine.table(table).id, payload.encode_rows(batch), time_us)
 
+    def write_each(self, table: str, rows: list[tuple[int, int | None]], time_us: int) -> None:
+        keys, times = zip(*rows, strict=True)
+        batch = pa.record_batch({"k": list(keys), "at": pa.array(times, pa.timestamp("us"))}, SCHEMA)
+        self.apply(EntryKind.WRITE, self.machine.table(table).id, payload.encode_rows(batch), time_us)
+
     def flush(self) -> None:
         for _ in self.machine.capture().batches():
             continue
@@ -50,6 +57,37 @@ class Bench:
 
     def file_count(self, table: str) -> int:
         return len(list(self.machine._trees[self.machine.table(table).id].below.levels))
+
+
+def scanned(bench: Bench, cache: BlockCache) -> tuple[int, int]:
+    """How many rows there are, and how many blocks were read to tell."""
+    before = cache.misses
+    rows = sum(batch.num_rows for batch in bench.machine.read("short").scan(["k"]))
+    return rows, cache.misses - before
+
+
+def test_blocks_of_which_no_row_lives_are_not_read_unless_they_hide_one_that_does() -> None:
+    cache = BlockCache(0)
+    bench = Bench(TableFiles(SimulatedFiles(Random(1)), cache=cache, block_rows_max=10))
+    # Ten blocks: of keys below 50 the rows are over at 7000, the others live.
+    bench.write_each("short", [(key, 5_000 if key < 50 else 9_000) for key in range(100)], time_us=5_000)
+    bench.flush()
+    assert scanned(bench, cache) == (100, 10)
+    bench.write("other", range(1), at=0, time_us=7_000)
+    assert scanned(bench, cache) == (50, 5)
+    assert bench.machine.read("short").row_count == 50
+    # A row without a time stays, and its block is read.
+    bench.write_each("short", [(7, None)], time_us=7_000)
+    bench.flush()
+    assert scanned(bench, cache)[0] == 51
+    assert bench.machine.read("short").scan(["k"], limit=1).read_all()["k"].to_pylist() == [7]
+    # Rows whose time was over when they were written hide those below, which live: they are read.
+    bench.write_each("short", [(key, 1) for key in range(60, 70)], time_us=7_000)
+    for _ in bench.machine.capture().batches():
+        continue
+    assert [len(files) for files in bench.machine._trees[1].below.levels.levels][:1] == [1]
+    assert scanned(bench, cache)[0] == 41
+    assert bench.machine.read("short").scan(["k"], pc.field("k") == 65).read_all().num_rows == 0
 
 
 def test_files_go_when_their_time_comes_although_their_table_rests() -> None:
