@@ -289,6 +289,16 @@ PLANS: Final[dict[str, Plan]] = {
             snapshot_distance=25,
             snapshot_tail=0,
         ),
+        # Files are damaged while others need them: what a leader offers is not to be had, and only it can mend that.
+        replace(
+            _CALM,
+            name="unfetchable",
+            network=NetworkFaults(cuts=0.3, cut_us=8_000_000, lags=0.1),
+            process=ProcessFaults(0.1, 0.05, 6_000_000, elections=0.1),
+            tables=TableFiles(flips=1.5, losses=0.3),
+            snapshot_distance=25,
+            snapshot_tail=0,
+        ),
     )
 }
 """The mixes that have a name. ``swarm`` and ``swarm-files`` are not among them: see `plan_for`."""
