@@ -42,9 +42,11 @@ class Random(Protocol):
 
 
 class AppendFile(Protocol):
-    """A file that only grows. One thread at a time.
+    """A file that is written from its beginning to its end. One thread at a time.
 
     - What `write` has returned may be lost by a crash until `sync` has returned.
+    - The file may go on behind `size`: *room*, over which the next writes go. Their sync waits for the data alone, where
+      that of a file that grows waits for the file system's journal as well.
     - A `sync` that raised is never repeated: what it covered may be gone although the next one succeeds.
     """
 
@@ -53,8 +55,16 @@ class AppendFile(Protocol):
         """Bytes written so far, synced or not."""
         ...
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Append all of `data`. Raises OSError; how much of it was written is then unknown."""
+    @property
+    def room(self) -> int:
+        """Bytes of the file behind `size`."""
+        ...
+
+    def write(self, data: bytes | memoryview, zeros: int = 0) -> None:
+        """Append all of `data`, and behind it, as room, up to `zeros` zero bytes: fewer if the disk is full.
+
+        Raises OSError; how much of it was written is then unknown.
+        """
         ...
 
     def sync(self) -> None:
@@ -100,6 +110,10 @@ class Files(Protocol):
         """An existing file, to be continued at its end."""
         ...
 
+    def reuse(self, path: str) -> AppendFile:
+        """An existing file, to be written anew from its beginning: all that is in it is room."""
+        ...
+
     def overwrite(self, path: str, data: bytes) -> None:
         """Write `data` over the first bytes of `path` (created if missing), without a sync."""
         ...
@@ -110,6 +124,10 @@ class Files(Protocol):
 
     def rename(self, source: str, target: str) -> None:
         """Put `source` in the place of `target`. Durable only after `sync_directory`."""
+        ...
+
+    def set_aside(self, source: str, target: str) -> bool:
+        """`rename`, unless the file has a further name: then somebody else relies upon what is in it. Returns whether."""
         ...
 
     def link(self, source: str, target: str) -> None:
@@ -159,21 +177,48 @@ class SystemRandom:
         return self._random.randrange(start, stop)
 
 
-class SystemAppendFile:
-    """An `AppendFile` on a real file system."""
+_ZEROS: Final = memoryview(bytes(256 * 1024))
+_DISK_IS_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
-    def __init__(self, descriptor: int, size: int) -> None:
+
+class SystemAppendFile:
+    """An `AppendFile` on a real file system.
+
+    Parameters
+    ----------
+    descriptor
+        The file, open for writing.
+    size
+        Where the first write goes.
+    end
+        Where the file ends.
+    """
+
+    def __init__(self, descriptor: int, size: int, end: int) -> None:
         self._descriptor = descriptor
         self._size = size
+        self._end = end
 
     @property
     def size(self) -> int:
         return self._size
 
-    def write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data).cast("B")
+    @property
+    def room(self) -> int:
+        return self._end - self._size
+
+    def write(self, data: bytes | memoryview, zeros: int = 0) -> None:
+        view, behind = memoryview(data).cast("B"), _ZEROS[:zeros]
         while view:
-            written = os.write(self._descriptor, view)
+            try:
+                written = os.pwritev(self._descriptor, [view, behind], self._size)
+            except OSError as error:
+                if not behind or error.errno not in _DISK_IS_FULL:
+                    raise
+                behind = behind[:0]
+                continue
+            self._end = max(self._end, self._size + written)
+            written = min(written, len(view))
             self._size += written
             view = view[written:]
 
@@ -228,12 +273,17 @@ class SystemFiles:
             return mapped.read_buffer()
 
     def create(self, path: str) -> AppendFile:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-        return SystemAppendFile(os.open(self._path(path), flags, 0o644), 0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        return SystemAppendFile(os.open(self._path(path), flags, 0o644), 0, 0)
 
     def open_append(self, path: str) -> AppendFile:
-        descriptor = os.open(self._path(path), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        return SystemAppendFile(descriptor, os.fstat(descriptor).st_size)
+        descriptor = os.open(self._path(path), os.O_WRONLY | os.O_CLOEXEC)
+        size = os.fstat(descriptor).st_size
+        return SystemAppendFile(descriptor, size, size)
+
+    def reuse(self, path: str) -> AppendFile:
+        descriptor = os.open(self._path(path), os.O_WRONLY | os.O_CLOEXEC)
+        return SystemAppendFile(descriptor, 0, os.fstat(descriptor).st_size)
 
     def overwrite(self, path: str, data: bytes) -> None:
         descriptor = os.open(self._path(path), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -252,6 +302,12 @@ class SystemFiles:
 
     def rename(self, source: str, target: str) -> None:
         os.rename(self._path(source), self._path(target))
+
+    def set_aside(self, source: str, target: str) -> bool:
+        if self._path(source).stat().st_nlink > 1:
+            return False
+        self.rename(source, target)
+        return True
 
     def link(self, source: str, target: str) -> None:
         os.link(self._path(source), self._path(target))

@@ -27,15 +27,16 @@ import pyarrow as pa
 
 from marble._core import frame
 from marble.env import AppendFile, Files
-from marble.errors import InvariantError, UsageError, check
+from marble.errors import CorruptionError, InvariantError, UsageError, check
 from marble.logstore.cache import FrameCache
-from marble.logstore.extents import Extents, OnDisk, Pending, Place, Start, term_runs
-from marble.logstore.plan import Item, Plan, Work, plan_frames
+from marble.logstore.extents import Extents, OnDisk, Pending, Place, term_runs
+from marble.logstore.plan import Plan, Work, gather, plan_frames
 from marble.logstore.reader import Reader
 from marble.logstore.repair import create_segment, prepare_directory, repair
 from marble.logstore.replay import GroupState, Replay, check_hard_state
+from marble.logstore.room import Spares, zeros_behind
 from marble.logstore.scan import RecoveryReport, Scan, Tail
-from marble.logstore.segment import DIRECTORY, FRAME_BYTES_LIMIT, WINDOW_BYTES, MarkFile, Still, segment_path
+from marble.logstore.segment import FRAME_BYTES_LIMIT, WINDOW_BYTES, MarkFile, Still, segment_path
 from marble.types import INDEX_MAX, HardState
 
 _MIB = 1024 * 1024
@@ -96,6 +97,7 @@ class Log:
         self._sealed_bytes = sum(scan.sealed.values())
         self._first_segment = scan.first_segment
         self._mark = MarkFile(files, scan.mark)
+        self._spares = Spares(files, options.segment_bytes_max)
         if writable and not self._report.lost_durable_bytes:
             self._continue()
 
@@ -131,7 +133,7 @@ class Log:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the log on disk."""
+        """Bytes of the log on disk, without the room behind its end (`marble.logstore.room`)."""
         return self._sealed_bytes + self._tail.end
 
     def last_index(self, group: int) -> int:
@@ -264,7 +266,8 @@ class Log:
                 self._check_writable()
                 if not self._states and not self._starts and not self._queue:
                     return
-                work = self._take_work()
+                work = gather(self._states, self._starts, self._queue, self._extents)
+                self._states, self._starts, self._queue = {}, set(), []
             try:
                 self._write(work)
             except BaseException as error:
@@ -286,9 +289,11 @@ class Log:
                 self.sync()
                 with self._sync_lock:
                     if self._file is not None:
+                        self._cut_room()
                         self._mark.write(self._tail.segment, self._tail.end, self._tail.chain, both_slots=True)
+                        self._spares.drop()
         except OSError as error:
-            raise InvariantError(f"the log's mark could not be written: {error}") from error
+            raise InvariantError(f"the log could not be closed in order: {error}") from error
         finally:
             with self._purge_lock:
                 # A purge that went on after the files were given back would meet their next owner.
@@ -307,21 +312,6 @@ class Log:
         if self._closed:
             raise UsageError("the log is closed")
 
-    def _take_work(self) -> Work:
-        """What waits for a sync, and what it will say. No other sync is under way, so whatever counts of the settled
-        entries now is what counts of those on disk when this one has succeeded."""
-        states, self._states = self._states, {}
-        groups, self._starts = sorted(self._starts), set()
-        queue, self._queue = self._queue, []
-        starts = []
-        for group in groups:
-            extents = self._extents[group]
-            starts.append(Start(group, extents.purged_index, extents.purged_term, extents.settled_last))
-        items = [Item(*waiting) for waiting in queue if waiting[1].end > waiting[1].first]
-        touched = {item.extents: item.extents.settled_segment for item in items}
-        touched |= {self._extents[group]: self._extents[group].settled_segment for group in groups}
-        return Work(states, starts, items, touched)
-
     def _write(self, work: Work) -> None:
         if self._file is None:
             self._continue()
@@ -336,7 +326,7 @@ class Log:
         for plan in plans:
             ranges = [(item.batch, row, stop) for item, row, stop in plan.ranges]
             data, batch, chain = frame.encode(plan.states, ranges, segment, end, synced, chain, plan.starts)
-            file.write(memoryview(data))
+            file.write(memoryview(data), zeros_behind(end, file.room, data.size, self._options.segment_bytes_max))
             written.append((plan, end, batch, data.size))
             end += data.size
         file.sync()
@@ -359,20 +349,28 @@ class Log:
 
     def _roll(self) -> None:
         """Go on in a new segment. All before it is durable: nothing has been written since the last sync."""
-        old, tail = self._file, self._tail
-        self._file, new_tail = create_segment(self._files, tail.segment + 1, tail.chain, self._groups_on_disk())
-        assert old is not None  # `_write` has opened it; the line is for the type checker.
-        old.close()
+        tail, groups = self._tail, self._groups_on_disk()
+        self._cut_room()
+        assert self._file is not None  # `_write` has opened it; the line is for the type checker.
+        self._file.close()
+        self._file, new_tail = create_segment(self._files, tail.segment + 1, tail.chain, groups, self._spares)
         with self._lock:
             self._sealed[tail.segment] = tail.end
             self._sealed_bytes += tail.end
             self._tail = new_tail
         self._mark.write(new_tail.segment, new_tail.end, new_tail.chain)
 
+    def _cut_room(self) -> None:
+        """Let the last segment end with its last frame, durably."""
+        if self._file is not None and self._file.room:
+            self._files.truncate(segment_path(self._tail.segment), self._tail.end)
+
     def _continue(self) -> None:
         """Repair the end that the scan found and open it. Put off to the first sync when durable bytes were lost."""
         lost = self._report.lost_durable_bytes > 0
-        self._file, self._tail = repair(self._files, self._tail, self._groups_on_disk(), mark_is_ahead=lost)
+        self._file, self._tail = repair(
+            self._files, self._tail, self._groups_on_disk(), self._spares, mark_is_ahead=lost
+        )
         if lost:
             # Neither slot may speak of the lost bytes any more.
             self._mark = MarkFile(self._files, None)
@@ -395,7 +393,7 @@ class Log:
 
     def purge(self) -> int:
         """Delete the first segments, up to one that holds something that is still needed, and return how many bytes
-        that has freed.
+        of the log went.
 
         Needed is what the disk says is needed: what `start_after` or a truncation has made superfluous stays until a
         sync has covered that. The segment that is being written stays.
@@ -418,8 +416,7 @@ class Log:
                     end = min(end, extents.on_disk.oldest_segment or end)
             try:
                 for segment in range(self._first_segment, end):
-                    self._files.remove(segment_path(segment))
-                    self._files.sync_directory(DIRECTORY)
+                    self._spares.retire(segment, self._sealed[segment])
                     with self._lock:
                         self._cache.forget(segment)
                         self._first_segment = segment + 1
@@ -467,10 +464,12 @@ class Log:
                 assert isinstance(found, Place)
                 try:
                     rows, batch = reader.load(found)
-                except OSError as error:
+                except (CorruptionError, OSError) as error:
                     with self._lock:
-                        # Whoever reads what another thread purges has asked for what is not there.
+                        # Whoever reads what another thread purges, and perhaps writes over, asks for what is not there.
                         self._find(group, index, end)
+                    if isinstance(error, CorruptionError):
+                        raise
                     raise InvariantError(f"the log could not be read ({error}): mend the disk") from error
                 with self._lock:
                     self._cache.remember(found.segment, found.offset, batch, found.length)

@@ -7,7 +7,7 @@ Rule 2: it is one frame as long as it fits: a crash keeps all or nothing of one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -76,6 +76,25 @@ class Work:
             on_disk = extents.on_disk
             # What was written now is in `segment`, and nothing older counts unless it did before.
             on_disk.oldest_segment = (oldest or segment) if on_disk.last_index > on_disk.purged_index else 0
+
+
+def gather(
+    states: dict[int, HardState],
+    starts: Iterable[int],
+    queue: Sequence[tuple[Extents, Pending, int]],
+    groups: Mapping[int, Extents],
+) -> Work:
+    """What waits for a sync, and what it will say.
+
+    No other sync is under way, so whatever counts of the settled entries now is what counts of those on disk when this one
+    has succeeded.
+    """
+    begun = [(group, groups[group]) for group in sorted(starts)]
+    rows = [Start(group, e.purged_index, e.purged_term, e.settled_last) for group, e in begun]
+    items = [Item(*waiting) for waiting in queue if waiting[1].end > waiting[1].first]
+    touched = {item.extents: item.extents.settled_segment for item in items}
+    touched |= {extents: extents.settled_segment for _, extents in begun}
+    return Work(states, rows, items, touched)
 
 
 def plan_frames(

@@ -49,11 +49,15 @@ class Reader:
             The disk failed, or the segment is gone.
         """
         path = segment_path(place.segment)
-        if self._window is None or self._segment != place.segment:
-            self._window = Window(self._files, path, self._files.size(path), self._window_bytes)
-            self._segment = place.segment
-        window, where = self._window, self._files.describe(path)
+        where = self._files.describe(path)
+        window = self._window
+        if window is None or self._segment != place.segment:
+            window = self._look(path, place.segment)
         seal = window.find_frame(place.segment, place.offset, place.length)
+        if seal is None:
+            # What was read ahead may be older than the frame.
+            window = self._look(path, place.segment)
+            seal = window.find_frame(place.segment, place.offset, place.length)
         if seal is None or seal.length != place.length:
             raise CorruptionError("the log was damaged after it had been opened", where, place.offset)
         data, at = window.view(place.offset, place.length)
@@ -66,3 +70,8 @@ class Reader:
             what = f"a frame does not hold the entries that it had held ({error})"
             raise CorruptionError(what, where, place.offset) from None
         return rows, batch
+
+    def _look(self, path: str, segment: int) -> Window:
+        self._window = Window(self._files, path, self._files.size(path), self._window_bytes)
+        self._segment = segment
+        return self._window

@@ -1,14 +1,13 @@
 """Making the end of a scanned log fit to be continued.
 
-Rule 1: only bytes that a scan has judged to be a torn tail are taken away.
+Rule 1: only bytes that a scan has judged to be a torn tail, or room, are taken away.
 Rule 2: every step leaves a log that opens with the same entries, or fewer torn bytes, if a crash stops it there.
-Rule 3: nothing that was read is relied upon before it is known to be on the disk. What no evidence covers may be in
-        the page
-cache only, where even a failed sync leaves it looking sound, and a further sync of it succeeds without writing
-anything. So those bytes are not synced again: the segment is written anew and takes the old one's name.
-Rule 4: every segment but number 1 opens with the base: of each group that the log knows, its hard state and its
-SNAPSHOT row as they are on the disk when the segment is started. So whoever reads the log from there on knows what the
-segments before it have decided, and which of their entries are still needed.
+Rule 3: nothing that was read is relied upon before it is known to be on the disk. What no evidence covers may be in the
+        page cache only, where even a failed sync leaves it looking sound, and a further sync of it succeeds without
+        writing anything. So those bytes are not synced again: the segment is written anew and takes the old one's name.
+Rule 4: every segment but number 1 opens with the base: of each group that the log knows, its hard state and its SNAPSHOT
+        row as they are on the disk when the segment is started. So whoever reads the log from there on knows what the
+        segments before it have decided, and which of their entries are still needed.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import pyarrow as pa
 from marble._core import frame
 from marble.env import AppendFile, Files
 from marble.logstore.extents import OnDisk
+from marble.logstore.room import Spares, zeros_behind
 from marble.logstore.scan import Tail
 from marble.logstore.segment import (
     DIRECTORY,
@@ -45,13 +45,19 @@ def prepare_directory(files: Files) -> None:
     files.sync_directory("")
 
 
-def create_segment(files: Files, number: int, chain: int, groups: Mapping[int, OnDisk]) -> tuple[AppendFile, Tail]:
+def create_segment(
+    files: Files, number: int, chain: int, groups: Mapping[int, OnDisk], spares: Spares
+) -> tuple[AppendFile, Tail]:
     """A new segment, durable with its opening and its name."""
     opening, tail = _opening(number, chain, groups)
-    file = files.create(segment_path(number))
+    path = segment_path(number)
+    file, name = spares.take(path)
     try:
-        file.write(memoryview(opening))
+        # Never ahead of a new file: it is the frames that tell how much is worth it.
+        file.write(memoryview(opening), zeros_behind(0, file.room, opening.size, 0))
         file.sync()
+        if name != path:
+            files.rename(name, path)
         files.sync_directory(DIRECTORY)
     except BaseException:
         file.close()
@@ -71,8 +77,10 @@ def _opening(number: int, chain: int, groups: Mapping[int, OnDisk]) -> tuple[pa.
     return pa.py_buffer(header.to_pybytes() + base.to_pybytes()), Tail(number, end, end, checksum, end, end)
 
 
-def repair(files: Files, tail: Tail, groups: Mapping[int, OnDisk], *, mark_is_ahead: bool) -> tuple[AppendFile, Tail]:
-    """Cut what is torn at `tail`, make the rest durable, and open it to be continued.
+def repair(
+    files: Files, tail: Tail, groups: Mapping[int, OnDisk], spares: Spares, *, mark_is_ahead: bool
+) -> tuple[AppendFile, Tail]:
+    """Cut what is torn at `tail`, and room, make the rest durable, and open it to be continued.
 
     Parameters
     ----------
@@ -82,6 +90,8 @@ def repair(files: Files, tail: Tail, groups: Mapping[int, OnDisk], *, mark_is_ah
         Where the scan ended.
     groups
         What the log holds of each group, for the base of a segment that has to be made anew.
+    spares
+        None yet.
     mark_is_ahead
         The mark speaks of bytes that are no longer there: it goes, after the tail is in order, since it would call
         whatever is written there next damage.
@@ -97,7 +107,7 @@ def repair(files: Files, tail: Tail, groups: Mapping[int, OnDisk], *, mark_is_ah
     """
     path = segment_path(tail.segment)
     if tail.segment == 0:
-        return create_segment(files, 1, 0, groups)
+        return create_segment(files, 1, 0, groups, spares)
     if tail.end == 0:
         opening, fixed = _opening(tail.segment, tail.chain, groups)
         file = _replace(files, path, memoryview(opening), 0)

@@ -72,7 +72,7 @@ class Tail:
     it.
 
     ``end`` is 0 if the segment has no sound opening, which takes ``[0, opening)``. Evidence says that ``[0, durable)``
-    reached the disk.
+    reached the disk. ``size`` is that of the file, of whose bytes behind ``end`` ``torn`` are no room.
     """
 
     segment: int = 0
@@ -81,6 +81,7 @@ class Tail:
     chain: int = 0
     durable: int = 0
     opening: int = 0
+    torn: int = 0
 
 
 class Scan:
@@ -127,6 +128,7 @@ class Scan:
             if header is None or (number > 1 and base is None):
                 # The opening is written in one piece, so a torn one is made anew as a whole.
                 self._judge(window, number, 0 if header is None else header.length, is_last)
+                self.tail.torn = window.size
                 break
             self._advance(header)
             if base is not None:
@@ -144,7 +146,15 @@ class Scan:
         while tail.end < window.size:
             scanned = self._frame(window, number, tail.end, tail.chain)
             if scanned is None:
-                self._judge(window, number, tail.end, is_last)
+                try:
+                    self._judge(window, number, tail.end, is_last)
+                except CorruptionError:
+                    # What was read of the room of a log that is being written may be older than the evidence.
+                    window.forget()
+                    if not is_last or window.find_frame(number, tail.end) is None:
+                        raise
+                    continue
+                tail.torn = 0 if window.has_room(tail.end) else window.size - tail.end
                 return
             self._advance(scanned.seal)
             yield scanned
@@ -240,10 +250,10 @@ class Scan:
             position = seal_at + 1
             data, at = window.view(seal_at, frame.SEAL_BYTES)
             try:
-                length, start = int(data[at + 12 : at + 28], 16), int(data[at + 44 : at + 60], 16)
+                length, named, start = (int(data[i : i + 16], 16) for i in (at + 12, at + 28, at + 44))
             except ValueError:
                 continue
-            if not offset < start < seal_at <= start + frame.METADATA_BYTES_MAX:
+            if named != number or not offset < start < seal_at <= start + frame.METADATA_BYTES_MAX:
                 continue
             work_left -= min(length, window.size - start)
             if work_left < 0:
@@ -258,14 +268,14 @@ class Scan:
         lost = 0
         if mark is not None and mark.segment == tail.segment and mark.offset > tail.end:
             lost = mark.offset - tail.end
-        cut = lost > 0 or tail.end < tail.size
+        cut = lost > 0 or tail.torn > 0
         self.report = RecoveryReport(
             segments=len(numbers),
             frames=self._frames,
             bytes=sum(self.sealed.values()) + tail.end,
             cut_path=self._files.describe(segment_path(tail.segment)) if cut else None,
             cut_offset=tail.end if cut else 0,
-            cut_bytes=tail.size - tail.end,
+            cut_bytes=tail.torn,
             lost_durable_bytes=lost,
         )
 

@@ -6,7 +6,7 @@ Files of a log, all in one directory:
 
 - ``0000000000000001.arrows`` and on: segments, numbered from 1 without gaps; only the last one grows.
 - ``SYNCED``: the mark, see `Mark`.
-- ``*.tmp``: left by a crash in the middle of a repair; never read.
+- ``*.tmp``: left by a crash in the middle of a repair, or a purged segment that is kept to be written over; never read.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ FRAME_BYTES_LIMIT: Final = 1024 * 1024 * 1024
 WINDOW_BYTES: Final = 4 * 1024 * 1024
 """How much of a segment is read at a time: large enough that opening the file does not count, small beside any heap."""
 
+_ALIGNMENT: Final = 64
 _SUFFIX: Final = ".arrows"
 _DIGITS: Final = 16
 _MARK_MAGIC: Final = b"marbSYN1"
@@ -180,6 +181,15 @@ class Window:
             self._data = self._files.read(self._path, offset, min(max(size, self._window_bytes), self.size - offset))
             self._start = offset
         return self._data, offset - self._start
+
+    def forget(self) -> None:
+        """Read anew from here on: the file may have changed."""
+        self._data = b""
+
+    def has_room(self, offset: int) -> bool:
+        """Whether nothing but room is at `offset`, as far as its beginning tells (`marble.logstore.room`, rule 3)."""
+        data, at = self.view(offset, _ALIGNMENT)
+        return not any(data[at : at + _ALIGNMENT])
 
     def find_frame(self, segment: int, offset: int, bytes_max: int = FRAME_BYTES_LIMIT) -> frame.Seal | None:
         """The frame at `offset` of the file, or None if there is no sound and whole one."""

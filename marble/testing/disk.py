@@ -6,6 +6,8 @@ What it models, and where it was seen:
   sectors, the others as zeros or as stale bytes of some other file (ALICE, OSDI'14).
 - Creations, renames and removals survive in any subset until the directory is synced; a rename is all or nothing.
   (A sync of a directory that failed can be repeated: file systems stop for good when their journal fails.)
+- What was written over blocks that the file had already survives in any subset of its sectors, too: the others keep
+  what was there before.
 - A sync that fails leaves the data readable and marks it clean: a further sync succeeds and writes nothing ("Can
   Applications Recover from fsync Failures?", ATC'20).
 - `SimulatedFiles.flip_bit` for what the medium does by itself.
@@ -76,22 +78,28 @@ class _NameChange:
 class SimulatedAppendFile:
     """An `marble.env.AppendFile` of `SimulatedFiles`."""
 
-    def __init__(self, files: SimulatedFiles, path: str, node: _Node) -> None:
+    def __init__(self, files: SimulatedFiles, path: str, node: _Node, size: int) -> None:
         self._files = files
         self._path = path
         self._node = node
+        self._size = size
         self._life = files.life
 
     @property
     def size(self) -> int:
-        return len(self._node.seen)
+        return self._size
 
-    def write(self, data: bytes | memoryview) -> None:
+    @property
+    def room(self) -> int:
+        return len(self._node.seen) - self._size
+
+    def write(self, data: bytes | memoryview, zeros: int = 0) -> None:
         self._check_alive()
-        copied = bytes(data)
-        with self._files.operation("write", self._path) as failing:
+        copied = bytes(data) + bytes(min(zeros, max(0, self.room - len(data))) if self._files.full else zeros)
+        with self._files.operation("write" if len(data) > self.room else "write over", self._path) as failing:
             # A write that fails has come some way nevertheless.
-            self._node.write(len(self._node.seen), copied[: len(copied) // 2] if failing else copied)
+            self._node.write(self._size, copied[: len(copied) // 2] if failing else copied)
+        self._size += len(data)
 
     def sync(self) -> None:
         self._check_alive()
@@ -125,7 +133,7 @@ class SimulatedFiles:
         self.reads = 0
         self.fail_read_at: int | None = None
         self.full = False
-        """No space is left: every write fails half way, and no file can be created. Deleting and syncing go on."""
+        """No space is left: what makes a file longer fails half way, and no file can be created. All else goes on."""
         self._random = random
         self._off = False
         self._directories = {""}
@@ -328,13 +336,17 @@ class SimulatedFiles:
             node = _Node()
             if not failing:
                 self._change(_NameChange(_directory(path), path, node))
-        return SimulatedAppendFile(self, path, node)
+        return SimulatedAppendFile(self, path, node, 0)
 
     def open_append(self, path: str) -> SimulatedAppendFile:
-        return SimulatedAppendFile(self, path, self._node(path))
+        return SimulatedAppendFile(self, path, self._node(path), self.size(path))
+
+    def reuse(self, path: str) -> SimulatedAppendFile:
+        return SimulatedAppendFile(self, path, self._node(path), 0)
 
     def overwrite(self, path: str, data: bytes) -> None:
-        with self.operation("overwrite", path) as failing:
+        has_blocks = path in self._names and len(self._names[path].seen) >= len(data)
+        with self.operation("write over" if has_blocks else "overwrite", path) as failing:
             if failing:
                 return
             if path not in self._names:
@@ -351,6 +363,13 @@ class SimulatedFiles:
         with self.operation("rename", target) as failing:
             if not failing:
                 self._change(_NameChange(_directory(target), target, self._node(source), source))
+
+    def set_aside(self, source: str, target: str) -> bool:
+        node = self._node(source)
+        if sum(each is node for each in self._names.values()) > 1:
+            return False
+        self.rename(source, target)
+        return True
 
     def link(self, source: str, target: str) -> None:
         if target in self._names:

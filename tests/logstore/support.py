@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from marble._core import entry_batch
+from marble._core import entry_batch, frame
 from marble.env import SystemRandom
 from marble.logstore.log import Log, LogOptions
 from marble.schema import ENTRY_SCHEMA
@@ -58,6 +58,16 @@ def contents(log: Log) -> dict[int, tuple[HardState, list[dict[str, Any]]]]:
         assert state.changes == [row["index"] for row in rows if row["kind"] == EntryKind.MEMBERSHIP]
         found[group] = (state.hard_state, rows)
     return found
+
+
+def frame_ends(files: SimulatedFiles, path: str, number: int) -> list[int]:
+    """0, and where each frame of a segment ends; behind the last one there may be room."""
+    data, ends = files.read(path), [0]
+    while any(data[ends[-1] : ends[-1] + 64]):
+        seal = frame.check(data, ends[-1], number, ends[-1], 1 << 30)
+        assert isinstance(seal, frame.Seal)
+        ends.append(ends[-1] + seal.length)
+    return ends
 
 
 def reopened(files: Any, options: LogOptions = SMALL, *, writable: bool = False) -> dict[int, Any]:

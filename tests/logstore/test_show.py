@@ -38,7 +38,7 @@ def test_rows_tell_everything_but_the_payload_and_change_nothing() -> None:
         (2, 3, 128, 2),
     ]
     assert found[4] == LogRow(1, 2432, 1, 2, 3, "WRITE", 1, 128, 5, 2, True, 2)
-    assert reports == [RecoveryReport(segments=1, frames=2, bytes=files.size(SEGMENT(1)))]
+    assert reports == [RecoveryReport(segments=1, frames=2, bytes=log.nbytes)]
     log.append(1, None, entries(3, [3]))
     log.close()
 
