@@ -56,8 +56,7 @@ class PutStream:
     - Writes are sent in the order in which `write` was called, and answered in that order.
     - ``_sent`` holds what the current stream owes an answer for; ``_backlog`` what waits for a stream, or to be gathered.
     - ``_order`` is held while sending, so that order on the wire is order in ``_sent``; never take it while holding ``_state``.
-    - ``_order`` is never waited for by the thread that reads: a sender that holds it may wait for the other end, which waits for
-      its acknowledgements to be read.
+    - ``_order`` is never waited for by the thread that reads: who holds it may wait for the other end, which waits for who reads acks.
     - ``_session`` and ``_sequence`` number what is sent for the first time, under ``_state``; a stream is open only with a session.
     - ``_dead``, once set, stays: a stream of somebody else's stamps has an outcome that it cannot tell, and takes no more.
 
@@ -171,12 +170,13 @@ class PutStream:
             self._probed_s = now if late else self._probed_s
             return self._client if late else None
 
-    def give_up_silent(self, heard_before: float) -> None:
-        """Give up a stream that owes answers and whose last one came before then (``time.monotonic()``)."""
+    def give_up_silent(self, heard_before: float) -> bool:
+        """Give up the stream if it owes answers and its last one came before then (``time.monotonic()``). Whether it was so."""
         with self._state:
             reader = self._reader if self._sent and self._heard_s < heard_before else None
         if reader is not None:
             reader.cancel()
+        return reader is not None
 
     def abort(self) -> None:
         """Give up at once: what was sent and not answered ends in OutcomeUnknownError. Does not wait."""
@@ -236,8 +236,8 @@ class PutStream:
 
     def _waits(self, item: Item) -> bool:
         """Whether `item` is to be gathered although a stream is open. Called under ``_state``."""
-        if self._backlog:  # It must not overtake what waits.
-            return True
+        if self._backlog:
+            return True  # It must not overtake what waits.
         if len(self._sent) < patience.GATHER_AFTER or not item.fresh or not self._gather_bytes_max():
             return False
         if self._gatherer is None:

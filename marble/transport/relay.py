@@ -29,8 +29,8 @@ from marble.transport.wire import Stamp, call_options
 RETRY_WAIT_S: Final = 0.02
 """Between two tries to reach a leader: an election takes longer, a node's news of it hardly does."""
 
-STUCK_S: Final = 1.0
-"""A stream over a way that was broken and that has had no answer for so long waits for TCP, most likely."""
+STUCK_S: Final = 0.75
+"""A stream that has had no answer for so long waits for TCP, if its way was broken or its client has given up: most likely."""
 
 WATCH_WAIT_S: Final = 0.25
 """How late a stream's deadline may be noticed."""
@@ -53,6 +53,12 @@ class RelayStream(PutStream):
     def _find(self, deadline: float, failed: bool) -> flight.FlightClient:
         self.endpoint, client = self._relays.locate(deadline, failed)
         return client
+
+    def abort(self) -> None:
+        if self.give_up_silent(time.monotonic() - STUCK_S):
+            # Its client has gone, and will ask again: not on a connection that stands still.
+            self._relays.suspect(self.endpoint)
+        super().abort()
 
     def close(self, timeout_s: float) -> None:
         super().close(timeout_s)
@@ -111,6 +117,10 @@ class Relays:
             streams = [stream for stream in self._streams if stream.endpoint == endpoint]
         for stream in streams:
             stream.give_up_silent(time.monotonic() - STUCK_S)
+
+    def suspect(self, endpoint: str) -> None:
+        """The connection to `endpoint` stands still: what goes there from now on takes another one."""
+        self._clients.renew(endpoint)
 
     def locate(self, deadline: float, failed: bool) -> tuple[str, flight.FlightClient]:
         """Where the leader is, and a client of it, waiting for one until `deadline` (``time.monotonic()``).
