@@ -50,7 +50,10 @@ from marble.web.watch import Watch, Watched
 T = TypeVar("T")
 
 STOP_GRACE_S: Final = 1.0
-"""How long open calls get to end when a server stops: enough to write the acks that are due."""
+"""How long open calls get to end when a server stops: enough to write the acks that are due. Then they are cancelled."""
+
+STOP_SHARE: Final = 0.6
+"""Of the time that a stop may take, how much is for calls and links."""
 
 MESSAGE_OVERHEAD_BYTES: Final = 1024 * 1024
 """What a message between nodes holds beside entries, generously."""
@@ -303,7 +306,8 @@ class RaftServer(Operated, Watched):
         assert self._watch is not None
         self._watch.stop()
         self._service.stop()
-        ended = self._flight.stop(min(STOP_GRACE_S, timeout_s / 2))
+        # On a busy machine also what was cancelled takes its time; the log is closed in what is left.
+        ended = self._flight.stop(timeout_s * STOP_SHARE, min(STOP_GRACE_S, timeout_s / 4))
         self._node.stop(max(0.1, deadline - time.monotonic()))
         if not ended:
             raise UnavailableError(f"a call at node {self.node_id} did not end in time; its thread is left behind")

@@ -44,9 +44,10 @@ class TransportConfig:
         ``"lan"``, or ``"wan"`` for nodes that are 50 to 200 ms apart. For these also make ``heartbeat_interval_ms`` at least
         300 and ``election_timeout_ms`` at least ten round trips: a node warns when it measures more.
     connect_timeout_ms
-        One attempt to reach a peer; 10 to 60000.
+        One attempt to reach a peer, at most: most take a quarter of the election timeout; 10 to 60000.
     silent_peer_ms
-        A stream is given up on which the peer answers nothing for so long; 100 to 600000.
+        A stream is given up on which the peer answers nothing for so long, at most: an election timeout is enough where
+        answers come much sooner; 100 to 600000.
     queue_bytes_max
         What may wait for one peer, of each kind of message; 1 MiB to 1 TiB.
     snapshot_window_bytes_max

@@ -302,10 +302,10 @@ class FlightTransport(Messaging):
         peers = {f"peer:{peer}": link.connected for peer, link in sorted(self._peers.links.items())}
         return {"transport": serving, "server": not self._stopped and not self._forked, **peers}
 
-    def stop(self, deadline_s: float = 5.0) -> bool:
+    def stop(self, deadline_s: float = 5.0, grace_s: float | None = None) -> bool:
         """Refuse new calls, end links and streams, free the port. Idempotent.
 
-        Calls of clients get most of the time to end by themselves and are then cancelled.
+        Calls of clients get `grace_s` seconds (None: most of the time) to end by themselves and are then cancelled.
 
         Returns
         -------
@@ -315,7 +315,9 @@ class FlightTransport(Messaging):
         """
         if self._forked:
             return True
-        end = self._clock.monotonic() + deadline_s
+        began = self._clock.monotonic()
+        end = began + deadline_s
+        grace_s = max(0.0, deadline_s - _CANCEL_RESERVE_S) if grace_s is None else min(grace_s, deadline_s)
         with self._lock:
             if self._stopped:
                 return True
@@ -325,14 +327,14 @@ class FlightTransport(Messaging):
         for link in links:
             link.request_finish()
         # What users have sent may leave yet, also while their own mailbox is full.
-        finish = self._clock.monotonic() + min(_FINISH_S, deadline_s / 4)
+        finish = began + min(_FINISH_S, grace_s / 3)
         for link in links:
             link.wait_finished(finish - self._clock.monotonic())
         self._mailbox.close()
         for link in links:
             link.request_stop()
         with self._lock:
-            self._idle.wait_for(lambda: self._calls == 0, max(0.0, deadline_s - _CANCEL_RESERVE_S))
+            self._idle.wait_for(lambda: self._calls == 0, max(0.0, began + grace_s - self._clock.monotonic()))
         self._security.stop()
         ended = self._listening.stop(end)
         for link in links:

@@ -206,7 +206,7 @@ class InProcessTransport(FlightTransport):
         self._network = network
         network.listen(self.endpoint, self.take_messages)
 
-    def stop(self, deadline_s: float = 5.0) -> bool:
+    def stop(self, deadline_s: float = 5.0, grace_s: float | None = None) -> bool:
         """As `FlightTransport.stop`; streams of peers break."""
         self._network.leave(self.endpoint)
-        return super().stop(deadline_s)
+        return super().stop(deadline_s, grace_s)

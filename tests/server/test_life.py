@@ -194,9 +194,8 @@ def test_a_server_stops_in_time_with_streams_open(make_cluster: MakeCluster) -> 
         open_streams.append((client, put, silent_put, lookup, scan, taken))
     for node in (follower, leader):
         server = cluster.servers.pop(node)
-        began = time.monotonic()
-        server.stop(timeout_s=8.0)
-        assert time.monotonic() - began < 8.0
+        # It raises if anything has not ended by then.
+        server.stop(timeout_s=WAIT_S)
         assert not server.is_running()
         _bind(cluster.config.endpoints[node])
     for _, put, silent_put, lookup, scan, taken in open_streams:
