@@ -1,7 +1,7 @@
 """How much more is written, read and kept than there is, after everything has been overwritten ten times.
 
 - Write: bytes that the process handed to the disk (``/proc/self/io``), logs and merges included, for each byte of rows written.
-- Space: bytes of the directory once all is quiet, for each byte of rows that live.
+- Space: bytes of the directory once all is quiet, for each byte of rows that live; of marble, which of its files have how much of it.
 - Read: blocks that a look-up of a key at random fetches, with a cache that holds none, and about how many bytes these have.
 """
 
@@ -22,8 +22,8 @@ from work import Layout, Shape, Store
 
 OVERWRITES: Final = 10
 PROBES: Final = 2000
-QUIET_S: Final = 2.0
-"""Nothing has been written for so long: merges are over."""
+QUIET_S: Final = 5.0
+"""Nothing has been written for so long: merges are over, and what they have replaced is gone."""
 QUIET_WAIT_S: Final = 300.0
 NO_CACHE: Final = Layout("no cache", 0, 1e-9, counted=True)
 
@@ -34,6 +34,8 @@ class Amplification:
     space: float
     blocks_read: float
     bytes_read: float
+    parts: dict[str, float]
+    """What ``space`` consists of."""
 
 
 def written() -> int:
@@ -66,10 +68,26 @@ def measure(make: Callable[[Path, Shape, Layout | None], Store], shape: Shape, p
     store.flush()
     wait_until_quiet()
     put = written() - before
-    kept = size(path)
+    kept, parts = size(path), kept_by(store, path)
     store.close()
     blocks, nbytes = reading(make, shape, path)
-    return Amplification(put / ((OVERWRITES + 1) * shape.nbytes), kept / shape.nbytes, blocks, nbytes)
+    return Amplification(
+        put / ((OVERWRITES + 1) * shape.nbytes),
+        kept / shape.nbytes,
+        blocks,
+        nbytes,
+        {part: found / shape.nbytes for part, found in parts.items()},
+    )
+
+
+def kept_by(store: Store, path: Path) -> dict[str, int]:
+    """Bytes of a quiet marble's log, of the files of its tables, and of files that are no part of these any more. Of others nothing."""
+    if not isinstance(store, Marble):
+        return {}
+    live = {ref.name for ref in store.machine.live()}
+    tables = [file for file in (path / "tables").iterdir() if file.name[9:-6] in live]
+    whole, log, used = size(path), size(path / "log"), sum(file.stat().st_blocks * 512 for file in tables)
+    return {"log": log, "tables": used, "rest": whole - log - used}
 
 
 def reading(make: Callable[[Path, Shape, Layout | None], Store], shape: Shape, path: Path) -> tuple[float, float]:
@@ -125,6 +143,8 @@ def amplification_report(shape: Shape, base: Path | None) -> None:
         with tempfile.TemporaryDirectory(dir=base, prefix="marble-bench-") as root:
             found = measure(make, shape, Path(root))
         print(
-            f"| {name} | {found.write:.2f} | {found.space:.2f} | {found.blocks_read:.2f} | {found.bytes_read / 1024:.1f} |",
+            f"| {name} | {found.write:.2f} | {found.space:.2f}{' (' if found.parts else ''}"
+            f"{', '.join(f'{part} {share:.2f}' for part, share in found.parts.items())}{')' if found.parts else ''} | "
+            f"{found.blocks_read:.2f} | {found.bytes_read / 1024:.1f} |",
             flush=True,
         )

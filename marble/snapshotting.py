@@ -28,7 +28,7 @@ from marble.transfer import Transfer
 from marble.transport.codec import Envelope
 from marble.types import NO_NODE, Position, Role, SnapshotMeta
 
-GARBAGE_TICKS: Final = 50
+GARBAGE_TICKS: Final = 20
 """How often it is looked how much old snapshots keep, and a refused snapshot made anew at most."""
 
 TAIL_BYTES_MIN: Final = 64 * 1024 * 1024
@@ -51,7 +51,7 @@ class SnapshotPolicy:
     no more bytes than the state has, or `TAIL_BYTES_MIN`: who lags further behind is sooner sent the state."""
     piece_bytes_max: int = 1024 * 1024
     """What one message carries of a snapshot."""
-    garbage_bytes: int = 64 * 1024 * 1024
+    garbage_bytes: int = 16 * 1024 * 1024
     """Or when files that compaction has replaced take so much, and half of what those take that are in use: only snapshots need them."""
     patience_ticks: int = 10
     """How long an answer may take before a piece is asked for again."""
