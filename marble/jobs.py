@@ -134,8 +134,16 @@ class RestoreJob:
         self._machine = machine
 
     def run(self) -> None:
-        """Raises CorruptionError if the file is not what it was: the node must then stop."""
-        self._machine.restore(self.info.index, self._store.read(self.info))
+        """Raises CorruptionError if the file is not what it was: the node must then stop.
+
+        A file that it refers to, and that was here before, may be damaged, and nobody has read it since: that can be healed.
+        """
+        try:
+            self._machine.restore(self.info.index, self._store.read(self.info))
+        except CorruptionError:
+            if not isinstance(self._machine, HealingMachine):
+                raise
+            self._machine.salvage(self.info.index, self._store.read(self.info))
 
 
 class RebuildJob:

@@ -434,6 +434,9 @@ class Snapshots:
         self._rebuild = None
         self._collect = True
         if job.error is not None:
+            if isinstance(job.error, CorruptionError):
+                # A file that was here before, and that nobody has read since: the next time it is fetched, too.
+                self._store.contents.suspect(job.error)
             self._rebuilding.rest()
             return False
         self.stalled = None

@@ -53,6 +53,7 @@ class ContentFiles:
         self._group = group
         self._lock = threading.Lock()
         self._damaged: frozenset[str] = frozenset()
+        self._suspects: frozenset[str] = frozenset()
         self._keys: dict[int, str] = {}
         self._receiver: ContentReceiver | None = None
         self._ready = False
@@ -90,8 +91,15 @@ class ContentFiles:
         return self._damaged
 
     def blame(self, names: Collection[str]) -> None:
-        """The files with these names are damaged or missing, all others are not known to be."""
-        self._damaged = frozenset(names)
+        """The files with these names are damaged or missing, all others are not known to be but those of `suspect`."""
+        self._damaged = frozenset(names) | self._suspects
+
+    def suspect(self, error: CorruptionError) -> None:
+        """If `error` names one of these files, it is damaged, whoever else knows of it, until it has been received anew."""
+        name = self.name_of(error.path or "")
+        if name is not None:
+            self._suspects |= {name}
+            self._damaged |= {name}
 
     def piece(self, key: int, offset: int, bytes_max: int) -> bytes:
         """Bytes from `offset` on of the file that has this `FileRef.key`: `bytes_max` of them, or fewer where it ends.
@@ -177,6 +185,7 @@ class ContentFiles:
     def _received(self, receiver: ContentReceiver) -> None:
         self._files.rename(receiver.path, self.path(receiver.ref.name))
         self._files.sync_directory(DIRECTORY)
+        self._suspects -= {receiver.ref.name}
         self._damaged -= {receiver.ref.name}
 
     def _forget(self, receiver: ContentReceiver) -> None:

@@ -20,6 +20,7 @@ from marble.identity import bind
 from marble.jobs import CompactJob, FileJob, MachineJob, RebuildJob, RestoreJob, WriteJob
 from marble.logstore.log import Log, LogOptions
 from marble.logstore.replay import GroupState
+from marble.logstore.segment import DIRECTORY as LOG_DIRECTORY
 from marble.logstore.segment import segment_numbers, segment_path
 from marble.logstore.snapshots import SnapshotStore
 from marble.promises import Committed, Promises
@@ -260,7 +261,7 @@ class SimulatedNode:
         except (InvariantError, CorruptionError, OSError) as error:
             if isinstance(error, InvariantError) and not isinstance(error.__cause__, OSError):
                 raise
-            if isinstance(error, CorruptionError) and not self.tables.excuses(error):
+            if isinstance(error, CorruptionError) and not self._excuses(error):
                 raise
             self._loop.note(self.id, "stops: {}", error)
             full = self.files.full
@@ -269,6 +270,11 @@ class SimulatedNode:
                 # What a failed sync has left behind is in doubt for every program: the machine is restarted, too.
                 self.files.crash()
             self._restart_later()
+
+    def _excuses(self, error: CorruptionError) -> bool:
+        """Whether `error` is about what was damaged indeed: a file of a table, or the log, which is read in use, too."""
+        log = error.path is not None and error.path.startswith(f"simulated:{LOG_DIRECTORY}/")
+        return (log and self.damaged) or self.tables.excuses(error)
 
     def _restart_later(self) -> None:
         self._loop.after(self._loop.between(0, self._world.plan.process.down_us), self.start)

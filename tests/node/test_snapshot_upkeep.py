@@ -138,3 +138,33 @@ def test_a_peer_whose_snapshot_is_too_old_takes_one_for_who_is_built_anew() -> N
         ring[2].rows()
     ring.tick(2 * TICKS)
     assert ring[2].rows() == expected(57)
+
+
+def leftover(ring: Ring, number: int) -> str:
+    """A file of the newest snapshot of node 1 lies at node `number`, too, where nobody needs it, and it is damaged."""
+    name = table_paths(ring, 1)[0]
+    data = bytearray(ring[1].files.read(name))
+    data[-20] ^= 1  # In what is read when the file is opened.
+    ring[number].files.put(name, bytes(data))
+    return name
+
+
+def test_a_damaged_file_that_was_here_before_keeps_nobody_from_taking_a_snapshot() -> None:
+    ring = lagging()
+    ring.restart(3)
+    path = leftover(ring, 3)
+    ring.tick(TICKS)
+    assert ring[3].raft.applied_index == ring[1].raft.applied_index
+    assert ring[3].rows() == expected(40)
+    assert ring[3].machines[0].damaged() == []
+    assert ring[3].files.read(path) == ring[1].files.read(path)
+
+
+def test_a_damaged_file_that_was_here_before_keeps_nobody_from_being_built_anew() -> None:
+    ring = apart(57, 2)
+    path = leftover(ring, 2)
+    with pytest.raises(CorruptionError):
+        ring[2].rows()
+    ring.tick(2 * TICKS)
+    assert ring[2].rows() == expected(57)
+    assert ring[2].files.read(path) == ring[1].files.read(path)
