@@ -7,7 +7,7 @@ from typing import Any
 from marble.env import SystemRandom
 from marble.logstore.snapshots import SnapshotStore
 from marble.lsm.compaction import CompactionPolicy
-from marble.lsm.files import TableFiles
+from marble.lsm.files import BLOCK_ROWS_MAX, TableFiles
 from marble.lsm.machine import TableMachine
 from marble.lsm.store import Store, StorePolicy
 from marble.testing.disk import SimulatedFiles
@@ -27,9 +27,18 @@ TINY = StorePolicy(
 class Shelf:
     """A machine with files, its snapshots, and what a node does with both."""
 
-    def __init__(self, files: SimulatedFiles | None = None, policy: StorePolicy = TINY, **options: Any) -> None:
+    def __init__(
+        self,
+        files: SimulatedFiles | None = None,
+        policy: StorePolicy = TINY,
+        *,
+        block_rows_max: int = BLOCK_ROWS_MAX,
+        **options: Any,
+    ) -> None:
         self.files = files or SimulatedFiles(SystemRandom(1))
-        self.machine = TableMachine(files=TableFiles(self.files, GROUP), policy=policy, **options)
+        self.machine = TableMachine(
+            files=TableFiles(self.files, GROUP, block_rows_max=block_rows_max), policy=policy, **options
+        )
         self.snapshots = SnapshotStore(self.files, GROUP)
         newest = self.snapshots.newest()
         if newest is not None:

@@ -53,6 +53,9 @@ POLICY: Final = StorePolicy(
 )
 """Level 1 is compressed already, so that most of what is read was."""
 
+BLOCK_ROWS_MAX: Final = 3
+"""So that zone maps leave blocks out."""
+
 Row = dict[str, Any]
 Key = tuple[Any, ...]
 
@@ -197,7 +200,7 @@ class Life:
         self.log: list[tuple[Proposal, int]] = []
         self.model = Model()
         self.now_us = 1_700_000_000_000_000
-        self.shelf = Shelf(self.files, POLICY, retention=RETENTION)
+        self.shelf = Shelf(self.files, POLICY, block_rows_max=BLOCK_ROWS_MAX, retention=RETENTION)
         for name, schema, key, options in TABLES.values():
             data = payload.encode_create_table(name, schema, key, options)
             self.apply(Proposal(EntryKind.CREATE_TABLE, 0, data), [])
@@ -315,7 +318,7 @@ class Life:
         self.shelf.compact(self.chance.randrange(1, 5))
 
     def restart(self) -> None:
-        self.shelf = Shelf(self.files, POLICY, retention=RETENTION)
+        self.shelf = Shelf(self.files, POLICY, block_rows_max=BLOCK_ROWS_MAX, retention=RETENTION)
         self.replay()
 
     def crash(self) -> None:
