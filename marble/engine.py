@@ -321,6 +321,7 @@ class Engine:
                 # ones: its peers' answers still wait in the inbox.
                 next_tick = now + tick_s
                 self._groups.tick(int(now * 1_000_000))
+                self._log.room.rest(now)
                 for group, desk in self._desks.items():
                     if desk.tick(now):
                         self._groups.use(group)

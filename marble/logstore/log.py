@@ -34,7 +34,7 @@ from marble.logstore.plan import Plan, Work, gather, plan_frames
 from marble.logstore.reader import Reader
 from marble.logstore.repair import create_segment, prepare_directory, repair
 from marble.logstore.replay import GroupState, Replay, check_hard_state
-from marble.logstore.room import Spares, zeros_behind
+from marble.logstore.room import Room
 from marble.logstore.scan import RecoveryReport, Scan, Tail
 from marble.logstore.segment import FRAME_BYTES_LIMIT, WINDOW_BYTES, MarkFile, Still, segment_path
 from marble.types import INDEX_MAX, HardState
@@ -97,7 +97,8 @@ class Log:
         self._sealed_bytes = sum(scan.sealed.values())
         self._first_segment = scan.first_segment
         self._mark = MarkFile(files, scan.mark)
-        self._spares = Spares(files, options.segment_bytes_max)
+        self.room = Room(files, options.segment_bytes_max)
+        """Whoever opens the log writable calls its `Room.rest` now and then."""
         if writable and not self._report.lost_durable_bytes:
             self._continue()
 
@@ -291,7 +292,7 @@ class Log:
                     if self._file is not None:
                         self._cut_room()
                         self._mark.write(self._tail.segment, self._tail.end, self._tail.chain, both_slots=True)
-                        self._spares.drop()
+                        self.room.drop()
         except OSError as error:
             raise InvariantError(f"the log could not be closed in order: {error}") from error
         finally:
@@ -326,7 +327,7 @@ class Log:
         for plan in plans:
             ranges = [(item.batch, row, stop) for item, row, stop in plan.ranges]
             data, batch, chain = frame.encode(plan.states, ranges, segment, end, synced, chain, plan.starts)
-            file.write(memoryview(data), zeros_behind(end, file.room, data.size, self._options.segment_bytes_max))
+            file.write(memoryview(data), self.room.behind(end, file.room, data.size))
             written.append((plan, end, batch, data.size))
             end += data.size
         file.sync()
@@ -353,7 +354,7 @@ class Log:
         self._cut_room()
         assert self._file is not None  # `_write` has opened it; the line is for the type checker.
         self._file.close()
-        self._file, new_tail = create_segment(self._files, tail.segment + 1, tail.chain, groups, self._spares)
+        self._file, new_tail = create_segment(self._files, tail.segment + 1, tail.chain, groups, self.room)
         with self._lock:
             self._sealed[tail.segment] = tail.end
             self._sealed_bytes += tail.end
@@ -368,9 +369,7 @@ class Log:
     def _continue(self) -> None:
         """Repair the end that the scan found and open it. Put off to the first sync when durable bytes were lost."""
         lost = self._report.lost_durable_bytes > 0
-        self._file, self._tail = repair(
-            self._files, self._tail, self._groups_on_disk(), self._spares, mark_is_ahead=lost
-        )
+        self._file, self._tail = repair(self._files, self._tail, self._groups_on_disk(), self.room, mark_is_ahead=lost)
         if lost:
             # Neither slot may speak of the lost bytes any more.
             self._mark = MarkFile(self._files, None)
@@ -416,7 +415,7 @@ class Log:
                     end = min(end, extents.on_disk.oldest_segment or end)
             try:
                 for segment in range(self._first_segment, end):
-                    self._spares.retire(segment, self._sealed[segment])
+                    self.room.retire(segment, self._sealed[segment])
                     with self._lock:
                         self._cache.forget(segment)
                         self._first_segment = segment + 1

@@ -19,7 +19,7 @@ import pyarrow as pa
 from marble._core import frame
 from marble.env import AppendFile, Files
 from marble.logstore.extents import OnDisk
-from marble.logstore.room import Spares, zeros_behind
+from marble.logstore.room import Room, zeros_behind
 from marble.logstore.scan import Tail
 from marble.logstore.segment import (
     DIRECTORY,
@@ -46,12 +46,12 @@ def prepare_directory(files: Files) -> None:
 
 
 def create_segment(
-    files: Files, number: int, chain: int, groups: Mapping[int, OnDisk], spares: Spares
+    files: Files, number: int, chain: int, groups: Mapping[int, OnDisk], room: Room
 ) -> tuple[AppendFile, Tail]:
     """A new segment, durable with its opening and its name."""
     opening, tail = _opening(number, chain, groups)
     path = segment_path(number)
-    file, name = spares.take(path)
+    file, name = room.take(path)
     try:
         # Never ahead of a new file: it is the frames that tell how much is worth it.
         file.write(memoryview(opening), zeros_behind(0, file.room, opening.size, 0))
@@ -78,7 +78,7 @@ def _opening(number: int, chain: int, groups: Mapping[int, OnDisk]) -> tuple[pa.
 
 
 def repair(
-    files: Files, tail: Tail, groups: Mapping[int, OnDisk], spares: Spares, *, mark_is_ahead: bool
+    files: Files, tail: Tail, groups: Mapping[int, OnDisk], room: Room, *, mark_is_ahead: bool
 ) -> tuple[AppendFile, Tail]:
     """Cut what is torn at `tail`, and room, make the rest durable, and open it to be continued.
 
@@ -90,8 +90,8 @@ def repair(
         Where the scan ended.
     groups
         What the log holds of each group, for the base of a segment that has to be made anew.
-    spares
-        None yet.
+    room
+        Without spares as yet.
     mark_is_ahead
         The mark speaks of bytes that are no longer there: it goes, after the tail is in order, since it would call
         whatever is written there next damage.
@@ -107,7 +107,7 @@ def repair(
     """
     path = segment_path(tail.segment)
     if tail.segment == 0:
-        return create_segment(files, 1, 0, groups, spares)
+        return create_segment(files, 1, 0, groups, room)
     if tail.end == 0:
         opening, fixed = _opening(tail.segment, tail.chain, groups)
         file = _replace(files, path, memoryview(opening), 0)

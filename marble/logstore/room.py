@@ -19,6 +19,7 @@ import threading
 from typing import Final
 
 from marble.env import AppendFile, Files
+from marble.errors import InvariantError
 from marble.logstore.segment import DIRECTORY, TEMPORARY_SUFFIX, segment_path
 
 TERMINATOR_BYTES: Final = 64
@@ -26,6 +27,10 @@ TERMINATOR_BYTES: Final = 64
 
 SPARES_MAX: Final = 4
 """Purged segments that are kept to be written over: as many as a snapshot usually frees at once."""
+
+REST_S: Final = 1.0
+REST_BYTES: Final = 1024 * 1024
+"""Who writes less than this in `REST_S` does well without spares."""
 
 _PAGE_BYTES: Final = 4096
 _FRAME_BYTES_MAX: Final = 32 * 1024
@@ -50,10 +55,11 @@ def zeros_behind(end: int, room: int, nbytes: int, segment_bytes_max: int) -> in
     return ahead if ahead >= TERMINATOR_BYTES else 0
 
 
-class Spares:
-    """Files that were segments and may be written over. Thread-safe.
+class Room:
+    """How much is written ahead, and the spares: files that were segments and may be written over. Thread-safe.
 
-    They are of no use to a later start, which removes them if `drop` has not.
+    Spares are kept while the log is written to, so that they take no space beside one that has come to rest. They are of no
+    use to a later start, which removes them if `drop` has not.
 
     Parameters
     ----------
@@ -65,16 +71,46 @@ class Spares:
 
     def __init__(self, files: Files, segment_bytes_max: int) -> None:
         self._files = files
-        self._bytes_min, self._bytes_max = segment_bytes_max // 2, segment_bytes_max
+        self._segment_bytes_max = segment_bytes_max
         self._lock = threading.Lock()
         self._paths: list[str] = []
+        self._written = 0
+        self._looked_at = 0.0
+        self._written_then = 0
+
+    def behind(self, end: int, room: int, nbytes: int) -> int:
+        """Note that a frame is written; see `zeros_behind`. By one thread at a time."""
+        self._written += nbytes
+        return zeros_behind(end, room, nbytes, self._segment_bytes_max)
+
+    def rest(self, now: float) -> None:
+        """Say what time it is, in seconds: when little has been written since the last look, the spares go. Always the
+        same thread.
+
+        Raises
+        ------
+        InvariantError
+            The disk failed.
+        """
+        if now - self._looked_at < REST_S:
+            return
+        written = self._written - self._written_then
+        self._looked_at, self._written_then = now, self._written_then + written
+        if written < REST_BYTES:
+            try:
+                self.drop()
+            except OSError as error:
+                raise InvariantError(
+                    f"a file of the log could not be removed ({error}): this node must stop"
+                ) from error
 
     def retire(self, segment: int, nbytes: int) -> None:
         """Take away the name of `segment`, durably. Raises OSError."""
         path = segment_path(segment)
         spare = path + TEMPORARY_SUFFIX
         with self._lock:
-            wanted = len(self._paths) < SPARES_MAX and self._bytes_min <= nbytes <= self._bytes_max
+            fits = self._segment_bytes_max // 2 <= nbytes <= self._segment_bytes_max
+            wanted = fits and len(self._paths) < SPARES_MAX
         kept = wanted and self._files.set_aside(path, spare)
         if not kept:
             self._files.remove(path)

@@ -11,6 +11,7 @@ from logstore.recycling import KIB, OPTIONS, SPARE, read_by_arrow, recycled, spa
 from logstore.support import SEGMENT, contents, disk, entries, frame_ends, reopened
 
 from marble.env import Files, SystemFiles
+from marble.errors import InvariantError
 from marble.logstore.log import Log, LogOptions
 from marble.logstore.room import SPARES_MAX, TERMINATOR_BYTES
 from marble.logstore.segment import segment_numbers
@@ -125,3 +126,46 @@ def test_power_lost_at_every_operation_of_a_purge_and_the_segment_that_follows()
             write_segments(log, last + 1, 1)
             files.crash()
             assert [row["index"] for row in reopened(files, OPTIONS)[1][1]] == list(range(3, last + 3))
+
+
+def test_spares_go_when_little_is_written() -> None:
+    files = disk()
+    log = Log.open(files, LogOptions(segment_bytes_max=1 << 20, cache_bytes_max=0))
+    following = write_segments(log, 1, 3, size=400 * KIB)
+    log.room.rest(100.0)
+    log.start_after(1, 4, 1)
+    log.sync()
+    log.purge()
+    kept = spares(files)
+    assert len(kept) == 2
+    following = write_segments(log, following, 2, size=400 * KIB)
+    log.start_after(1, following - 3, 1)
+    log.sync()
+    log.purge()
+    kept = spares(files)
+    assert len(kept) == 2
+    log.room.rest(100.9)
+    log.room.rest(101.0)
+    assert spares(files) == kept, "much was written since the last look"
+    log.append(1, None, entries(following, [1]))
+    log.sync()
+    log.room.rest(101.9)
+    assert spares(files) == kept, "it is not yet time to look"
+    log.room.rest(102.0)
+    assert spares(files) == []
+    write_segments(log, following + 1, 2, size=400 * KIB)
+    log.close()
+    assert [row["index"] for row in reopened(files, OPTIONS)[1][1]] == list(range(following - 2, following + 5))
+
+
+def test_a_spare_that_cannot_be_removed_stops_the_node() -> None:
+    files = disk()
+    log = Log.open(files, OPTIONS)
+    write_segments(log, 1, 3)
+    log.start_after(1, 2, 1)
+    log.sync()
+    log.purge()
+    assert len(spares(files)) == 1
+    files.fail_at = files.operations + 1
+    with pytest.raises(InvariantError, match="could not be removed"):
+        log.room.rest(2.0)
