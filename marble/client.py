@@ -287,7 +287,7 @@ class RemoteBackend:
         if request.filter is not None:
             chosen = table.schema.names if wanted is None else wanted
             wanted = tuple(columns_read(table.schema, chosen, request.filter))
-            keys &= push_down(table, request.filter)[0]
+            keys &= push_down(table, request.filter).keys
         asked = dataclasses.replace(request, columns=wanted, lower=keys.lower or None, upper=keys.upper)
         ticket = fl.Ticket(encode_ticket(table.name, asked))
 

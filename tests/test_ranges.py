@@ -90,6 +90,52 @@ def test_order_and_limit(table: Table) -> None:
     assert found(table, filter=pc.field("n").isin([1, 3, 5, 7]), limit=3, reverse=True) == odd[::-1][:3]
 
 
+@pytest.mark.parametrize("options", [{}, {"reverse": True}, {"limit": 2}, {"reverse": True, "limit": 3}])
+def test_a_filter_on_keys_within_other_bounds(table: Table, options: dict[str, Any]) -> None:
+    rows, city, at = trips(120), pc.field("city"), pc.field("at")
+
+    def expected(passes: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        passing = [row for row in rows if passes(row)]
+        return passing[:: -1 if options.get("reverse") else 1][: options.get("limit")]
+
+    starts = pc.starts_with(city, "a")
+    assert found(table, None, starts, between=("ab", None), **options) == expected(
+        lambda row: row["city"].startswith("a") and row["city"] >= "ab"
+    )
+    assert found(table, None, starts, between=(None, "a"), **options) == expected(
+        lambda row: row["city"].startswith("a") and row["city"] <= "a"
+    )
+    assert found(table, None, starts, prefix="b", **options) == []
+    assert found(table, None, starts & (pc.field("n") > 4), prefix="ab", **options) == expected(
+        lambda row: row["city"] == "ab" and row["n"] > 4
+    )
+    assert found(table, None, (city == "a") & (at > 0), prefix="a", between=(None, 9), **options) == expected(
+        lambda row: row["city"] == "a" and 0 < row["at"] <= 9
+    )
+
+
+def test_a_filter_means_the_keys_of_the_table_that_it_is_given_to(db: Database) -> None:
+    text, number = pa.schema([("k", pa.string()), ("v", pa.int8())]), pa.schema([("k", pa.int8()), ("v", pa.string())])
+    filters = [pc.field("k") <= "5", pc.field("v") == 5, pc.starts_with(pc.field("k"), "1")]
+    for _ in range(2):
+        made = db.create_table("changing", text, ["k"])
+        made.write(pa.RecordBatch.from_pylist([{"k": str(i), "v": i} for i in range(12)], text))
+        assert [[row["v"] for row in found(made, None, each)] for each in filters] == [
+            [0, 1, 10, 11, 2, 3, 4, 5],
+            [5],
+            [1, 10, 11],
+        ]
+        db.drop_table("changing")
+        made = db.create_table("changing", number, ["k"])
+        made.write(pa.RecordBatch.from_pylist([{"k": i, "v": str(i)} for i in range(12)], number))
+        assert [row["k"] for row in found(made, None, pc.field("k") <= 5)] == [0, 1, 2, 3, 4, 5]
+        assert [row["k"] for row in found(made, None, pc.starts_with(pc.field("v"), "1"))] == [1, 10, 11]
+        for each in filters:
+            with pytest.raises(UsageError, match="does not fit"):
+                made.scan(None, each)
+        db.drop_table("changing")
+
+
 FILTERS = [
     (pc.field("city") == "a", lambda row: row["city"] == "a"),
     (pc.field("city") > "a", lambda row: row["city"] > "a"),

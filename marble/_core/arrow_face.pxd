@@ -8,7 +8,7 @@ Errors: the kernels use Invalid for a wrong call, OutOfMemory as is; anything el
 from libcpp cimport bool as cbool
 from libcpp.memory cimport shared_ptr
 from pyarrow.includes.common cimport CStatus
-from pyarrow.includes.libarrow cimport CArray, CRecordBatch, CSchema
+from pyarrow.includes.libarrow cimport CArray, CDataType, CRecordBatch, CSchema
 
 
 cdef extern from "arrow/result.h" namespace "arrow" nogil:
@@ -27,6 +27,7 @@ cdef extern from "arrow/python/pyarrow.h" namespace "arrow::py":
     object wrap_array(const shared_ptr[CArray]& array)
     object wrap_batch(const shared_ptr[CRecordBatch]& batch)
     object wrap_schema(const shared_ptr[CSchema]& schema)
+    object wrap_type "arrow::py::wrap_data_type"(const shared_ptr[CDataType]& type)
 
 
 cdef extern from "aligned.hpp" namespace "marble":

@@ -70,6 +70,12 @@ class KeyCodec:
         UsageError
             As `encode`; `open_end` with a last column that is neither string nor binary.
         """
+    def encode_values(self, values: tuple[object, ...]) -> bytes | None:
+        """Encode Python values of the first key columns, as `encode_prefix` encodes the arrays that pyarrow makes of them.
+
+        None: that must decide, since a value is of another class than its column's, does not fit it, or is of a type
+        that is not encoded here; or there are more values than columns.
+        """
     def decode(self, keys: Iterable[bytes]) -> pa.RecordBatch:
         """Return the key columns of encoded keys, a row for each. -0.0 comes back as 0.0.
 

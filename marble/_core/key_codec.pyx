@@ -8,6 +8,7 @@ Invariants: a `KeyColumn` and a `KeyCodec` always hold a C++ object, since neith
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libcpp cimport bool as cbool
 from libcpp.memory cimport shared_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
@@ -39,6 +40,10 @@ cdef extern from "key_codec.hpp" namespace "marble" nogil:
         CStatus Encode(const CRecordBatch& batch, shared_ptr[CKeyColumn]* out) noexcept
 
     CStatus make_codec "marble::KeyCodec::Make"(shared_ptr[CSchema] schema, shared_ptr[CKeyCodec]* out) noexcept
+
+
+cdef extern from "key_value.hpp" namespace "marble":
+    cbool encode_key_start "marble::EncodeKeyStart"(const CKeyCodec& codec, object values, string* key) except +
 
 
 cdef extern from "key_decode.hpp" namespace "marble" nogil:
@@ -114,6 +119,12 @@ cdef class KeyCodec:
         if last.type not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
             raise UsageError(f"only text and bytes can go on: key column {last.name!r} has type {last.type}")
         return [key[:-2] for key in keys]
+
+    def encode_values(self, tuple values not None):
+        cdef string key
+        if not encode_key_start(self.codec.get()[0], values, &key):
+            return None
+        return key
 
     def decode(self, keys):
         cdef vector[string] c_keys

@@ -1,26 +1,20 @@
 // One row by its key, between Python's objects and Arrow's arrays without a batch in between.
 //
-// Ownership: an EncodedKey owns its bytes. A PointHit keeps a block of a file alive, and borrows from the reader what
-// lies in memtables.
+// Ownership: a PointHit keeps a block of a file alive, and borrows from the reader what lies in memtables.
 // Thread safety: the functions that take or give a PyObject need the GIL; the others do not, and are pure.
 // Invariants:
-//   1. A key is encoded here only if `KeyCodec` would encode the array that pyarrow makes of it to the same bytes;
-//      everything else is left to that, with its conversions and its errors.
-//      Then the values are equal to those of the row that it finds, and may stand for them.
-//   2. A value is given out only in a form equal to that of pyarrow's `as_py`; other types are left to that.
-//   3. No Python error is left set by what is left to others.
+//   1. A value is given out only in a form equal to that of pyarrow's `as_py`; other types are left to that.
 #pragma once
 
 #include <Python.h>
 
 #include "gather.hpp"
-#include "key_codec.hpp"
+#include "key_value.hpp"
 
 #include <arrow/type.h>
 
-#include <bit>
 #include <cstdint>
-#include <limits>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -33,94 +27,6 @@ struct PointHit {
   uint32_t row = 0;
   std::shared_ptr<const void> holder;  // What the source lies in, if that is a block.
 };
-
-// Appends what KeyCodec makes of bytes.
-inline void AppendKeyBytes(const char* data, size_t size, std::string* key) {
-  for (size_t at = 0; at < size;) {
-    const void* zero = std::memchr(data + at, 0, size - at);
-    const size_t end = zero == nullptr ? size : static_cast<size_t>(static_cast<const char*>(zero) - data) + 1;
-    key->append(data + at, end - at);
-    if (zero != nullptr) key->push_back('\xff');
-    at = end;
-  }
-  key->append(2, '\0');
-}
-
-inline void AppendKeyWord(uint64_t word, int64_t width, std::string* key) {
-  word = __builtin_bswap64(word << (64 - 8 * width));
-  key->append(reinterpret_cast<const char*>(&word), static_cast<size_t>(width));
-}
-
-// Appends the encoding of one value of a key; false if that is left to others. May throw std::bad_alloc.
-inline bool AppendKeyPart(const KeyCodec::Part& part, arrow::Type::type type, PyObject* value, std::string* key) {
-  switch (type) {
-    case arrow::Type::BINARY:
-    case arrow::Type::LARGE_BINARY:
-      if (!PyBytes_CheckExact(value)) return false;
-      AppendKeyBytes(PyBytes_AS_STRING(value), static_cast<size_t>(PyBytes_GET_SIZE(value)), key);
-      return true;
-    case arrow::Type::FIXED_SIZE_BINARY:
-      if (!PyBytes_CheckExact(value) || PyBytes_GET_SIZE(value) != part.width) return false;
-      key->append(PyBytes_AS_STRING(value), static_cast<size_t>(part.width));
-      return true;
-    case arrow::Type::STRING:
-    case arrow::Type::LARGE_STRING: {
-      if (!PyUnicode_CheckExact(value)) return false;
-      Py_ssize_t size = 0;
-      const char* data = PyUnicode_AsUTF8AndSize(value, &size);
-      if (data == nullptr) {
-        PyErr_Clear();
-        return false;
-      }
-      AppendKeyBytes(data, static_cast<size_t>(size), key);
-      return true;
-    }
-    case arrow::Type::INT8:
-    case arrow::Type::INT16:
-    case arrow::Type::INT32:
-    case arrow::Type::INT64: {
-      if (!PyLong_CheckExact(value)) return false;
-      int overflow = 0;
-      const long long number = PyLong_AsLongLongAndOverflow(value, &overflow);
-      const auto bits = static_cast<int>(8 * part.width);
-      if (overflow != 0 || (bits < 64 && (number >> (bits - 1)) != (number < 0 ? -1 : 0))) return false;
-      AppendKeyWord(static_cast<uint64_t>(number) ^ uint64_t{1} << (bits - 1), part.width, key);
-      return true;
-    }
-    case arrow::Type::UINT8:
-    case arrow::Type::UINT16:
-    case arrow::Type::UINT32:
-    case arrow::Type::UINT64: {
-      if (!PyLong_CheckExact(value)) return false;
-      const unsigned long long number = PyLong_AsUnsignedLongLong(value);
-      if (number == std::numeric_limits<unsigned long long>::max() && PyErr_Occurred() != nullptr) {
-        PyErr_Clear();
-        return false;
-      }
-      if (part.width < 8 && number >> (8 * part.width) != 0) return false;
-      AppendKeyWord(number, part.width, key);
-      return true;
-    }
-    case arrow::Type::BOOL:
-      if (value != Py_True && value != Py_False) return false;
-      key->push_back(value == Py_True ? 1 : 0);
-      return true;
-    default:
-      return false;
-  }
-}
-
-// The encoding of a tuple of the key's values; false if that is left to others. May throw std::bad_alloc.
-inline bool EncodeKey(const KeyCodec& codec, PyObject* values, std::string* key) {
-  const std::vector<KeyCodec::Part>& parts = codec.parts();
-  if (PyTuple_GET_SIZE(values) != static_cast<Py_ssize_t>(parts.size())) return false;
-  key->clear();
-  for (size_t i = 0; i < parts.size(); ++i) {
-    const arrow::Type::type type = codec.schema()->field(static_cast<int>(i))->type()->id();
-    if (!AppendKeyPart(parts[i], type, PyTuple_GET_ITEM(values, static_cast<Py_ssize_t>(i)), key)) return false;
-  }
-  return true;
-}
 
 inline PyObject* NewNone() noexcept {
   Py_INCREF(Py_None);

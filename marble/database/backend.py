@@ -12,8 +12,8 @@ from typing import Final, Literal, Protocol, get_args, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 
+from marble._core.expression import expression_type
 from marble.errors import UsageError
 from marble.requests import ScanRequest, TableChange
 from marble.schema import TableInfo, nearest
@@ -137,12 +137,11 @@ def check_scan(
                 f"got {type(filter).__name__}"
             )
         try:
-            # As a column of a scan of nothing: a filter of nothing would start threads.
-            (made,) = ds.dataset(schema.empty_table()).scanner(columns={"filter": filter}).projected_schema
-        except pa.ArrowException as error:
+            made = expression_type(filter, schema)
+        except UsageError as error:
             raise UsageError(f"{where}: the filter does not fit the table: {error}") from error
-        if made.type != pa.bool_():
-            raise UsageError(f"{where}: the filter does not fit the table: it is {made.type} and not true or false")
+        if made != pa.bool_():
+            raise UsageError(f"{where}: the filter does not fit the table: it is {made} and not true or false")
     return schema if columns is None else pa.schema([schema.field(name) for name in columns])
 
 

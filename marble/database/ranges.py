@@ -51,6 +51,14 @@ def key_range(table: TableInfo, prefix: object, between: object) -> Range:
     return lower, upper
 
 
+def within(keys: Range, others: tuple[bytes, bytes | None] | None) -> Range:
+    """The keys of `keys` that lie in `others` too; None means all."""
+    if others is None:
+        return keys
+    lower, upper = max(keys[0] or b"", others[0]), [end for end in (keys[1], others[1]) if end is not None]
+    return lower or None, min(upper, default=None)
+
+
 def _values(given: object) -> tuple[object, ...]:
     return given if isinstance(given, tuple) else (given,)
 
@@ -60,8 +68,12 @@ def _encode(table: TableInfo, values: tuple[object, ...], what: str) -> bytes:
         return b""
     if len(values) > len(table.key):
         raise UsageError(f"table {table.name!r}: {what} has more values than the key has columns, {list(table.key)}")
+    codec = KeyCodec(table.key_schema)
+    encoded = codec.encode_values(values)
+    if encoded is not None:
+        return encoded
     batch = pa.RecordBatch.from_arrays(key_columns(table, [values]), names=list(table.key[: len(values)]))
     try:
-        return KeyCodec(table.key_schema).encode_prefix(batch)[0]
+        return codec.encode_prefix(batch)[0]
     except UsageError as error:
         raise UsageError(f"table {table.name!r}: {what}: {error}") from None

@@ -13,9 +13,10 @@ from concurrent.futures import Future
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from marble._core.expression import key_bounds
 from marble.database.arguments import is_one_key, key_batch, one_batch, row_batch
 from marble.database.backend import Backend, Consistency, NearBackend, check_consistency, check_count, check_scan
-from marble.database.ranges import key_range
+from marble.database.ranges import key_range, within
 from marble.database.window import WriteWindow, outcome
 from marble.errors import InvariantError, UnavailableError, UsageError
 from marble.requests import ScanRequest, TableChange
@@ -251,8 +252,11 @@ class Table:
         UsageError
             If a column is unknown, the filter does not fit, or a bound does not fit the key.
         """
+        known = key_bounds(filter, self.info.key_schema) if isinstance(filter, pc.Expression) else None
+        if known is not None:
+            filter = None  # noqa: A001  (it is a range of keys and nothing else, and so it fits)
         schema = check_scan(self.info, columns, filter)
-        lower, upper = key_range(self.info, prefix, between)
+        lower, upper = within(key_range(self.info, prefix, between), known)
         request = ScanRequest(
             None if columns is None else tuple(columns),
             filter,

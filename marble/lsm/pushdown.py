@@ -1,22 +1,21 @@
 """What a filter says about keys and about blocks of files, so that a scan need not read what cannot pass.
 
-Rule 1: everything here is necessary for a row to pass. Only where `is_key_range` says that it is sufficient, too, need the
-filter not be applied to what was read.
+Rule 1: everything here is necessary for a row to pass. Only where `PushedDown.exact` says that it is sufficient, too, need
+the filter not be applied to what was read.
 Rule 2: a constant counts only if it is exactly a value of the column's type; a comparison that Arrow makes in a wider
 type is left to Arrow.
 """
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from marble._core.expression import key_bounds
 from marble._core.key_codec import prefix_end
 from marble._core.lsm import conjuncts
 from marble.errors import UsageError
@@ -38,23 +37,38 @@ class _Demand:
     value: Any
 
 
-def push_down(info: TableInfo, filter: pc.Expression) -> tuple[KeyRange, MayMatch | None]:  # noqa: A002
-    """Say where rows of a table that pass `filter` can be.
+class PushedDown(NamedTuple):
+    """Where rows that pass a filter can be.
 
-    Returns
-    -------
-    tuple
-        The range of their keys, and what to ask of blocks, None if nothing is to be gained by it.
+    Attributes
+    ----------
+    keys
+        The range of their keys.
+    may_match
+        What to ask of blocks, None if nothing is to be gained by it.
+    exact
+        Whether all rows in ``keys`` pass: the filter says no more than that.
     """
+
+    keys: KeyRange
+    may_match: MayMatch | None = None
+    exact: bool = False
+
+
+def push_down(info: TableInfo, filter: pc.Expression) -> PushedDown:  # noqa: A002
+    """Say where rows of a table that pass `filter` can be."""
+    bounds = key_bounds(filter, info.key_schema)
+    if bounds is not None:
+        return PushedDown(KeyRange(*bounds), exact=True)
     try:
         said = conjuncts(filter)
     except pa.ArrowNotImplementedError:  # It names columns by number, which Arrow cannot write down.
-        return KeyRange(), None
+        return PushedDown(KeyRange())
     demands = [demand for found in said if (demand := _demand(info.schema, *found)) is not None]
     keys = _key_range(info, demands)
     # What the range of keys says already is not asked of blocks again.
     others = [demand for demand in demands if demand.column != info.key[0]]
-    return keys, (None if not others else lambda zones: _may_match(zones, others))
+    return PushedDown(keys, None if not others else lambda zones: _may_match(zones, others))
 
 
 def living_blocks(info: TableInfo, expired_until: int, also: MayMatch | None = None) -> MayMatch:
@@ -75,40 +89,6 @@ def living_blocks(info: TableInfo, expired_until: int, also: MayMatch | None = N
         return pc.and_kleene(result, lives).fill_null(True)
 
     return may_match
-
-
-def is_key_range(info: TableInfo, filter: pc.Expression) -> bool:  # noqa: A002
-    """Whether `filter` says no more than the range of keys that `push_down` makes of it: all rows in there pass."""
-    try:
-        said = conjuncts(filter)
-    except pa.ArrowNotImplementedError:
-        return False
-    column = info.key[0]
-    demands = [_demand(info.schema, *found) for found in said]
-    if not demands or any(demand is None or demand.column != column or demand.op == "in" for demand in demands):
-        return False
-    if not _has_order(info.schema.field(column).type):
-        return False
-    # What was found is put together again: whatever else the filter has in it makes a difference then.
-    anew = functools.reduce(operator.and_, (_expression(*found) for found in said))
-    return bool(anew.equals(filter))
-
-
-def _expression(column: str, op: str, value: pa.Scalar) -> pc.Expression:
-    field = pc.field(column)
-    if op == "starts_with":
-        return pc.starts_with(field, value.cast(pa.binary()).as_py())
-    compare: Callable[[pc.Expression, pa.Scalar], pc.Expression] = _OPERATORS[op]
-    return compare(field, value)
-
-
-_OPERATORS: Final[dict[str, Any]] = {
-    "==": operator.eq,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
 
 
 def _demand(schema: pa.Schema, column: str, op: str, value: pa.Scalar | pa.Array) -> _Demand | None:

@@ -18,7 +18,7 @@ from marble._core.memtable import Snapshot
 from marble.errors import CorruptionError
 from marble.filters import columns_read, filter_batches
 from marble.lsm.keyrange import KeyRange
-from marble.lsm.pushdown import is_key_range, living_blocks, push_down
+from marble.lsm.pushdown import living_blocks, push_down
 from marble.schema import TableInfo
 
 SCAN_BATCH_ROWS_MAX: Final = 65536
@@ -131,9 +131,9 @@ class TableView:
         bounds = KeyRange() if keys is None else keys
         may_match = None
         if filter is not None:
-            pushed, may_match = push_down(self.info, filter)
-            bounds &= pushed
-            if is_key_range(self.info, filter):
+            pushed = push_down(self.info, filter)
+            bounds, may_match = bounds & pushed.keys, pushed.may_match
+            if pushed.exact:
                 filter = None  # noqa: A001
         if self.expired_until is not None:
             living = living_filter(self.info, self.expired_until)

@@ -209,3 +209,17 @@ def test_keys_outlive_batch_and_codec() -> None:
     expected = twin.encode(batch)
     del batch, codec
     assert column.to_pylist() == expected
+
+
+def test_values_are_encoded_as_arrow_would_or_not_at_all() -> None:
+    schema = pa.schema([("s", pa.string()), ("n", pa.int16()), ("b", pa.binary()), ("y", pa.bool_())])
+    codec = KeyCodec(schema)
+    values = ("a\0é", -3, b"\xff\0", True)
+    for count in range(1, 5):
+        batch = pa.RecordBatch.from_pylist([dict(zip(schema.names, values, strict=True))], schema).select(
+            schema.names[:count]
+        )
+        assert codec.encode_values(values[:count]) == codec.encode_prefix(batch)[0]
+    assert codec.encode_values(()) == b""
+    for wrong in ((3,), (b"a",), (None,), ("a", 2**15), ("a", 1.0), ("a", True), ("\ud800",), (*values, 1)):
+        assert codec.encode_values(wrong) is None, wrong
