@@ -67,8 +67,11 @@ inline uint64_t WordOf(const uint8_t* key, uint64_t size, uint64_t depth) noexce
 
 // memcpy for sizes that are mostly small: two loads that overlap cost less than a call.
 inline void CopyBytes(uint8_t* to, const uint8_t* from, size_t size) noexcept {
-  if (size > 16) {
+  if (size > 32) {
     std::memcpy(to, from, size);
+  } else if (size > 16) {
+    std::memcpy(to, from, 16);
+    std::memcpy(to + size - 16, from + size - 16, 16);
   } else if (size >= 8) {
     uint64_t head;
     uint64_t tail;
@@ -110,7 +113,8 @@ PoolArray<Item> MakePoolArray(uint64_t size) {
 }
 
 // The encoded keys of a batch.
-// - `width > 0`: key i is bytes [i * width, (i + 1) * width). `width == 0`: bytes [offsets[i], offsets[i + 1]).
+// - `width > 0`: key i is bytes [i * width, (i + 1) * width). `width == 0`: bytes [offsets[i], offsets[i + 1]). Keys of
+//   texts have a width, too, where they happen to be of one length: then nobody needs to fetch offsets.
 // - Eight zero bytes follow the last key, so that `Word` may always load eight bytes.
 struct KeyColumn {
   int64_t rows = 0;
@@ -208,16 +212,17 @@ class KeyCodec {
       }
       return keys;
     }
-    ARROW_RETURN_NOT_OK(MeasureKeys(columns, rows, keys.get()));
+    std::vector<bool> zeros(columns.size());
+    ARROW_RETURN_NOT_OK(MeasureKeys(columns, rows, keys.get(), &zeros));
     AllocateKeyBytes(keys.get());
     const auto cursors = MakePoolArray<uint64_t>(static_cast<uint64_t>(rows));
-    if (rows > 0) std::memcpy(cursors.get(), keys->offsets.get(), static_cast<size_t>(rows) * 8);
+    for (int64_t row = 0; row < rows; ++row) cursors[row] = static_cast<uint64_t>(keys->data(row) - keys->bytes.get());
     for (size_t i = 0; i < columns.size(); ++i) {
       const Part& part = parts_[i];
       if (part.kind == Kind::kBytes) {
-        PutBytes<int32_t>(*columns[i], rows, keys->bytes.get(), cursors.get());
+        PutBytes<int32_t>(*columns[i], rows, zeros[i], keys->bytes.get(), cursors.get());
       } else if (part.kind == Kind::kLargeBytes) {
-        PutBytes<int64_t>(*columns[i], rows, keys->bytes.get(), cursors.get());
+        PutBytes<int64_t>(*columns[i], rows, zeros[i], keys->bytes.get(), cursors.get());
       } else {
         ARROW_RETURN_NOT_OK(PutFixed(part, *columns[i], rows, [&](int64_t row) {
           uint8_t* to = keys->bytes.get() + cursors[row];
@@ -326,8 +331,10 @@ class KeyCodec {
     return std::memchr(column.buffers[2]->data() + offsets[0], 0, static_cast<size_t>(offsets[rows] - offsets[0]));
   }
 
+  // `zeros` becomes whether the column has any.
   template <typename Offset>
-  arrow::Status AddLengths(const arrow::ArrayData& column, int i, int64_t rows, uint64_t* lengths) const {
+  arrow::Status AddLengths(const arrow::ArrayData& column, int i, int64_t rows, uint64_t* lengths,
+                           std::vector<bool>* zeros) const {
     const Offset* offsets = column.GetValues<Offset>(1);
     const uint8_t* data = column.buffers[2] == nullptr ? nullptr : column.buffers[2]->data();
     const int64_t size = column.buffers[2] == nullptr ? 0 : column.buffers[2]->size();
@@ -343,27 +350,36 @@ class KeyCodec {
       lengths[row] += static_cast<uint64_t>(end - first) + 2;
     }
     if (!HasZeros(column, rows, offsets)) return arrow::Status::OK();
+    (*zeros)[static_cast<size_t>(i)] = true;
     for (int64_t row = 0; row < rows; ++row) {
-      uint64_t zeros = 0;
-      for (int64_t at = offsets[row]; at < offsets[row + 1]; ++at) zeros += data[at] == 0;
-      lengths[row] += zeros;
+      uint64_t count = 0;
+      for (int64_t at = offsets[row]; at < offsets[row + 1]; ++at) count += data[at] == 0;
+      lengths[row] += count;
     }
     return arrow::Status::OK();
   }
 
   arrow::Status MeasureKeys(const std::vector<std::shared_ptr<arrow::ArrayData>>& columns, int64_t rows,
-                            KeyColumn* keys) const {
+                            KeyColumn* keys, std::vector<bool>* zeros) const {
     keys->offsets = MakePoolArray<uint64_t>(static_cast<uint64_t>(rows) + 1);
     uint64_t* lengths = keys->offsets.get();
     for (int64_t row = 0; row <= rows; ++row) lengths[row] = static_cast<uint64_t>(fixed_);
     if (rows > 0) {  // Without rows there may be no offsets buffer to look into.
       for (size_t i = 0; i < columns.size(); ++i) {
         if (parts_[i].kind == Kind::kBytes) {
-          ARROW_RETURN_NOT_OK(AddLengths<int32_t>(*columns[i], static_cast<int>(i), rows, lengths));
+          ARROW_RETURN_NOT_OK(AddLengths<int32_t>(*columns[i], static_cast<int>(i), rows, lengths, zeros));
         } else if (parts_[i].kind == Kind::kLargeBytes) {
-          ARROW_RETURN_NOT_OK(AddLengths<int64_t>(*columns[i], static_cast<int>(i), rows, lengths));
+          ARROW_RETURN_NOT_OK(AddLengths<int64_t>(*columns[i], static_cast<int>(i), rows, lengths, zeros));
         }
       }
+    }
+    uint64_t differences = 0;
+    for (int64_t row = 0; row < rows; ++row) differences |= lengths[row] ^ lengths[0];
+    if (rows > 0 && differences == 0) {
+      keys->width = static_cast<int64_t>(lengths[0]);
+      keys->total = static_cast<uint64_t>(rows) * lengths[0];
+      keys->offsets = nullptr;
+      return arrow::Status::OK();
     }
     for (int64_t row = 0; row < rows; ++row) keys->total += std::exchange(lengths[row], keys->total);
     lengths[rows] = keys->total;
@@ -371,17 +387,18 @@ class KeyCodec {
   }
 
   template <typename Offset>
-  static void PutBytes(const arrow::ArrayData& column, int64_t rows, uint8_t* bytes, uint64_t* cursors) {
+  static void PutBytes(const arrow::ArrayData& column, int64_t rows, bool zeros, uint8_t* bytes, uint64_t* cursors) {
     if (rows == 0) return;
     const Offset* offsets = column.GetValues<Offset>(1);
     const uint8_t* data = column.buffers[2] == nullptr ? nullptr : column.buffers[2]->data();
-    if (!HasZeros(column, rows, offsets)) {
+    if (!zeros) {
       for (int64_t row = 0; row < rows; ++row) {
         const auto size = static_cast<size_t>(offsets[row + 1] - offsets[row]);
-        CopyBytes(bytes + cursors[row], data + offsets[row], size);
-        cursors[row] += size;
-        bytes[cursors[row]++] = 0;
-        bytes[cursors[row]++] = 0;
+        uint8_t* to = bytes + cursors[row];
+        CopyBytes(to, data + offsets[row], size);
+        to[size] = 0;
+        to[size + 1] = 0;
+        cursors[row] += size + 2;
       }
       return;
     }

@@ -190,6 +190,30 @@ def test_lies_under_right_checksums_are_found(change: Callable[[Parts], None], w
         open_bytes(parts.rebuild(), SCHEMA).verify()
 
 
+def test_keys_that_do_not_ascend_are_found_wherever_they_begin_to_differ() -> None:
+    keys = [b"bb00000000", b"bb00000011", b"bb00000022", b"bb00000033", b"bb00000044"]
+    schema = pa.schema([pa.field("k", pa.binary(), False)])
+    data, _ = write([pa.record_batch([pa.array(keys)], schema=schema)])
+    chance, found = random.Random(5), 0
+    for _ in range(400):
+        parts, mixed = Parts(data), list(keys)
+        for _ in range(chance.choice([1, 1, 2])):
+            row, key = chance.randrange(1, 4), bytearray(chance.choice(keys))
+            key[chance.choice([0, 1, 8, 9])] = chance.choice(b"abc012")
+            mixed[row] = bytes(key)
+        at = parts.data.index(b"".join(keys))
+        parts.data[at : at + 50] = b"".join(mixed)
+        try:
+            open_bytes(parts.rebuild(), schema).verify()
+            message = ""
+        except CorruptionError as error:
+            message = str(error)
+        ascends = all(a < b for a, b in zip(mixed, mixed[1:], strict=False))
+        assert ("do not ascend" in message) == (not ascends), mixed
+        found += not ascends
+    assert 50 < found < 350
+
+
 @pytest.mark.parametrize("compression", [None, "lz4", "zstd"])
 def test_random_bytes_under_right_checksums_do_no_harm(compression: str | None) -> None:
     data = small(compression)
