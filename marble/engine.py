@@ -276,7 +276,7 @@ class Engine:
 
     def check_running(self) -> None:
         """Raise what `gone` gives if this engine has ended, UsageError in a process that was forked off."""
-        if self.is_elsewhere:
+        if os.getpid() != self._process:
             raise UsageError("this node was started before a fork and runs in the parent only: open it in one process")
         if self.closing.is_set() or self.stopped.is_set():
             raise self.gone()

@@ -256,7 +256,8 @@ class Node:
         Raises as `read_index` does if the node has stopped.
         """
         self._engine.check_running()
-        return self._desk(group).alone
+        desk = self._desks.get(group)
+        return desk.alone if desk is not None else self._desk(group).alone
 
     def read_index(self, group: int = GROUP, lease: bool = False) -> Future[int]:
         """An index that this node has applied and that makes a read of its tables, from now on, linearizable.

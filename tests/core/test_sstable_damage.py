@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import struct
 from collections.abc import Callable
@@ -208,7 +209,7 @@ def test_keys_that_do_not_ascend_are_found_wherever_they_begin_to_differ() -> No
             message = ""
         except CorruptionError as error:
             message = str(error)
-        ascends = all(a < b for a, b in zip(mixed, mixed[1:], strict=False))
+        ascends = all(a < b for a, b in itertools.pairwise(mixed))
         assert ("do not ascend" in message) == (not ascends), mixed
         found += not ascends
     assert 50 < found < 350
