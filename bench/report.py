@@ -26,10 +26,10 @@ from work import LAYOUTS, READS, WRITES, Layout, Shape, Store
 MARBLES = ("marble, Arrow", "marble, bytes")
 
 
-def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
+def seconds(run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> tuple[float, Any]:
+    started = clock()
     result = run()
-    return time.perf_counter() - started, result
+    return clock() - started, result
 
 
 def settle() -> None:
@@ -93,7 +93,7 @@ def stores(shape: Shape, layout: Layout, directory: Callable[[], Path]) -> list[
 
 
 def reads(
-    shape: Shape, layout: Layout, base: Path | None, rounds: int
+    shape: Shape, layout: Layout, base: Path | None, rounds: int, clock: Callable[[], float]
 ) -> list[tuple[str, dict[str, float], float | None]]:
     lines: list[tuple[str, dict[str, float], float | None]] = []
     with directories(base) as directory:
@@ -111,7 +111,7 @@ def reads(
                         asked = picked
                         if store.name == MARBLES[1] and read.name.startswith("get_many"):
                             asked = read.pick(shape, number + 1000)  # Those of the other form are in the caches by now.
-                        took, rows = seconds(lambda store=store, asked=asked, read=read: read.run(store, asked))
+                        took, rows = seconds(lambda store=store, asked=asked, read=read: read.run(store, asked), clock)
                         counts.add(rows)
                         if number:  # The first round warms the caches up.
                             best[store.name] = min(best.get(store.name, 1e9), took / rows)
@@ -162,7 +162,13 @@ def main() -> None:
     parser.add_argument(
         "--directory", type=Path, help="where the stores are (default: the system's for temporary files)"
     )
+    parser.add_argument(
+        "--processor",
+        action="store_true",
+        help="measure reads by the processor's time of the thread that reads, where other programs run beside",
+    )
     given = parser.parse_args()
+    clock = time.thread_time if given.processor else time.perf_counter
     print(machine())
     for missing in PEERS.keys() - installed().keys():
         print(f"{missing} is not installed and is left out: pip install 'marbledb[bench]'")
@@ -174,7 +180,7 @@ def main() -> None:
             show(title, writes(shape, given.directory, max(1, given.rounds // 2)))
         for layout in LAYOUTS:
             if given.only in (title := f"reads, {layout.name}: {what}"):
-                show(title, reads(shape, layout, given.directory, given.rounds))
+                show(title, reads(shape, layout, given.directory, given.rounds, clock))
         if given.only in (title := f"amplification: {what}, written 10 times more"):
             print(f"\n### {title}\n")
             amplification_report(shape, given.directory)

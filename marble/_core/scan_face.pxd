@@ -38,20 +38,25 @@ cdef extern from "merge_cursor.hpp" namespace "marble" nogil:
         shared_ptr[CState] state, CScanOptions options, shared_ptr[CMergeCursor]* out) noexcept
 
 
-cdef inline int column_numbers(object schema, object columns, vector[int]* out) except -1:
-    """Look names of columns up; None stands for all."""
+cdef inline int refuse(str message) except -1:
+    """Raise a UsageError. It is imported only then: every scan comes by here."""
     from marble.errors import UsageError
 
+    raise UsageError(message)
+
+
+cdef inline int column_numbers(object schema, object columns, vector[int]* out) except -1:
+    """Look names of columns up; None stands for all."""
     names = schema.names
     if isinstance(columns, (str, bytes)):
-        raise UsageError(f"columns is a sequence of names, got {columns!r}: write [{columns!r}]")
+        refuse(f"columns is a sequence of names, got {columns!r}: write [{columns!r}]")
     wanted = names if columns is None else list(columns)
     for name in wanted:
         if name not in names:
-            raise UsageError(f"column {name!r} is not in the table; its columns are {names}")
+            refuse(f"column {name!r} is not in the table; its columns are {names}")
         out.push_back(names.index(name))
     if len(set(wanted)) != len(wanted):
-        raise UsageError(f"a column is named twice in {wanted}")
+        refuse(f"a column is named twice in {wanted}")
     return 0
 
 
@@ -60,15 +65,13 @@ cdef inline int scan_options(
     object reverse, object limit
 ) except -1:
     """Check what a scan was asked for, and put it down for C++."""
-    from marble.errors import UsageError
-
     if batch_rows_max < 1:
-        raise UsageError(f"batch_rows_max must be at least 1, got {batch_rows_max}")
+        refuse(f"batch_rows_max must be at least 1, got {batch_rows_max}")
     if limit is not None and limit < 0:
-        raise UsageError(f"limit must be at least 0, got {limit}")
+        refuse(f"limit must be at least 0, got {limit}")
     for name, bound in (("lower", lower), ("upper", upper)):
         if bound is not None and not isinstance(bound, bytes):
-            raise UsageError(f"{name} is an encoded key, bytes, or None, got {bound!r}")
+            refuse(f"{name} is an encoded key, bytes, or None, got {bound!r}")
     column_numbers(schema, columns, &out.columns)
     out.batch_rows_max = batch_rows_max
     if lower is not None:

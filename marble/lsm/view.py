@@ -166,7 +166,8 @@ class TableView:
     def _typed(self, batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         with self._telling():
             for batch in batches:
-                yield pa.RecordBatch.from_arrays(batch.columns, schema=schema)
+                # Mostly they are of this schema already.
+                yield batch if batch.schema.equals(schema) else pa.RecordBatch.from_arrays(batch.columns, schema=schema)
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
