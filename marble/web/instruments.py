@@ -93,7 +93,7 @@ _ALL: Final = (
     _counter("compactions_failed", "steps", "steps of compaction that failed; they are tried again"),
     _counter("files_scrubbed", "files", "files of tables that were read through and checked"),
     _counter("files_found_damaged", "files", "files of tables that were found damaged when they were checked"),
-    _gauge("log_bytes", "bytes", "size of the log's files"),
+    _gauge("log_bytes", "bytes", "size of the log's files, without purged segments that wait to be written over"),
     _gauge("memory_bytes", "bytes", "tables that are in memory only (memtables)"),
     _gauge("backlog_bytes", "bytes", "what compaction has yet to do"),
     _gauge("sessions", "sessions", "sessions of clients"),
