@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pyarrow as pa
@@ -11,7 +12,6 @@ import pyarrow.compute as pc
 import pyarrow.flight as fl
 import pytest
 
-from marble import client as client_module
 from marble.client import ClientOptions, RemoteBackend
 from marble.errors import UnavailableError, UsageError
 from marble.requests import ScanRequest
@@ -85,7 +85,7 @@ def test_it_follows_a_nodes_word_to_a_leader_that_it_was_not_given(
     follower.says("follower", leader.endpoint, everyone)
     leader.says("leader", leader.endpoint, everyone)
     backend = make(follower.endpoint)
-    backend._locate(client_module.time.monotonic() + DEADLINE_S, False)
+    backend._locate(time.monotonic() + DEADLINE_S, False)
     assert (follower.asked, leader.asked) == (1, 1)
 
 
@@ -95,7 +95,7 @@ def test_nodes_that_name_one_another_do_not_keep_it_busy(nodes: list[Node], make
     second.says("follower", first.endpoint, [first.endpoint, second.endpoint])
     backend = make(first.endpoint, second.endpoint)
     with pytest.raises(UnavailableError, match="no node took the write"):
-        backend._locate(client_module.time.monotonic() + 0.5, False)
+        backend._locate(time.monotonic() + 0.5, False)
     # Each round asks a few times and then waits, longer and longer.
     assert first.asked + second.asked < 60
 
@@ -109,7 +109,7 @@ def test_what_asks_about_one_replica_stays_with_the_nodes_that_were_given(
     leader.says("leader", leader.endpoint, everyone)
     given.rows = [pa.record_batch({"k": [1]}, schema=SCHEMA)]
     backend = make(given.endpoint)
-    backend._locate(client_module.time.monotonic() + DEADLINE_S, False)
+    backend._locate(time.monotonic() + DEADLINE_S, False)
     assert backend.status()["role"] == "follower"
     assert backend.scan(TABLE, ScanRequest(consistency="local")).read_all().num_rows == 1
     assert backend.scan(TABLE, ScanRequest()).read_all().num_rows == 0
@@ -136,6 +136,22 @@ def test_a_node_that_hangs_costs_its_share_of_one_read_and_is_then_asked_last(
         else:
             assert backend.scan(TABLE, ScanRequest()).read_all().num_rows == 0
     assert hung.asked == 1
+
+
+def test_who_hangs_is_not_followed_to_by_those_who_still_name_it(
+    nodes: list[Node], make: Callable[..., RemoteBackend]
+) -> None:
+    """Followers name a leader for a while after it is gone; whoever was found silent is asked last then."""
+    hung, follower, leader = nodes
+    hung.hung = True
+    everyone = [node.endpoint for node in nodes]
+    follower.says("follower", hung.endpoint, everyone)
+    leader.says("leader", leader.endpoint, everyone)
+    backend = make(hung.endpoint, follower.endpoint, leader.endpoint)
+    for _ in range(3):
+        backend._locate(time.monotonic() + DEADLINE_S, True)
+        assert backend._contacts.leader == leader.endpoint
+    assert hung.asked < leader.asked
 
 
 @pytest.mark.parametrize("name", ["marble-client-watch", "marble-put-"])

@@ -22,6 +22,21 @@ def test_there_is_one_client_for_each_node_and_none_after_close() -> None:
         pool.get("127.0.0.1:1")
 
 
+def test_another_client_takes_the_place_of_one_that_is_renewed() -> None:
+    pool = ClientPool()
+    first, other = pool.get("127.0.0.1:1"), pool.get("127.0.0.1:2")
+    pool.renew("127.0.0.1:1")
+    pool.renew("127.0.0.1:3")
+    second = pool.get("127.0.0.1:1")
+    assert second is not first
+    assert pool.get("127.0.0.1:2") is other
+    assert pool.forget(first) is None
+    assert pool.get("127.0.0.1:1") is second
+    assert pool.forget(second) == "127.0.0.1:1"
+    assert pool.get("127.0.0.1:1") is not second
+    pool.close()
+
+
 def test_a_node_with_several_addresses_is_called_where_it_takes_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("marble.transport.pool.LOOK_S", 0.0)
     pool = ClientPool()

@@ -363,6 +363,26 @@ def test_a_server_that_says_nothing_is_left_for_another_try(
     assert future.result(DEADLINE_S).index == 6
 
 
+def test_who_owes_an_answer_for_long_is_under_suspicion_once_in_a_while(server: Server, numbered: PutStream) -> None:
+    now = time.monotonic()
+    assert numbered.suspect(now + 3600.0) is None
+    future = numbered.write(batch(0))
+    assert server.got.get(timeout=DEADLINE_S) == 0
+    later = time.monotonic() + patience.PROBE_AFTER_S + 1.0
+    assert numbered.suspect(now) is None
+    assert isinstance(numbered.suspect(later), fl.FlightClient)
+    # It was asked about just now.
+    assert numbered.suspect(later + patience.PROBE_AFTER_S / 2) is None
+    assert numbered.suspect(later + patience.PROBE_AFTER_S + 1.0) is not None
+    # Whoever gave an answer since then is not given up, who did not is: the write goes out again.
+    assert not numbered.give_up_silent(now - 1.0)
+    assert numbered.give_up_silent(later)
+    assert server.got.get(timeout=DEADLINE_S) == 0
+    for _ in range(2):
+        server.answers.put(Ack(6, 1, 1))
+    assert future.result(DEADLINE_S).index == 6
+
+
 def test_more_writes_than_may_be_in_flight_wait_for_the_first_stream_to_open(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
