@@ -43,6 +43,33 @@ def test_what_was_written_is_read_and_survives_a_restart(tmp_path: Path) -> None
         assert table.get_many([14, 0, 2])["name"].to_pylist() == ["new9", None, "n2"]
 
 
+def test_each_look_up_sees_what_was_written_before_it_and_no_table_but_its_own(tmp_path: Path) -> None:
+    other = pa.schema([pa.field("id", pa.string()), pa.field("n", pa.int8())])
+    db = marble.open(tmp_path)
+    with db:
+        table = db.create_table("t", SCHEMA, key=["id"])
+        for i in range(4):
+            table.write(rows(7, 1, f"n{i}-"))
+            assert table.get(7) == table.get((7,)) == table.get({"id": 7}) == {"id": 7, "name": f"n{i}-0"}
+            assert table.scan(filter=pc.field("id") == 7).to_table().to_pylist() == [{"id": 7, "name": f"n{i}-0"}]
+            table.delete([7])
+            assert table.get(7) is None
+            assert table.get(7, consistency="local") is None
+        with pytest.raises(UsageError, match="consistency must be"):
+            table.get(7, consistency="eventual")  # type: ignore[arg-type]
+        db.drop_table("t")
+        again = db.create_table("t", other, key=["id"])
+        again.write(pa.RecordBatch.from_pylist([{"id": "7", "n": 1}], other))
+        assert again.get("7") == {"id": "7", "n": 1}
+        with pytest.raises(UsageError):
+            again.get(7)
+        for call in (lambda: table.get(7), lambda: table.scan(filter=pc.field("id") == 7).to_table()):
+            with pytest.raises(UsageError, match="no table"):
+                call()
+    with pytest.raises(UsageError, match="closed"):
+        again.get("7")
+
+
 def test_scan_chooses_columns_and_rows_and_speaks_the_c_stream(tmp_path: Path) -> None:
     with marble.open(tmp_path) as db:
         table = db.create_table("t", SCHEMA, key=["id"])
