@@ -85,11 +85,13 @@ class ConjunctFinder {
     if (call->arguments.size() != 1 || call->options == nullptr) return;
     const std::string* name = NameOf(call->arguments[0]);
     if (name == nullptr) return;
-    if (function == "is_in") {
+    // Whoever makes an expression by hand may give any function any options.
+    const std::string_view options_type = call->options->type_name();
+    if (function == "is_in" && options_type == arrow::compute::SetLookupOptions::kTypeName) {
       const auto& options = static_cast<const arrow::compute::SetLookupOptions&>(*call->options);
       if (!options.value_set.is_array()) return;
       out->push_back({*name, "in", nullptr, options.value_set.make_array()});
-    } else if (function == "starts_with") {
+    } else if (function == "starts_with" && options_type == arrow::compute::MatchSubstringOptions::kTypeName) {
       const auto& options = static_cast<const arrow::compute::MatchSubstringOptions&>(*call->options);
       if (options.ignore_case) return;
       out->push_back({*name, "starts_with", std::make_shared<arrow::StringScalar>(options.pattern), nullptr});

@@ -108,7 +108,10 @@ class KeyFilter {
     }
     Demand demand{};
     if (function == "starts_with") {
-      if (call->arguments.size() != 1 || call->options == nullptr || !ColumnOf(call->arguments[0], &demand.column)) {
+      // Whoever makes an expression by hand may give any function any options.
+      if (call->arguments.size() != 1 || call->options == nullptr ||
+          std::string_view(call->options->type_name()) != arrow::compute::MatchSubstringOptions::kTypeName ||
+          !ColumnOf(call->arguments[0], &demand.column)) {
         return false;
       }
       const auto& options = static_cast<const arrow::compute::MatchSubstringOptions&>(*call->options);

@@ -106,6 +106,7 @@ def test_what_is_left_to_others() -> None:
         pc.starts_with(s, "a", ignore_case=True),
         pc.starts_with(pc.utf8_lower(s), "a"),
         pc.starts_with(n, "a"),
+        pc.Expression._call("starts_with", [s], pc.SplitPatternOptions("a")),
         pc.equal(pc.utf8_lower(s), "a"),
         pc.field(0) == "a",
         pc.field("s", "s") == "a",
