@@ -266,6 +266,10 @@ class SimulatedNode:
             self._loop.note(self.id, "stops: {}", error)
             full = self.files.full
             self.kill()
+            if isinstance(error, CorruptionError) and not self.tables.excuses(error):
+                # Found before it was believed, as at a start: without another disk the node stays away.
+                self._break(error)
+                return
             if not full:
                 # What a failed sync has left behind is in doubt for every program: the machine is restarted, too.
                 self.files.crash()
