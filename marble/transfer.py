@@ -114,7 +114,8 @@ class Transfer:
             self._describe(fetch, term)
             return
         for sending in (self._sending.get(fetch.sender), self._lent.get(fetch.sender)):
-            if sending is not None:
+            # A peer that heals files of its own asks, too, and is no nearer to the snapshot that was offered to it.
+            if sending is not None and (sending.info.index, sending.info.term) == (fetch.log_index, fetch.log_term):
                 sending.ticks = 0
         row = None
         try:
