@@ -149,6 +149,8 @@ class Driver:
         self._committed_end = raft.applied_index + 1
         """Index after the last entry that the core has handed out as committed."""
         self._applying: MachineJob | None = None
+        self._again = 0
+        """Where the entries end that the machine could not apply to the end. They come again, no fewer: some of them were done."""
 
     @property
     def endpoints(self) -> dict[int, str]:
@@ -314,7 +316,8 @@ class Driver:
                 return self._applying
             end = first if snapshots.stalled else end
         if first < end or (snapshots is not None and snapshots.overdue):
-            due = Due() if snapshots is None else snapshots.due()
+            due = Due() if snapshots is None or first < self._again else snapshots.due()
+            end = self._again if first < self._again else end
             nbytes = self.raft.log.bytes(first, end)
             self._applying = ApplyJob(self.group, self._log, self.machine, first, end, nbytes, due, bool(snapshots))
         return self._applying
@@ -340,6 +343,7 @@ class Driver:
             if job.error is None:
                 self.snapshots.want()
             return
+        self._again = job.end if job.stalled is not None else 0
         for applied in job.memberships:
             self._replicated = dict(applied.endpoints)
             self.outcome.members_changed = True

@@ -173,9 +173,10 @@ class RebuildJob:
             self.error = error
 
     def _entries(self) -> Iterator[pa.RecordBatch]:
-        first = self.info.index + 1
-        while first <= self.applied_index:
-            batch = self._log.read(self.group, first, self.applied_index + 1, APPLY_BYTES_MAX)
+        # A call of apply that ended half way may have shown more than it answered.
+        first, last = self.info.index + 1, self._machine.applied_index
+        while first <= last:
+            batch = self._log.read(self.group, first, last + 1, APPLY_BYTES_MAX)
             first += batch.num_rows
             yield batch
 

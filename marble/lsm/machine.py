@@ -226,13 +226,16 @@ class TableMachine(Healing):
         self._failed = True
         heads = entry_batch.heads(entries)
         first, last = heads[0][0], heads[-1][0]
-        begun, self._begun = self._begun or (self.applied_index + 1, []), None
+        (begun, done), self._begun = self._begun or (self.applied_index + 1, []), None
         check(
-            first == begun[0] and last == first + entries.num_rows - 1,
+            begun <= first <= begun + len(done) and last == first + entries.num_rows - 1,
             f"entries {first} to {last} ({entries.num_rows} rows) do not follow applied index {self.applied_index}",
         )
+        results = done[first - begun :]
+        check(
+            len(results) <= entries.num_rows, f"of entries from {first} on more were done than come again, up to {last}"
+        )
         entry_batch.verify(entries)
-        results = begun[1]
         for row, (_, kind, session, sequence, time_us, table) in enumerate(heads):
             if row < len(results):
                 continue
@@ -341,7 +344,8 @@ class TableMachine(Healing):
         for batch in entries:
             beside.apply(batch)
         check(beside.applied_index == self.applied_index, f"entries up to {beside.applied_index} were rebuilt")
-        self._begun = None
+        if self._begun is not None and self._begun[0] + len(self._begun[1]) - 1 != self.applied_index:
+            self._begun = None  # What was done of those entries is not in the state that was built.
         self._sessions, self._time_us, self._catalog = beside._sessions, beside._time_us, beside._catalog
         with self._lock:
             self._trees = beside._trees
