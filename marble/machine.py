@@ -209,6 +209,11 @@ class HealingMachine(Protocol):
     called again with the same entries.
     """
 
+    @property
+    def applied_index(self) -> int:
+        """See `StateMachine`. After a call of `apply` that ended half way it may be beyond what that call had answered."""
+        ...
+
     def salvage(self, index: int, batches: Iterable[pa.RecordBatch]) -> None:
         """As `StateMachine.restore`, also if files are missing or damaged: these are `damaged` then."""
         ...

@@ -6,9 +6,11 @@ import pyarrow as pa
 import pytest
 from node.ring import SCHEMA, Ring, expected, write
 
+from marble._core import entry_batch
 from marble._core.entry_batch import Proposal
 from marble._core.key_codec import KeyCodec
-from marble.errors import CorruptionError
+from marble.errors import CorruptionError, InvariantError
+from marble.jobs import Due
 from marble.lsm import payload
 from marble.lsm.files import TableFiles
 from marble.lsm.machine import TableMachine
@@ -125,6 +127,46 @@ def test_an_entry_that_needs_a_damaged_file_waits_for_it() -> None:
     assert driver.snapshots.stalled is None
     assert rows_in_time(ring, 2) == ring[1].rows() == {key: f"value {key}" for key in range(54) if key not in (3, 5)}
     assert ring[2].applied == ring[1].applied
+
+
+@pytest.mark.parametrize("retention", [0, 8])
+def test_entries_that_were_half_applied_come_again_whole(retention: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = Ring(
+        3, machine=lambda files, group: TableMachine(files=TableFiles(files, group), policy=POLICY, retention=retention)
+    )
+    ring.create()
+    ring.write(50)
+    held = True
+    ring.drop = lambda sender, to, envelope: held and envelope.message.kind is MessageKind.SNAPSHOT_PIECE
+    damage_all(ring, 2)
+    keys = payload.encode_rows(pa.record_batch({"k": [3]}, pa.schema([SCHEMA.field("k")])))
+    proposals = [write(50), write(51), Proposal(EntryKind.DELETE, 1, keys), write(52), write(53)]
+    first = ring[1].groups.use(0).propose(proposals).index
+    ring[1].turn()
+    ring.tick(3)
+    driver, machine = ring[2].driver, ring[2].machines[0]
+    assert driver.snapshots.stalled is not None
+    assert driver.raft.applied_index == first - 1
+    # A snapshot falls due behind the first of them, of which two are done.
+    monkeypatch.setattr(driver.snapshots, "due", lambda: Due(first))
+    held = False
+    ring.tick(90)
+    assert driver.raft.applied_index >= first + 4
+    assert rows_in_time(ring, 2) == ring[1].rows() == {key: f"value {key}" for key in range(54) if key != 3}
+    assert ring[2].applied == ring[1].applied
+    assert machine.applied_index == driver.raft.applied_index
+
+
+def test_fewer_entries_than_were_half_applied_are_refused() -> None:
+    ring = stored_ring(50)
+    damage_all(ring, 2)
+    machine, index = ring[2].machines[0], ring[2].driver.raft.applied_index
+    keys = payload.encode_rows(pa.record_batch({"k": [3]}, pa.schema([SCHEMA.field("k")])))
+    batch = entry_batch.build(0, index + 1, 9, [write(50), write(51), Proposal(EntryKind.DELETE, 1, keys)])
+    with pytest.raises(CorruptionError):
+        machine.apply(batch)
+    with pytest.raises(InvariantError, match="more were done than come again"):
+        machine.apply(batch.slice(0, 1))
 
 
 @pytest.mark.parametrize("what", ["range", "transaction"])
