@@ -208,9 +208,13 @@ class Snapshots:
         self._out = self.transfer.take_job() or self._write or self._take_collect()
         return self._out
 
+    @property
+    def expects_files(self) -> bool:
+        """Whether a snapshot is on its way: files that came for it are in no use yet, and until then none is removed."""
+        return self.transfer.receiving is not None or self.installing or self._rebuild is not None
+
     def _take_collect(self) -> CollectJob | None:
-        busy = self.transfer.receiving is not None or self.installing or self._rebuild is not None
-        if not self._collect or self._stored is None or busy:
+        if not self._collect or self._stored is None or self.expects_files:
             return None
         self._collect = False
         return CollectJob(self._group, self._store, self._stored)
@@ -400,7 +404,7 @@ class Snapshots:
         if not self._rebuilding.expects(message):
             return
         useful = not message.reject and message.log_index + 1 >= raft.log.first_index
-        if self.installing or self.transfer.receiving is not None or self._rebuild is not None:
+        if self.expects_files:
             self._rebuilding.rest()
         elif not useful:
             self._rebuilding.next_source(raft.term)

@@ -244,6 +244,9 @@ class NodeTables:
 
     def _count_spare(self, seat: Seat) -> None:
         """What nobody needs goes before long."""
+        snapshots = seat.driver.snapshots
+        if snapshots is None or snapshots.expects_files:
+            return
         mark = f"{DIRECTORY}/{seat.ledger.group:08x}-"
         there = {f"{DIRECTORY}/{name}" for name in self._files.list(DIRECTORY) if name.endswith(".arrow")}
         spare = {path for path in there if path.startswith(mark)} - {seat.path(name) for name in _needed(seat)}
