@@ -171,12 +171,8 @@ class Snapshots:
         if self._wanted:
             return Due(0)
         policy, stored = self._policy, self._stored
-        full = None
-        if stored is not None and self._raft.applied_index >= self._not_before:
-
-            def full() -> bool:
-                return stored.memory_bytes >= policy.memory_bytes
-
+        ripe = stored if self._raft.applied_index >= self._not_before else None
+        full = None if ripe is None else lambda: ripe.memory_bytes >= policy.memory_bytes
         return Due(self._next_index, policy.log_bytes - self._bytes, full)
 
     @property

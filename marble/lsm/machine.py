@@ -467,13 +467,9 @@ class TableMachine(Healing):
 
     def _do(self, operations: Sequence[payload.Operation], index: int) -> int:
         applied = apply_operations(operations, lambda id_: self._trees[self._catalog.get(id_).id], index, self._time_us)
-        for id_, nbytes in applied.touched.items():
-            self._touch(id_, nbytes)
+        self._touched.update(applied.touched)
+        self._active_bytes += sum(applied.touched.values())
         return applied.rows
-
-    def _touch(self, table: int, nbytes: int) -> None:
-        self._touched.add(table)
-        self._active_bytes += nbytes
 
     def _create_table(self, index: int, table: int, data: pa.Buffer) -> int:
         catalog, info = self._catalog.create(*payload.decode_create_table(data))

@@ -457,11 +457,8 @@ class SimulatedNode:
     def _synced(self, writes: list[Write], early: bool) -> None:
         if not early:
             self._sync()
-        if self._paused_until > self._loop.now:
-            # The kernel finished; the process will hear of it.
-            self._when_awake(self._report_sync, writes)
-        else:
-            self._report_sync(writes)
+        # If it is paused: the kernel has finished, and the process will hear of it.
+        self._when_awake(self._report_sync, writes)
 
     def _report_sync(self, writes: list[Write]) -> None:
         self._syncing = False
