@@ -51,7 +51,7 @@ class NodeStoppedError(InvariantError):
 
 
 class SyncJob:
-    """One sync of the log, for all writes that had begun before it; with `purge`, what that made superfluous goes."""
+    """One sync of the log, for all writes that had begun before it; with `purge`, what is superfluous goes."""
 
     def __init__(self, log: Log, writes: list[Write], purge: bool) -> None:
         self.writes = writes
@@ -321,7 +321,7 @@ class Engine:
                 # ones: its peers' answers still wait in the inbox.
                 next_tick = now + tick_s
                 self._groups.tick(int(now * 1_000_000))
-                self._log.room.rest(now)
+                self._purge |= self._log.room.rests(now)
                 for group, desk in self._desks.items():
                     if desk.tick(now):
                         self._groups.use(group)

@@ -98,7 +98,7 @@ class Log:
         self._first_segment = scan.first_segment
         self._mark = MarkFile(files, scan.mark)
         self.room = Room(files, options.segment_bytes_max)
-        """Whoever opens the log writable calls its `Room.rest` now and then."""
+        """Whoever opens the log writable asks `Room.rests` now and then, and calls `purge` if it does."""
         if writable and not self._report.lost_durable_bytes:
             self._continue()
 
@@ -422,6 +422,7 @@ class Log:
                         nbytes = self._sealed.pop(segment)
                         self._sealed_bytes -= nbytes
                     freed += nbytes
+                self.room.tidy()
             except BaseException as error:
                 self._failure = f"{type(error).__name__}: {error}"
                 if not isinstance(error, Exception):

@@ -19,7 +19,6 @@ import threading
 from typing import Final
 
 from marble.env import AppendFile, Files
-from marble.errors import InvariantError
 from marble.logstore.segment import DIRECTORY, TEMPORARY_SUFFIX, segment_path
 
 TERMINATOR_BYTES: Final = 64
@@ -77,32 +76,30 @@ class Room:
         self._written = 0
         self._looked_at = 0.0
         self._written_then = 0
+        self._resting = False
 
     def behind(self, end: int, room: int, nbytes: int) -> int:
         """Note that a frame is written; see `zeros_behind`. By one thread at a time."""
         self._written += nbytes
         return zeros_behind(end, room, nbytes, self._segment_bytes_max)
 
-    def rest(self, now: float) -> None:
-        """Say what time it is, in seconds: when little has been written since the last look, the spares go. Always the
-        same thread.
+    def rests(self, now: float) -> bool:
+        """Say what time it is, in seconds. Always the same thread.
 
-        Raises
-        ------
-        InvariantError
-            The disk failed.
+        Returns whether little has been written since the last look, so that the spares are to go: with the next `tidy`.
         """
         if now - self._looked_at < REST_S:
-            return
+            return False
         written = self._written - self._written_then
         self._looked_at, self._written_then = now, self._written_then + written
-        if written < REST_BYTES:
-            try:
-                self.drop()
-            except OSError as error:
-                raise InvariantError(
-                    f"a file of the log could not be removed ({error}): this node must stop"
-                ) from error
+        with self._lock:
+            self._resting = written < REST_BYTES
+            return self._resting and bool(self._paths)
+
+    def tidy(self) -> None:
+        """Remove the spares if the log rests. Raises OSError."""
+        if self._resting:
+            self.drop()
 
     def retire(self, segment: int, nbytes: int) -> None:
         """Take away the name of `segment`, durably. Raises OSError."""
@@ -110,7 +107,7 @@ class Room:
         spare = path + TEMPORARY_SUFFIX
         with self._lock:
             fits = self._segment_bytes_max // 2 <= nbytes <= self._segment_bytes_max
-            wanted = fits and len(self._paths) < SPARES_MAX
+            wanted = fits and not self._resting and len(self._paths) < SPARES_MAX
         kept = wanted and self._files.set_aside(path, spare)
         if not kept:
             self._files.remove(path)

@@ -132,7 +132,7 @@ def test_spares_go_when_little_is_written() -> None:
     files = disk()
     log = Log.open(files, LogOptions(segment_bytes_max=1 << 20, cache_bytes_max=0))
     following = write_segments(log, 1, 3, size=400 * KIB)
-    log.room.rest(100.0)
+    assert not log.room.rests(100.0)
     log.start_after(1, 4, 1)
     log.sync()
     log.purge()
@@ -144,15 +144,18 @@ def test_spares_go_when_little_is_written() -> None:
     log.purge()
     kept = spares(files)
     assert len(kept) == 2
-    log.room.rest(100.9)
-    log.room.rest(101.0)
-    assert spares(files) == kept, "much was written since the last look"
+    assert not log.room.rests(100.9), "it is not yet time to look"
+    assert not log.room.rests(101.0), "much was written since the last look"
     log.append(1, None, entries(following, [1]))
     log.sync()
-    log.room.rest(101.9)
-    assert spares(files) == kept, "it is not yet time to look"
-    log.room.rest(102.0)
+    log.purge()
+    assert spares(files) == kept
+    assert not log.room.rests(101.9)
+    assert log.room.rests(102.0)
+    assert spares(files) == kept, "a look removes nothing: the engine's thread takes it"
+    log.purge()
     assert spares(files) == []
+    assert not log.room.rests(103.0), "there is nothing more to be removed"
     write_segments(log, following + 1, 2, size=400 * KIB)
     log.close()
     assert [row["index"] for row in reopened(files, OPTIONS)[1][1]] == list(range(following - 2, following + 5))
@@ -166,6 +169,7 @@ def test_a_spare_that_cannot_be_removed_stops_the_node() -> None:
     log.sync()
     log.purge()
     assert len(spares(files)) == 1
+    assert log.room.rests(2.0)
     files.fail_at = files.operations + 1
-    with pytest.raises(InvariantError, match="could not be removed"):
-        log.room.rest(2.0)
+    with pytest.raises(InvariantError, match="could not be purged"):
+        log.purge()
