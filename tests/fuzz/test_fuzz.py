@@ -22,6 +22,13 @@ from marble.errors import UsageError
 
 SEED = int(os.environ.get("MARBLE_TEST_SEED", "0"))
 EXAMPLES = int(os.environ.get("MARBLE_FUZZ_EXAMPLES", "150"))
+DRAWN = settings(
+    max_examples=EXAMPLES,
+    derandomize=not SEED,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 WORD = st.integers(0, 2**16 - 1)
 CHANGES = st.lists(st.builds(Change, st.sampled_from(KINDS), WORD, WORD, WORD), min_size=1, max_size=5)
 
@@ -39,13 +46,7 @@ def test_nearly_right_bytes(target: Target) -> None:
         assert target.attack(data), "a valid input is refused"
         assert target.attack(target.mend(data)), "what is mended and was not broken is refused"
 
-    @settings(
-        max_examples=EXAMPLES,
-        derandomize=not SEED,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @DRAWN
     @given(st.integers(0, len(seeds) - 1), CHANGES, st.booleans())
     def attack(number: int, changes: list[Change], mended: bool) -> None:
         data = changed(seeds[number], changes, seeds)

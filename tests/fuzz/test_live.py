@@ -10,7 +10,7 @@ import pytest
 from fuzz.live import Live, actions_without_seed, live_node
 from fuzz.mutate import Change, changed
 from fuzz.target import Target, join, split
-from fuzz.test_fuzz import CHANGES, EXAMPLES, SEED
+from fuzz.test_fuzz import CHANGES, DRAWN, EXAMPLES, SEED
 from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
 
@@ -36,13 +36,7 @@ def test_nearly_right_calls(target: Target) -> None:
     taken = sum(target.attack(data) for data in seeds)
     assert taken >= len(seeds) // 2, "most calls are right as they are"
 
-    @settings(
-        max_examples=EXAMPLES,
-        derandomize=not SEED,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @DRAWN
     @given(st.integers(0, len(seeds) - 1), CHANGES)
     def attack(number: int, changes: list[Change]) -> None:
         target.attack(changed(seeds[number], changes, seeds))
