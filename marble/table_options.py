@@ -64,7 +64,7 @@ def check_options(name: str, schema: pa.Schema, key: Sequence[str], options: Tab
     """
     where = f"table {name!r}"
     if options.compression not in _COMPRESSIONS:
-        raise UsageError(f"{where}: compression is 'lz4', 'zstd' or none, not {options.compression!a}")
+        raise UsageError(f"{where}: compression is 'lz4', 'zstd' or None, not {options.compression!a}")
     _check_merge(where, schema, key, options.merge)
     _check_ttl(where, schema, key, options)
     return options

@@ -375,7 +375,7 @@ class TestOptions:
             ({"ttl": 0, "ttl_column": "seen"}, "a time to live is 1 to"),
             ({"ttl": 5, "ttl_column": "k"}, "rows cannot live by a string"),
             ({"ttl": 5, "ttl_column": "n", "ttl_stamped": True, "merge": {"n": "max"}}, "neither key nor merged"),
-            ({"compression": "gzip"}, "compression is 'lz4', 'zstd' or none"),
+            ({"compression": "gzip"}, "compression is 'lz4', 'zstd' or None"),
             ({"replicated": False}, "no local tables here"),
         ],
     )

@@ -17,7 +17,7 @@ SCHEMA = pa.schema([("id", pa.int64()), ("s", pa.string()), *((str(type_), type_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (TableOptions("zip"), "compression is 'lz4', 'zstd' or none, not 'zip'"),
+        (TableOptions("zip"), "compression is 'lz4', 'zstd' or None, not 'zip'"),
         (TableOptions(ttl_us=1), "needs a column"),
         (TableOptions(None, "x", 1), "no column 'x'"),
         (TableOptions(None, "s", 1), "cannot live by a string"),

@@ -134,7 +134,7 @@ def test_create_without_checks_is_well_formed() -> None:
         (create(schema=pa.schema([("id", pa.int8()), ("u", pa.uuid())]).serialize().to_pybytes()), "extension types"),
         (create(schema=pa.schema([("id", pa.string_view())]).serialize().to_pybytes()), "cast to string"),
         (create(compression=None), "one row without nulls"),
-        (create(compression="zip"), "compression is 'lz4', 'zstd' or none, not 'zip'"),
+        (create(compression="zip"), "compression is 'lz4', 'zstd' or None, not 'zip'"),
         (create(ttl_us=5), "needs a column"),
         (create(ttl_column="nope", ttl_us=5), "no column 'nope'"),
         (create(ttl_column="name", ttl_us=5), "cannot live by a string"),
