@@ -22,14 +22,11 @@ from marble.errors import UsageError, check
 from marble.lsm import payload
 from marble.lsm.keyrange import KeyRange
 from marble.lsm.merge import first_places, merge
-from marble.lsm.tree import Tree
+from marble.lsm.tree import RANGE_ROWS, Tree
 from marble.lsm.view import TableView
 from marble.schema import TableInfo
 from marble.table_options import time_value
 from marble.types import EntryKind
-
-RANGE_ROWS: Final = 65536
-"""Rows that a range delete takes at a time."""
 
 _GONE: Final = "_marble_gone"
 
@@ -73,13 +70,15 @@ def apply_operations(
             if not several:
                 raise
             raise UsageError(f"operation {number} of the transaction: {error}") from None
-    if several or any(step.kind is EntryKind.DELETE_RANGE for step in steps):
+    if several:
         for step in steps:
             step.touch()
     applied = Applied()
     for operation, step in zip(operations, steps, strict=True):
+        before = step.tree.memory_bytes
         applied.rows += step.run(index, time_us)
-        applied.touched[operation.table] = applied.touched.get(operation.table, 0) + step.nbytes
+        took = step.tree.memory_bytes - before
+        applied.touched[operation.table] = applied.touched.get(operation.table, 0) + took
     return applied
 
 
@@ -93,20 +92,16 @@ class _Step:
     given: int = 0
     keys: KeyRange | None = None
 
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.batch is None else self.batch.get_total_buffer_size()
-
     def touch(self) -> None:
         """Read all files that `run` needs: a damaged one ends the entry before anything of it was done, so that it can be
-        done again. A delete by key alone reads before it writes, and needs no more."""
+        done again. An operation that is alone reads before it changes anything, and needs no more."""
         if not self.tree.below.levels or self.kind is EntryKind.WRITE:
             return
         if self.kind is EntryKind.DELETE:
             self.tree.touch(self.batch)
             return
-        for keys in self.tree.view(0, None).scan(list(self.tree.info.key), batch_rows_max=RANGE_ROWS, keys=self.keys):
-            self.tree.touch(keys)
+        for _ in self.tree.view(0, None).scan(list(self.tree.info.key), batch_rows_max=RANGE_ROWS, keys=self.keys):
+            pass
 
     def run(self, index: int, time_us: int) -> int:
         """Change the table. How many rows were given to write, or were there and are deleted."""
@@ -115,9 +110,8 @@ class _Step:
             return self.given
         if self.kind is EntryKind.DELETE:
             return self.tree.delete(self.batch, index, time_us)
-        # The scan reads the state from before, however far the deletes have come; rows whose time is over go, too.
-        before = self.tree.view(index, None).scan(list(self.tree.info.key), batch_rows_max=RANGE_ROWS, keys=self.keys)
-        return sum(self.tree.delete(part, index, time_us) for part in before)
+        assert self.keys is not None
+        return self.tree.delete_range(self.keys, index, time_us)
 
 
 def _plan(operation: payload.Operation, tree: Tree, sights: dict[int, _Sight], time_us: int, several: bool) -> _Step:

@@ -71,6 +71,10 @@ class Levels:
             kept[level] = sorted([*kept[level], *files], key=lambda file: file.first_key)
         return Levels.of(kept)
 
+    def without(self, names: Collection[str]) -> Levels:
+        """Without the files of these names."""
+        return Levels.of([[file for file in each if file.name not in names] for each in self.levels])
+
     def overlapping(self, level: int, first_key: bytes, last_key: bytes) -> tuple[TableFile, ...]:
         """Files of `level` with keys in this range, both ends included."""
         files = self[level]

@@ -258,14 +258,17 @@ class TableMachine(Healing):
         with self._lock:
             tables = self._state.tables
             if self._touched:
-                tables = dict(tables)
+                tables, settled = dict(tables), False
                 for id_ in self._touched:
                     tree = self._trees.get(id_)
                     if tree is None:
                         tables.pop(id_, None)
                     else:
+                        settled |= tree.settle()
                         tables[id_] = tree.data()
                 self._touched.clear()
+                if settled:
+                    self._account()
             self._show(_State(applied_index, self._time_us, len(self._sessions), self._catalog, tables))
 
     def _show(self, state: _State) -> None:
@@ -407,10 +410,8 @@ class TableMachine(Healing):
     def _edit(self, tree: Tree, change: Callable[[Below], Below | None]) -> bool:
         """Replace what lies below the memtable of `tree`, also for readers, whose content stays the same."""
         with self._lock:
-            below = change(tree.below)
-            if below is None or self._trees.get(tree.info.id) is not tree:
+            if self._trees.get(tree.info.id) is not tree or (below := tree.edit(change)) is None:
                 return False
-            tree.below = below
             state = self._state
             shown = state.tables.get(tree.info.id)
             if isinstance(shown, TableData):

@@ -5,14 +5,18 @@ immutable value, `Below`, replaced as a whole under the machine's lock.
 Rule 2: where a row is stored changes nothing that a reader can see: a flush puts a file in the place of frozen memtables,
 a compaction files in the place of files.
 Rule 3: a tombstone is kept for as long as something below may have its key.
+Rule 4: a range that is deleted takes the files that lie in it whole along, without tombstones. Until the entry that did it is
+published they stay in `Below`, for readers, and only the applying thread passes them over; nothing is made from them any more.
 
 A table without files (`TableFiles` is None) is its memtable, and nothing lies below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,10 +25,14 @@ from marble._core.lsm import Reader
 from marble._core.memtable import Memtable, Snapshot
 from marble.lsm.compaction import Plan
 from marble.lsm.files import TableFile, Versions
+from marble.lsm.keyrange import KeyRange
 from marble.lsm.levels import Levels
 from marble.lsm.view import TableView, expired_rows
 from marble.schema import TableInfo
 from marble.table_options import expired_until
+
+RANGE_ROWS: Final = 65536
+"""Rows that a range delete takes at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +85,10 @@ class Below:
         if not plan.names <= {file.name for file in self.levels}:
             return None
         return Below(self.frozen, self.levels.replaced(plan.names, plan.level or 0, files))
+
+    def without(self, names: Collection[str]) -> Below:
+        """Without the files of these names, and with what was in them."""
+        return Below(self.frozen, self.levels.without(names))
 
 
 class TableData:
@@ -132,7 +144,7 @@ class Tree:
     Attributes
     ----------
     below
-        What lies below the memtable; assigned under the machine's lock.
+        What lies below the memtable; assigned under the machine's lock, by `edit`, `freeze` and `settle`.
     memory_bytes
         About how much the memtable holds.
     """
@@ -143,6 +155,12 @@ class Tree:
         self.memory_bytes = 0
         self._stored = stored
         self._memtable = self._new_memtable()
+        self._lock = threading.Lock()
+        """Held while ``below`` or ``_emptied`` is assigned."""
+        self._emptied: frozenset[str] = frozenset()
+        """Files whose rows an entry has deleted that is not published yet: see rule 4."""
+        self._rest: tuple[Below, Below] | None = None
+        """``below`` as it was, and what of it is not emptied."""
 
     def _new_memtable(self) -> Memtable:
         info = self.info
@@ -153,7 +171,16 @@ class Tree:
     def data(self) -> Snapshot | TableData:
         """The rows as of now."""
         snapshot = self._memtable.snapshot()
-        return TableData(snapshot, self.below) if self._stored else snapshot
+        return TableData(snapshot, self._below_now()) if self._stored else snapshot
+
+    def _below_now(self) -> Below:
+        """``below`` without the files that are emptied."""
+        below = self.below
+        if not self._emptied:
+            return below
+        if self._rest is None or self._rest[0] is not below:
+            self._rest = below, below.without(self._emptied)
+        return self._rest[1]
 
     def view(self, index: int, time_us: int | None) -> TableView:
         """The rows as of now, called the state after entry `index`, that live at `time_us`; None: all."""
@@ -196,6 +223,98 @@ class Tree:
         rows, found = reader.get_many(keys, [self.info.options.ttl_column or ""])
         return pc.and_not(found, expired_rows(rows, self.info, until))
 
+    def delete_range(self, keys: KeyRange, index: int, time_us: int) -> int:
+        """Delete all rows whose keys lie in `keys`. Returns how many were there, at `time_us`, and are no longer.
+
+        Raises CorruptionError before anything was done: a file that would have to be read is damaged.
+        """
+        while True:
+            below = self._below_now()
+            inside = [file for file in below.levels if file.first_key in keys and file.last_key in keys]
+            gone, parts = self._count(below, inside, keys, time_us)
+            if not inside:
+                break
+            kept = below.without({file.name for file in inside})
+            parts = [] if not self._meets(kept, keys) else list(self._keys_in(kept, keys))
+            if self._empty(inside):
+                break
+        for part in parts:
+            self.bury(part, index)
+        return gone
+
+    def _count(
+        self, below: Below, inside: Sequence[TableFile], keys: KeyRange, time_us: int
+    ) -> tuple[int, list[pa.RecordBatch]]:
+        """How many rows with `keys` live at `time_us`; and the keys of those that had to be read to tell.
+
+        A file of `inside` whose keys nothing else has tells it of itself.
+        """
+        until = expired_until(self.info.schema, self.info.options, time_us)
+        alone = {file.name: living for file in inside if (living := self._told(below, file, until)) is not None}
+        gone, parts = sum(alone.values()), []
+        left = below.without(alone)
+        if self._meets(left, keys):
+            columns = [*self.info.key, *([] if until is None else [self.info.options.ttl_column or ""])]
+            for batch in self._keys_in(left, keys, columns):
+                expired = 0 if until is None else expired_rows(batch, self.info, until).true_count
+                gone += batch.num_rows - expired
+                parts.append(batch.select(list(self.info.key)))
+        return gone, parts
+
+    def _told(self, below: Below, file: TableFile, until: int | None) -> int | None:
+        """How many rows of `file` live, if it alone has keys where it lies, and all of them live or none; else None."""
+        ends = KeyRange(file.first_key, file.last_key + b"\0")
+        others = below.without({file.name})
+        if any(other.meets(file.first_key, file.last_key) for other in others.levels) or self._meets(others, ends):
+            return None
+        if until is None:
+            return file.rows - file.tombstones
+        if file.ttl_min is None or file.ttl_max is None or file.ttl_min <= until < file.ttl_max:
+            return None
+        return 0 if file.ttl_max <= until else file.rows - file.tombstones
+
+    def _meets(self, below: Below, keys: KeyRange) -> bool:
+        """Whether the memtable, or `below`, has anything in `keys`, be it a tombstone. Of files only the ends are looked at."""
+        if any(
+            file.first_key < (keys.upper or file.last_key + b"\0") and file.last_key >= keys.lower
+            for file in below.levels
+        ):
+            return True
+        memory = [self._memtable.snapshot(), *(frozen.snapshot for frozen in below.frozen)]
+        return next(Reader(memory, []).scan_versions(1, keys.lower, keys.upper), None) is not None
+
+    def _keys_in(self, below: Below, keys: KeyRange, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        reader = below.behind(self._memtable.snapshot())
+        return reader.scan(RANGE_ROWS, list(columns or self.info.key), keys.lower, keys.upper)
+
+    def _empty(self, files: Sequence[TableFile]) -> bool:
+        """Pass `files` over from now on; False if one of them is not here any more, and nothing changed."""
+        names = {file.name for file in files}
+        with self._lock:
+            if not names <= {file.name for file in self.below.levels}:
+                return False
+            self._emptied |= names
+            self._rest = None
+        return True
+
+    def edit(self, change: Callable[[Below], Below | None]) -> Below | None:
+        """Replace ``below``, and return it. None if there is nothing to be replaced any more, or from files that are emptied."""
+        with self._lock:
+            below = change(self.below)
+            if below is None or not self._emptied <= {file.name for file in below.levels}:
+                return None
+            self.below = below
+        return below
+
+    def settle(self) -> bool:
+        """Let go of files that are emptied. False if there are none. Under the machine's lock, with what readers see."""
+        with self._lock:
+            if not self._emptied:
+                return False
+            self.below = self._below_now()
+            self._emptied, self._rest = frozenset(), None
+        return True
+
     def bury(self, keys: pa.RecordBatch, index: int) -> None:
         """Delete by `keys`, of which none is in the memtable, without looking whether there are such rows."""
         self.memory_bytes += keys.get_total_buffer_size()
@@ -204,7 +323,7 @@ class Tree:
     def freeze(self) -> None:
         """Begin another memtable, if there is anything in this one. Under the machine's lock."""
         if self.memory_bytes:
-            self.below = replace(
-                self.below, frozen=(Frozen(self._memtable.snapshot(), self.memory_bytes), *self.below.frozen)
-            )
+            frozen = Frozen(self._memtable.snapshot(), self.memory_bytes)
+            with self._lock:
+                self.below = replace(self.below, frozen=(frozen, *self.below.frozen))
             self._memtable, self.memory_bytes = self._new_memtable(), 0
