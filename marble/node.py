@@ -27,9 +27,10 @@ from marble.groups import Groups, run_turn
 from marble.identity import LOCK_FILE, Acquaintances, bind
 from marble.logstore.log import Log, LogOptions
 from marble.logstore.snapshots import SnapshotStore
-from marble.machine import StateMachine
+from marble.machine import StateMachine, StoredMachine
 from marble.metrics import Metrics
 from marble.options import NodeOptions
+from marble.pacing import Pacer
 from marble.promises import Committed, Lane, Offer, check_proposal, promise
 from marble.raft.core import Raft, RaftConfig
 from marble.recovery import recover
@@ -132,6 +133,7 @@ class Node:
             self._engine = Engine(
                 options, self._groups, self._desks, self._log, self._clock, self.metrics, self._set_peers
             )
+            self._pacer = Pacer(options.snapshot_bytes_per_s, self._pressure, self._engine.closing)
             self._check_log(len(options.endpoints) > 1)
             for group in sorted(self.machines):
                 driver = self._recover(group, Members((options.node_id,)) if group in self._alone else genesis)
@@ -445,7 +447,7 @@ class Node:
             configured=options.endpoints,
             replicated=recovered.endpoints,
             wall_us=self._clock.wall_us,
-            pace=self._pace,
+            pace=self._pacer,
             scrub_ticks=round(options.scrub_interval_s * 1000 / options.tick_ms),
         )
 
@@ -484,10 +486,10 @@ class Node:
             # What was replicated was looked at before; this is for what an older leader let through.
             logger.exception("node %d cannot talk to all of %s", self.options.node_id, peers)
 
-    def _pace(self, nbytes: int) -> None:
-        """Wait, on the thread that writes a file, until so much may have been written."""
-        if self._engine.closing.wait(nbytes / self.options.snapshot_bytes_per_s):
-            raise UnavailableError("the node stops")
+    def _pressure(self) -> float:
+        """What lags behind of the tables' files, as a part of what may before writers are refused."""
+        stored = [machine for machine in self.machines.values() if isinstance(machine, StoredMachine)]
+        return max((machine.backlog_bytes for machine in stored), default=0) / self.options.backlog_bytes_max
 
     def _status(self, driver: Driver) -> dict[str, Any]:
         return status_of(driver, self.options, self._log.nbytes, self._clock.wall_us(), self.metrics)

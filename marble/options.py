@@ -67,7 +67,8 @@ class NodeOptions:
     snapshot_window_bytes_max: int = 16 * 1024 * 1024
     """What is asked for ahead while a snapshot is fetched."""
     snapshot_bytes_per_s: int = 64 * 1024 * 1024
-    """How fast a snapshot or a file of a table is written at most: unbridled, it would hold up the log's syncs on the same disk."""
+    """How fast a snapshot or a file of a table is written at most, unless so much waits that writers would soon be refused: unbridled,
+    it would hold up the log's syncs on the same disk."""
     scrub_interval_s: float = 7 * 86400.0
     """Each file of the tables is read through and checked about once in this time. 0: never."""
     priority: int = 0

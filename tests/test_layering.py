@@ -41,6 +41,7 @@ FLOORS = [
         "identity",
         "jobs",
         "options",
+        "pacing",
         "promises",
         "rebuilding",
         "recovery",
