@@ -398,16 +398,16 @@ class FlightTransport(Messaging):
             if guest is None:
                 return
             hello = guest.hello
-            if not arrival.answer(self._handshake.reply(guest)) or hello.question:
-                return
-            if not self._handshake.confirm(guest, chunks):
-                return
-            with self._peers.visit(hello.sender, hello.endpoint):
-                if hello.lane is Lane.MESSAGES:
-                    self._messages.take(hello.sender, chunks)
-                else:
-                    echoes = hello.lane is Lane.CONTROL and hello.features & ECHO
-                    with self._succession.place(hello) as newest:
+            with self._succession.place(hello) as newest:
+                if not arrival.answer(self._handshake.reply(guest)) or hello.question:
+                    return
+                if not self._handshake.confirm(guest, chunks):
+                    return
+                with self._peers.visit(hello.sender, hello.endpoint):
+                    if hello.lane is Lane.MESSAGES:
+                        self._messages.take(hello.sender, chunks)
+                    else:
+                        echoes = hello.lane is Lane.CONTROL and hello.features & ECHO
                         self._take_envelopes(hello.sender, chunks, arrival.answer if echoes else None, newest)
         except fl.FlightError:
             raise

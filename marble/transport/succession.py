@@ -2,7 +2,9 @@
 
 Rule 1: what still comes on an older one, which TCP had held back while there was no way, is of the past: heartbeats of a leader, say, that
 has given up meanwhile. It would keep others from electing another one.
-Rule 2: only who says that it has but one way to this node (`marble.transport.handshake.ONLY`) replaces its own streams.
+Rule 2: a stream for control on which something has come makes older ones for entries old, too: who has opened it anew has given those up,
+and, if it leads no more, will not open others that could take their place.
+Rule 3: only who says that it has but one way to this node (`marble.transport.handshake.ONLY`) replaces its own streams.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ class Succession:
     """The streams of Raft messages that are open to one node. Thread-safe.
 
     - ``_latest`` has, for each sender and lane, the place of the latest stream on which something has come, while that is open.
+    - Places are in the order in which `place` was entered. A sender opens streams for entries when it has had the answer to its hello on
+      the one for control; so `place` is to be entered before that answer is given.
     """
 
     def __init__(self) -> None:
@@ -33,10 +37,11 @@ class Succession:
         to be good: whether it is to be taken.
         """
         place, key = next(self._places), (hello.sender, hello.lane)
+        lanes = {hello.lane, Lane.CONTROL} if hello.lane is Lane.LOG else {hello.lane}
 
         def newest() -> bool:
             with self._lock:
-                newest = self._latest.get(key, 0) <= place
+                newest = all(self._latest.get((hello.sender, lane), 0) <= place for lane in lanes)
                 if newest and hello.features & ONLY:
                     self._latest[key] = place
                 return newest

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -150,3 +152,32 @@ def test_what_comes_late_on_an_older_stream_is_of_the_past(pair: Pair) -> None:
         old.close()
     assert pair.one.send(2, [heartbeat(6)])
     assert pair.inbox.get(timeout=DEADLINE_S).message.commit == 6
+
+
+def test_entries_that_come_late_on_a_stream_from_before_the_one_for_control_are_of_the_past(pair: Pair) -> None:
+    """As those of a leader that has stepped down meanwhile, and sends no others: followers would go on to wait for it."""
+    around = pair.one._around
+    before = around.carrier.open(
+        pair.two.endpoint, ENTRY_SCHEMA, connect_timeout_s=DEADLINE_S, silent_peer_s=DEADLINE_S
+    )
+    after = around.carrier.open(pair.two.endpoint, ENTRY_SCHEMA, connect_timeout_s=DEADLINE_S, silent_peer_s=DEADLINE_S)
+    with contextlib.closing(before), contextlib.closing(after):
+        # It stands, and nothing has come on it when the link opens another stream for control.
+        around.handshake.call(2, Lane.LOG, before, ONLY)
+        pair.link._break_off(Lane.CONTROL)
+        assert pair.told.get(timeout=DEADLINE_S) == 2
+        trips = pair.one.metrics.histogram("transport_round_trip_seconds", peer=2)
+        wait_until(lambda: pair.one.connected(2))
+        seen = trips.spread().total
+        wait_until(lambda: trips.spread().total > seen + 2)
+        deadline = time.monotonic() + DEADLINE_S
+        with contextlib.suppress(*STREAM_ERRORS):
+            while True:
+                before.write(*pair.one._codec.encode(2, [append(5)])[0])
+                assert pair.inbox.empty(), "it was listened to"
+                assert time.monotonic() < deadline, "it did not end"
+                threading.Event().wait(0.002)
+        # One that was opened since is listened to.
+        around.handshake.call(2, Lane.LOG, after, ONLY)
+        after.write(*pair.one._codec.encode(2, [append(6)])[0])
+        assert pair.inbox.get(timeout=DEADLINE_S).message.log_index == 5
