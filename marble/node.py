@@ -415,6 +415,7 @@ class Node:
             id=options.node_id,
             election_ticks=options.election_ticks,
             heartbeat_ticks=options.heartbeat_ticks,
+            election_spread_ticks=options.election_spread_ticks,
             pre_vote=options.pre_vote,
             check_quorum=options.check_quorum,
             append_bytes_max=options.append_bytes_max,

@@ -73,8 +73,8 @@ class State:
         self.election_elapsed = 0
         # Ticks since this leader last sent heartbeats.
         self.heartbeat_elapsed = 0
-        # How many of them this node waits before it campaigns: election_ticks <= this < 2 * election_ticks, drawn anew
-        # with every role.
+        # How many of them this node waits before it campaigns: election_ticks <= this < election_ticks + the random part's
+        # width, drawn anew with every role.
         self.randomized_election_timeout = 0
         # Answers to the (pre-)vote under way. Only the first answer of a node counts.
         self.votes: dict[int, bool] = {}
@@ -341,5 +341,6 @@ class State:
         self.reads.drop_forwarded()
 
     def _draw_timeout(self) -> None:
-        ticks = self.config.election_ticks
-        self.randomized_election_timeout = self.config.random.randrange(ticks, 2 * ticks)
+        least = self.config.election_ticks
+        spread = self.config.election_spread_ticks or least
+        self.randomized_election_timeout = self.config.random.randrange(least, least + spread)

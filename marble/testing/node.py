@@ -149,6 +149,7 @@ class SimulatedNode:
             id=self.id,
             election_ticks=plan.election_ticks,
             heartbeat_ticks=plan.heartbeat_ticks,
+            election_spread_ticks=plan.election_spread_ticks,
             append_bytes_max=1 if loop.chance(plan.one_by_one) else 4096,
             pre_vote=plan.pre_vote,
             check_quorum=plan.check_quorum,

@@ -151,6 +151,8 @@ class Plan:
     tick_us: int = 100 * MILLISECOND
     election_ticks: int = 10
     heartbeat_ticks: int = 2
+    election_spread_ticks: int = 0
+    """0: the core's own. Most histories have that: who waits for different times does more that differs."""
     snapshot_distance: int = 40
     """Tiny, so that snapshots are taken, sent and purged behind all the time."""
     snapshot_tail: int = 15

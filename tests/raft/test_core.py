@@ -82,6 +82,7 @@ def test_restarted_core_applies_what_was_known_to_be_committed() -> None:
         {"inflight_messages_max": 0},
         {"inflight_bytes_max": 10, "append_bytes_max": 11},
         {"uncommitted_bytes_max": 0},
+        {"election_spread_ticks": -1},
     ],
 )
 def test_config_is_checked(options: dict[str, int]) -> None:

@@ -179,6 +179,16 @@ def test_election_timeouts_are_randomized() -> None:
     assert seen == set(range(10, 20))
 
 
+def test_the_random_part_of_election_timeouts_may_be_narrower() -> None:
+    """§9.3: how much of it there is decides how long elections take, and how many votes are split."""
+    raft = make(election_spread_ticks=4)
+    seen = set()
+    for _ in range(200):
+        raft.campaign()
+        seen.add(raft.randomized_election_timeout)
+    assert seen == set(range(10, 14))
+
+
 def test_votes_are_durable_before_the_answer() -> None:
     """§5, figure 2: Persistent state is updated on stable storage before responding to RPCs."""
     raft = make()
