@@ -24,6 +24,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -222,41 +223,73 @@ inline arrow::Result<std::shared_ptr<arrow::Buffer>> GatherFixed(const RowPlan& 
   return buffer;
 }
 
-constexpr size_t kFetchAhead = 8;  // Rows whose bytes are on their way from memory.
+constexpr size_t kFetchAhead = 16;    // Stretches whose bytes are on their way from memory.
+constexpr size_t kFetchBytes = 256;   // So many bytes of a stretch are asked for; the processor goes on by itself.
+constexpr size_t kLineBytes = 64;
 
+// Asks for the bytes of a stretch, line by line.
+inline void FetchBytes(const uint8_t* bytes, size_t size) noexcept {
+  const size_t most = std::min(size, kFetchBytes);
+  for (size_t at = 0; at < most; at += kLineBytes) __builtin_prefetch(bytes + at);
+  if (most > 0) __builtin_prefetch(bytes + most - 1);
+}
+
+// memcpy for sizes up to a few cache lines: whole words of 16 bytes and a last one that overlaps, without a call.
+inline void CopyStretch(uint8_t* to, const uint8_t* from, size_t size) noexcept {
+  if (size <= 16 || size > kFetchBytes) return CopyBytes(to, from, size);
+  for (size_t at = 0; at + 16 < size; at += 16) std::memcpy(to + at, from + at, 16);
+  std::memcpy(to + size - 16, from + size - 16, 16);
+}
+
+// Rows in any order lie anywhere, and the processor waits for several of them at a time only if it is told in time. So
+// the first round, over offsets, writes down where the bytes of each stretch are, and the second one asks for them well
+// ahead of copying them.
 template <typename Offset>
 arrow::Status GatherBytes(const RowPlan& plan, const ColumnViews& views, arrow::ArrayData* out) {
+  using Number = std::make_unsigned_t<Offset>;  // It may wrap.
   const size_t rows = plan.rows.size();
   ARROW_ASSIGN_OR_RAISE(std::shared_ptr<arrow::Buffer> offsets,
                         arrow::AllocateBuffer(static_cast<int64_t>((rows + 1) * sizeof(Offset))));
   auto* ends = reinterpret_cast<Offset*>(offsets->mutable_data());
-  int64_t total = 0;
-  for (size_t i = 0; i < rows; ++i) {
-    const RowRef ref = plan.rows[i];
-    const auto* from = reinterpret_cast<const Offset*>(views[ref.source].values) + ref.row;
-    ends[i] = static_cast<Offset>(total);
-    total += static_cast<int64_t>(from[1]) - static_cast<int64_t>(from[0]);
-    if (total > std::numeric_limits<Offset>::max()) {
-      return arrow::Status::CapacityError("more bytes than offsets reach");
+  const size_t count = plan.spans.size();
+  const auto starts = MakePoolArray<const uint8_t*>(count);
+  const auto offsets_of = [&](const Span& span) {
+    return reinterpret_cast<const Offset*>(views[span.source].values) + span.row;
+  };
+  uint64_t total = 0;
+  Offset* end = ends;
+  for (size_t i = 0; i < count; ++i) {
+    if (i + kFetchAhead < count) __builtin_prefetch(offsets_of(plan.spans[i + kFetchAhead]));
+    const Span& span = plan.spans[i];
+    const Offset* from = offsets_of(span);
+    starts[i] = views[span.source].data + from[0];
+    const Number shift = static_cast<Number>(total) - static_cast<Number>(from[0]);
+    for (uint32_t row = 0; row < span.length; ++row) {
+      *end++ = static_cast<Offset>(static_cast<Number>(from[row]) + shift);
     }
+    total += static_cast<uint64_t>(from[span.length]) - static_cast<uint64_t>(from[0]);
+  }
+  if (total > static_cast<uint64_t>(std::numeric_limits<Offset>::max())) {
+    return arrow::Status::CapacityError("more bytes than offsets reach");
   }
   ends[rows] = static_cast<Offset>(total);
-  ARROW_ASSIGN_OR_RAISE(std::shared_ptr<arrow::Buffer> data, arrow::AllocateBuffer(total));
-  uint8_t* to = data->mutable_data();
-  const auto fetch = [&views](const Span& span) {
-    const auto* from = reinterpret_cast<const Offset*>(views[span.source].values) + span.row;
-    const uint8_t* bytes = views[span.source].data + from[0];
-    __builtin_prefetch(bytes);
-    if (from[span.length] - from[0] > 64) __builtin_prefetch(bytes + 64);
+  ARROW_ASSIGN_OR_RAISE(std::shared_ptr<arrow::Buffer> data, arrow::AllocateBuffer(static_cast<int64_t>(total)));
+  uint8_t* const to = data->mutable_data();
+  size_t ahead = 0;      // The stretch to be asked for next,
+  size_t ahead_row = 0;  // and its first row.
+  const auto fetch = [&]() {
+    if (ahead == count) return;
+    const size_t first = static_cast<size_t>(ends[ahead_row]);
+    ahead_row += plan.spans[ahead].length;
+    FetchBytes(starts[ahead++], static_cast<size_t>(ends[ahead_row]) - first);
   };
-  for (size_t i = 0; i < plan.spans.size(); ++i) {
-    // Rows in any order lie anywhere: the processor waits for several at a time only if it is told in time.
-    if (i + kFetchAhead < plan.spans.size()) fetch(plan.spans[i + kFetchAhead]);
-    const Span& span = plan.spans[i];
-    const auto* from = reinterpret_cast<const Offset*>(views[span.source].values) + span.row;
-    const size_t size = static_cast<size_t>(from[span.length] - from[0]);
-    CopyBytes(to, views[span.source].data + from[0], size);
-    to += size;
+  while (ahead < std::min(count, kFetchAhead)) fetch();
+  size_t row = 0;
+  for (size_t i = 0; i < count; ++i) {
+    fetch();
+    const auto first = static_cast<size_t>(ends[row]);
+    row += plan.spans[i].length;
+    CopyStretch(to + first, starts[i], static_cast<size_t>(ends[row]) - first);
   }
   out->buffers = {nullptr, std::move(offsets), std::move(data)};
   return arrow::Status::OK();
