@@ -415,11 +415,13 @@ class SnapshotStore:
         total = Xxh3()
 
         def windows() -> Iterator[bytes]:
-            while file.size < size:
-                data = self._files.read(path, file.size, min(WINDOW_BYTES, size - file.size))
+            offset = 0  # `file` lags behind: writes are gathered.
+            while offset < size:
+                data = self._files.read(path, offset, min(WINDOW_BYTES, size - offset))
                 if not data:
                     raise OSError(f"{self._files.describe(path)} became shorter while it was read")
                 total.update(data)
+                offset += len(data)
                 yield data
 
         write_paced(file, windows(), None)

@@ -145,7 +145,7 @@ def test_the_script_does_what_it_is_for() -> None:
         seen |= {"files went"} if before - set(life.shelf.names()) else set()
     assert seen >= {"1 levels", "2 levels", "files came", "files went"}
     assert life.end == len(LOG)
-    assert life.files.operations > 150
+    assert life.files.operations > 120
     life.shelf.machine.collect(life.shelf.snapshots.kept)
     life.check()
 
@@ -174,7 +174,7 @@ def test_power_lost_at_every_operation(seed: int) -> None:
         files.crash()
         life.opened()
         life.check()
-    assert 150 < operation < OPERATIONS - 1
+    assert 120 < operation < OPERATIONS - 1
 
 
 def test_the_disk_fails_at_every_operation() -> None:
@@ -199,7 +199,7 @@ def test_the_disk_fails_at_every_operation() -> None:
         files.crash()
         life.opened()
         life.check()
-    assert 150 < operation < OPERATIONS - 1
+    assert 120 < operation < OPERATIONS - 1
 
 
 def test_a_disk_that_stays_full_only_stops_what_needs_it() -> None:
