@@ -9,6 +9,7 @@ What is sent is random. Both ends read the same clock (``CLOCK_MONOTONIC``), whi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import random
@@ -31,6 +32,8 @@ from marble.transport.codec import Codec
 from marble.transport.messages import MessageCodec
 
 DEADLINE_S: Final = 120.0
+END_S: Final = 20.0
+"""So long a receiver may take to end. One that still waits for what never comes is killed."""
 CHUNK_BYTES: Final = 1 << 20
 _STAMP: Final = struct.Struct("<q")
 
@@ -97,9 +100,9 @@ class FlightSender:
             self.send(message)
 
     def close(self) -> None:
-        self._writer.done_writing()
-        self._writer.close()
-        self._client.close()
+        with contextlib.closing(self._client):
+            self._writer.done_writing()
+            self._writer.close()
 
 
 class SocketSender:
@@ -141,7 +144,11 @@ class Pair:
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         self._say, self._hear = self._child.stdin, self._child.stdout
-        self.sender: Sender = SENDERS[kind](int(self._hear.readline()))
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._end)
+            self.sender: Sender = SENDERS[kind](int(self._hear.readline()))
+            self._stack = stack.pop_all()
+            self._stack.callback(self.sender.close)
 
     def _expect(self, nbytes: int, size: int) -> None:
         self._say.write(f"{nbytes} {size}\n")
@@ -171,9 +178,18 @@ class Pair:
         return self._result()
 
     def close(self) -> None:
-        self.sender.close()
-        self._say.close()
-        self._child.wait(DEADLINE_S)
+        """End both sides. A stream that broke ends with an error: that is the caller's to see, when nothing of the pair is left."""
+        self._stack.close()
+
+    def _end(self) -> None:
+        """Wait for the receiver, which ends when it reads no more orders and has taken in what it was ordered; no longer than it may take."""
+        with contextlib.suppress(BrokenPipeError):
+            self._say.close()
+        try:
+            self._child.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
         self._hear.close()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import pyarrow.flight as flight
 import pytest
 
 from marble.config import HttpConfig, RaftClusterConfig
+from marble.demo.processes import find_free_ports
 from marble.errors import MarbleError, UnavailableError
 from marble.lsm.machine import TableMachine
 from marble.server import RaftServer, create_arrow_flight_transport, create_raft_server
@@ -45,12 +45,8 @@ def eventually(condition: Callable[[], Any], what: str, timeout_s: float = WAIT_
 
 
 def free_endpoints(count: int) -> list[str]:
-    """Endpoints on which nobody listened a moment ago."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+    """Endpoints on which nobody listened a moment ago, and which the kernel gives to nobody who asks for any port, or who calls somebody."""
+    return [f"127.0.0.1:{port}" for port in find_free_ports(count)]
 
 
 def rows(first: int, end: int, tag: str = "x") -> pa.RecordBatch:

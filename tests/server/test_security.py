@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.flight as fl
 import pytest
+from server.cluster import free_endpoints
 from transport.pki import Files, authority
 
 import marble
@@ -39,10 +40,9 @@ tables = ["m*"]
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[marble.RaftServer], str, Path]]:
     directory = tmp_path_factory.mktemp("secure")
-    ports = _free_ports(3)
     config = RaftClusterConfig(
         "secure",
-        [f"127.0.0.1:{port}" for port in ports],
+        free_endpoints(3),
         enable_ssl=True,
         election_timeout_ms=1000,
         heartbeat_interval_ms=100,
@@ -68,16 +68,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[mar
     finally:
         for server in servers:
             server.stop()
-
-
-def _free_ports(count: int) -> list[int]:
-    import socket
-
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def follower_of(servers: list[marble.RaftServer]) -> marble.RaftServer:

@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
@@ -18,7 +19,7 @@ from marble.config import ADDRESSES_MAX
 from marble.errors import UsageError
 from marble.raft.messages import Message, MessageKind
 from marble.testing.relay import Line, Relay
-from marble.transport.codec import Envelope
+from marble.transport.codec import Envelope, Lane
 from marble.transport.flight import FlightTransport
 from marble.transport.options import TransportOptions
 from marble.transport.paths import Paths, addresses_of
@@ -156,7 +157,9 @@ def test_a_way_that_is_reset_is_left_and_comes_back(pair: Pair) -> None:
             wait_until(lambda: all(pair.answering()), "its return")
 
 
-def test_entries_of_a_group_keep_their_order_and_groups_share_the_ways(pair: Pair) -> None:
+def test_entries_of_a_group_keep_their_order_and_groups_share_the_ways(stack: contextlib.ExitStack) -> None:
+    # On a busy machine an answer may be late, and then all take the other way.
+    pair = Pair(stack, replace(OPTIONS, answer_s=DEADLINE_S))
     before = pair.passed()
     for index in range(1, 200):
         for group in (0, 1):
@@ -170,17 +173,24 @@ def test_entries_of_a_group_keep_their_order_and_groups_share_the_ways(pair: Pai
     assert min(grown) > 100 * 64
 
 
-def test_pieces_of_snapshots_go_over_all_ways_at_once(pair: Pair) -> None:
-    for relay in pair.relays:
-        relay.set(there=Line(bytes_per_s=4e6))
+def test_pieces_of_snapshots_go_over_all_ways_at_once(
+    stack: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes the way on which less waits. Here all wait until the last one has its way, however threads take turns."""
+    pair = Pair(stack, replace(OPTIONS, answer_s=DEADLINE_S))
     before = pair.passed()
+    pumps = [link._pumps[Lane.BULK] for link in pair.paths._links]
+    for pump in pumps:
+        monkeypatch.setattr(pump, "start", lambda: None)
     for at in range(32):
         assert pair.one.send(2, [piece(at << 16, 1 << 16)])
+    monkeypatch.undo()
+    for pump in pumps:
+        pump.start()
     offsets = {pair.inbox.get(timeout=DEADLINE_S).message.context for _ in range(32)}
     assert offsets == {at << 16 for at in range(32)}
     grown = [after - was for after, was in zip(pair.passed(), before, strict=True)]
-    # Each has the same rate, so neither has less than a third.
-    assert min(grown) > sum(grown) / 3
+    assert min(grown) > 16 << 16
 
 
 def test_a_much_quicker_way_takes_the_control_over(pair: Pair) -> None:
