@@ -137,6 +137,15 @@ struct KeyColumn {
     const uint64_t left = length - depth;
     return left >= 8 ? word : word & (~uint64_t{0} << (8 * (8 - left)));
   }
+  // The words of rows [first, end).
+  void Words(size_t first, size_t end, uint64_t depth, uint64_t* out) const noexcept {
+    if (static_cast<uint64_t>(width) < depth + 8) {
+      for (size_t row = first; row < end; ++row) *out++ = Word(static_cast<int64_t>(row), depth);
+      return;
+    }
+    const uint8_t* from = bytes.get() + first * static_cast<size_t>(width) + depth;
+    for (size_t row = first; row < end; ++row, from += width) *out++ = LoadBigEndian64(from);
+  }
   uint64_t nbytes() const noexcept {
     return total + 8 + (offsets == nullptr ? 0 : static_cast<uint64_t>(rows + 1) * 8);
   }

@@ -17,6 +17,7 @@
 #pragma once
 
 #include "merge_cursor.hpp"
+#include "merge_runs.hpp"
 #include "memtable_state.hpp"
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 // Walking many sorted sources as one, in key order, batch by batch: of each key the newest version counts.
 //
-// Layout: lanes (merge_lanes.hpp) are merged a block at a time: from each lane a stretch that ends at one common key,
+// Layout: lanes (merge_lanes.hpp) are merged a block at a time (merge_pieces.hpp): from each lane a stretch that ends at one common key,
 // so that a block needs only as much memory as it has rows, and no two blocks share a key.
 // Ownership: a cursor shares the states and the blocks that it reads from, and so outlives who made it.
 // Thread safety: `Next` takes a lock; callers in several threads take turns. Nothing else changes after construction.
@@ -27,7 +27,8 @@
 namespace marble {
 
 constexpr size_t kScanBytesMax = 64 << 20;   // A batch is cut once its rows have about so many bytes.
-constexpr size_t kScanBlockRows = 64 << 10;  // A block fits the cache together with its merge buffers.
+constexpr size_t kScanBatchRows = 64 << 10;  // And it has no more rows than this.
+constexpr size_t kScanBlockRows = 16 << 10;  // A block fits the cache together with its merge buffers.
 constexpr size_t kHeldBlocks = 64;           // Blocks held before it is asked which are still needed.
 
 // What a scan gives. Of a scan of rows, `rows` only.
@@ -68,6 +69,7 @@ class MergeCursor {
     }
     first_block_ = sources_.size();
     for (auto& stream : streams) lanes_.push_back(Lane::OfStream(std::move(stream)));
+    streams_ = std::max<size_t>(1, streams.size());
     if (options_.limit < kScanBlockRows) block_rows_ = std::max<size_t>(16, options_.limit);
   }
 
@@ -78,7 +80,7 @@ class MergeCursor {
   arrow::Status Next(ScanBatch* out) noexcept {
     return Guarded([&]() -> arrow::Status {
       const std::lock_guard<std::mutex> guard(mutex_);
-      const uint64_t wanted = std::min({options_.batch_rows_max, uint64_t{kScanBlockRows}, options_.limit - given_});
+      const uint64_t wanted = std::min({options_.batch_rows_max, uint64_t{kScanBatchRows}, options_.limit - given_});
       if (broken_) return arrow::Status::OutOfMemory("an earlier step of this scan ran out of memory: begin it anew");
       for (bool more = true; more && pending_.size() - pending_at_ < wanted && pending_bytes_ < kScanBytesMax;) {
         broken_ = true;
@@ -122,13 +124,6 @@ class MergeCursor {
  private:
   static constexpr uint32_t kNone = std::numeric_limits<uint32_t>::max();
 
-  // Words and refs on their way through a merge.
-  struct Stretch {
-    Words words;
-    Words refs;
-    size_t room = 0;
-  };
-
   // How many bytes all keys of all sources begin with.
   uint64_t ChooseSkip(const Streams& streams) {
     if (layout_->whole) return 0;
@@ -155,7 +150,7 @@ class MergeCursor {
     if (source == nullptr || source->rows == 0) return;
     const auto row_bytes = static_cast<uint64_t>(source->bytes / source->rows);
     if (row_bytes > longest_) longest_ = row_bytes;
-    rows_are_long_ = longest_ * kScanBlockRows > kScanBytesMax;
+    rows_are_long_ = longest_ * kScanBatchRows > kScanBytesMax;
   }
 
   // Takes a block that a stream gave into the sources; returns its slot.
@@ -182,7 +177,7 @@ class MergeCursor {
     };
     for (size_t i = pending_at_; i < pending_.size(); ++i) name(pending_[i]);
     for (const Lane& lane : lanes_) {
-      if (lane.stream != nullptr && lane.size() > 0) name(lane.refs[lane.first]);
+      for (size_t i = lane.first; lane.stream != nullptr && i < lane.end; ++i) name(lane.refs[i]);
     }
     for (size_t i = 0; i < held_.size(); ++i) {
       if (named[i] || held_[i].source == nullptr) continue;
@@ -193,24 +188,44 @@ class MergeCursor {
     drop_at_ = std::max(kHeldBlocks, 2 * (held_.size() - free_.size()));
   }
 
+  // Rows that the window of a stream is to have, unless they are long. A block of a merge takes no more than ends before
+  // the nearest end of a window: with windows of one block each, a merge of many streams would go on a few rows at a time.
+  size_t WindowRows() const noexcept {
+    const uint64_t known = given_ + (pending_.size() - pending_at_);
+    const uint64_t left = options_.limit - std::min(options_.limit, known);
+    const size_t fair = std::min(block_rows_, kScanBlockRows / streams_);
+    return static_cast<size_t>(std::min<uint64_t>(std::max<size_t>(1, fair), left));
+  }
+
   // Sees to it that each lane has a window unless it has ended.
   arrow::Status FillWindows() {
     DropBlocks();
     for (Lane& lane : lanes_) {
-      while (lane.size() == 0 && lane.more) {
-        if (lane.stream == nullptr) {
-          lane.Reword(shape_.skip, options_.reverse);
-          continue;
-        }
-        StreamBlock block;
-        ARROW_RETURN_NOT_OK(lane.stream->Next(&block));
-        if (block.source == nullptr) {
-          lane.more = false;
-          break;
-        }
-        const uint32_t slot = HoldBlock(block);
-        lane.Adopt(block, options_, shape_.skip, slot);
+      if (lane.stream != nullptr) {
+        ARROW_RETURN_NOT_OK(ReadAhead(&lane));
+      } else if (lane.size() == 0 && lane.more) {
+        lane.Reword(shape_.skip, options_.reverse);
       }
+    }
+    return arrow::Status::OK();
+  }
+
+  arrow::Status ReadAhead(Lane* lane) {
+    const size_t wanted = WindowRows();
+    if (lane->size() == 0) lane->stalled = false;
+    while (lane->more && (lane->size() == 0 || (lane->size() < wanted && !rows_are_long_ && !lane->stalled))) {
+      StreamBlock block;
+      const arrow::Status status = lane->stream->Next(&block);
+      // Rows before a damaged block are given out first.
+      lane->stalled = !status.ok() && lane->size() > 0;
+      if (lane->stalled) break;
+      ARROW_RETURN_NOT_OK(status);
+      if (block.source == nullptr) {
+        lane->more = false;
+        break;
+      }
+      const uint32_t slot = HoldBlock(block);
+      lane->Adopt(block, options_, shape_.skip, slot);
     }
     return arrow::Status::OK();
   }
@@ -281,39 +296,7 @@ class MergeCursor {
       pending_words_.reserve(pending_words_.size() + total);
     }
     pending_at_ = 0;
-    // The two neighbours that are smallest together go first: each row is copied about as often as it must.
-    std::vector<size_t> used(pieces.size(), kNone);  // Which of stretches_ a piece lies in.
-    while (pieces.size() > 1) {
-      size_t least = 0;
-      for (size_t i = 1; i + 1 < pieces.size(); ++i) {
-        if (pieces[i].size + pieces[i + 1].size < pieces[least].size + pieces[least + 1].size) least = i;
-      }
-      const Piece& newer = pieces[least];
-      const Piece& older = pieces[least + 1];
-      const size_t stretch = FindStretch(used, newer.size + older.size);
-      MergeOutput out{stretches_[stretch].words.get(), stretches_[stretch].refs.get(), nullptr};
-      MergePieces(shape_, newer, older, sources_.data(), &out);
-      pieces[least] = {out.words, out.refs, out.size, 0};
-      used[least] = stretch;
-      pieces.erase(pieces.begin() + static_cast<std::ptrdiff_t>(least) + 1);
-      used.erase(used.begin() + static_cast<std::ptrdiff_t>(least) + 1);
-    }
-    if (!pieces.empty()) AppendPending(pieces[0]);
-  }
-
-  // A stretch with room for `rows` that no piece lies in.
-  size_t FindStretch(const std::vector<size_t>& used, size_t rows) {
-    size_t found = 0;
-    while (std::find(used.begin(), used.end(), found) != used.end()) ++found;
-    if (found == stretches_.size()) stretches_.emplace_back();
-    Stretch& stretch = stretches_[found];
-    if (stretch.room < rows) {
-      stretch = {};
-      stretch.words = Words(rows);
-      stretch.refs = Words(rows);
-      stretch.room = rows;
-    }
-    return found;
+    if (!pieces.empty()) AppendPending(folder_.Fold(&pieces, shape_, sources_.data()));
   }
 
   void AppendPending(const Piece& piece) noexcept {
@@ -450,11 +433,12 @@ class MergeCursor {
   std::vector<Lane> lanes_;             // Newest first.
   std::vector<const Source*> sources_;  // Slots of all runs, then blocks; null where a slot is no longer used.
   std::vector<uint32_t> numbers_;       // Scratch of Gather: kNone between calls.
+  size_t streams_ = 1;                  // Lanes that are streams, at least 1.
   size_t first_block_ = 0;              // Slot of the first block.
   std::vector<StreamBlock> held_;       // Blocks by slot, from first_block_ on.
   std::vector<uint32_t> free_;          // Slots of blocks that were let go.
   size_t drop_at_ = kHeldBlocks;
-  std::vector<Stretch> stretches_;
+  PieceFolder folder_;
   size_t block_rows_ = kScanBlockRows;
   std::vector<uint64_t> pending_;
   std::vector<uint64_t> pending_words_;

@@ -2,7 +2,8 @@
 //
 // Layout: a lane is one sorted source: a run of a memtable, or blocks that a stream reads. Its window is a stretch of
 // words and refs as a Run has them; slots are numbered over all sources of the merge. A run whose words stand behind
-// the merge's `skip` bytes is its own window; of other runs the words are made anew, a window at a time.
+// the merge's `skip` bytes is its own window; of other runs the words are made anew, a window at a time. A stream's
+// window has the rows of one or more blocks.
 // Ownership: a lane borrows runs, whose state the cursor shares; it owns the arrays of windows that it made.
 // Thread safety: for one thread at a time.
 // Invariants:
@@ -12,6 +13,7 @@
 #pragma once
 
 #include "memtable_state.hpp"
+#include "merge_pieces.hpp"
 
 #include <arrow/result.h>
 
@@ -118,7 +120,8 @@ struct Lane {
   size_t first = 0;
   size_t end = 0;
   uint64_t base = 0;
-  bool more = false;  // Whether a window may follow.
+  bool more = false;     // Whether a window may follow.
+  bool stalled = false;  // Whether reading ahead met an error, which is told when the window is empty.
   // Where further windows come from: blocks, or entries [run_first, run_end) of a run.
   std::unique_ptr<BlockStream> stream;
   const Run* run = nullptr;
@@ -172,21 +175,30 @@ struct Lane {
     more = run_first < run_end;
   }
 
-  // Makes a block the window. `slot` is its source's number.
+  // Adds a block's rows within the bounds to the window, on the side that a scan comes to last. `slot` is its source's
+  // number.
   void Adopt(const StreamBlock& block, const ScanOptions& options, uint64_t skip, uint32_t slot) {
     const KeyColumn& keys = *block.source->keys;
-    const auto rows = static_cast<size_t>(keys.rows);
-    first = options.lower.empty() ? 0 : LowerBoundBytes(keys, options.lower);
-    end = std::max(first, options.has_upper ? LowerBoundBytes(keys, options.upper) : rows);
-    own_words.resize(rows);
-    own_refs.resize(rows);
-    for (size_t i = first; i < end; ++i) own_words[i] = keys.Word(static_cast<int64_t>(i), skip);
-    for (size_t i = first; i < end; ++i) own_refs[i] = MakeRef(slot, static_cast<uint32_t>(i));
-    for (size_t i = first; block.deleted != nullptr && i < end; ++i) {
-      if (arrow::bit_util::GetBit(block.deleted, static_cast<int64_t>(i))) own_refs[i] |= kTombstone;
+    const size_t from = options.lower.empty() ? 0 : LowerBoundBytes(keys, options.lower);
+    const size_t to = std::max(
+        from, options.has_upper ? LowerBoundBytes(keys, options.upper) : static_cast<size_t>(keys.rows));
+    const size_t rows = to - from;
+    const size_t at = options.reverse ? 0 : size();
+    for (std::vector<uint64_t>* own : {&own_words, &own_refs}) {
+      own->resize(end);
+      own->erase(own->begin(), own->begin() + static_cast<std::ptrdiff_t>(first));
+      own->insert(own->begin() + static_cast<std::ptrdiff_t>(at), rows, 0);
+    }
+    keys.Words(from, to, skip, own_words.data() + at);
+    uint64_t* own = own_refs.data() + at;
+    for (size_t i = 0; i < rows; ++i) own[i] = MakeRef(slot, static_cast<uint32_t>(from + i));
+    for (size_t i = 0; block.deleted != nullptr && i < rows; ++i) {
+      if (arrow::bit_util::GetBit(block.deleted, static_cast<int64_t>(from + i))) own[i] |= kTombstone;
     }
     words = own_words.data();
     refs = own_refs.data();
+    end = own_words.size();
+    first = 0;
   }
 
   // The key of an entry of the window. `sources` has the sources by number.
