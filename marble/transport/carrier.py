@@ -60,6 +60,10 @@ class Stream(Protocol):
         """Say that no more comes, and wait until the other end has taken all that was written and closed the stream, too."""
         ...
 
+    def end(self) -> None:
+        """Say that no more comes, as `finish`, and wait for nothing: `answer` gives what is answered yet, then None."""
+        ...
+
     def cancel(self) -> None:
         """End the stream at once, from any thread. What was written and has not been read may be lost."""
         ...
@@ -133,8 +137,11 @@ class FlightStream:
             raise ProtocolError(NO_HELLO)
         return bytes(chunk.app_metadata.to_pybytes())
 
-    def finish(self) -> None:
+    def end(self) -> None:
         self._writer.done_writing()
+
+    def finish(self) -> None:
+        self.end()
         with contextlib.suppress(StopIteration):
             # It answers nothing after its hello: this waits for its end.
             self._reader.read_chunk()

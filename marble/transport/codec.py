@@ -61,6 +61,7 @@ class Lane(enum.IntEnum):
     LOG = 1
     BULK = 2
     MESSAGES = 3
+    PARTS = 4
 
 
 _LANES: Final = {int(lane): lane for lane in Lane}

@@ -28,15 +28,17 @@ from marble.env import Clock, Random, SystemClock, SystemRandom
 from marble.errors import InvariantError, ProtocolError, UnavailableError, UsageError
 from marble.metrics import Metrics
 from marble.transport import _shutdown
+from marble.transport.assembly import Assemblies
 from marble.transport.carrier import STREAM_ERRORS, Arrival, Carrier, FlightCarrier
-from marble.transport.codec import Codec, Envelope, Lane
+from marble.transport.codec import Codec, Envelope, Hello, Lane
 from marble.transport.compression import unwrap
 from marble.transport.faults import cause_of, to_flight_error
-from marble.transport.handshake import ECHO, Acquaintances, Chunk, Handshake
+from marble.transport.handshake import ECHO, ONLY, SPREAD, Acquaintances, Chunk, Handshake
 from marble.transport.listening import Listening
 from marble.transport.messages import MessageCodec, MessageIntake
 from marble.transport.messaging import SEND_TIMEOUT_S, Messaging, OnMessages, Peer
 from marble.transport.options import TransportOptions
+from marble.transport.parts import PartsCodec
 from marble.transport.paths import Peering, make_link
 from marble.transport.peers import Peers, host_of
 from marble.transport.port import FlightService
@@ -54,8 +56,12 @@ COUNTED_BY_PEER: Final = (
     "transport_streams_broken",
     "transport_user_messages_sent",
     "transport_user_bytes_sent",
+    "transport_parts_bytes_sent",
 )
 """Counters that there is one of for each peer."""
+
+ORDERED: Final = frozenset({Lane.LOG, Lane.MESSAGES})
+"""Lanes whose packets may come in parts."""
 
 _log = logging.getLogger("marble.transport")
 _FINISH_S: Final = 1.0
@@ -113,19 +119,17 @@ class FlightTransport(Messaging):
         self._clock = clock or SystemClock()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        self._started = False
+        self._started = self._stopped = self._forked = False
         self._receiver: Receiver | None = None
         self._service: FlightService | None = None
         self._unreachable: Callable[[int], None] = _ignore
         self._failed: Callable[[BaseException], None] = _ignore
         self._calls = 0
         self._succession = Succession()
-        self._stopped = False
-        self._forked = False
+        count = self.metrics.counter
         self.metrics.expect(*COUNTED_BY_PEER)
-        self._garbage = self.metrics.counter("transport_protocol_errors")
-        self._refused = self.metrics.counter("transport_calls_refused")
-        self._faults = self.metrics.counter("transport_internal_errors")
+        self._garbage, self._refused = count("transport_protocol_errors"), count("transport_calls_refused")
+        self._faults = count("transport_internal_errors")
         self._security = security or WatchedSecurity(SecurityConfig(), node_id, self.metrics)
         current = self._security.current
         self._listening = Listening(
@@ -157,6 +161,7 @@ class FlightTransport(Messaging):
             self._mailbox.look_again,
             self.metrics,
         )
+        self._assemblies = Assemblies(PartsCodec(self._codec), self.options.silent_peer_s, self.metrics)
         self._watch = Watch(
             node_id, lambda: list(self._peers.links.values()), self._clock, lambda error: self._failed(error)
         )
@@ -331,6 +336,7 @@ class FlightTransport(Messaging):
         for link in links:
             link.wait_finished(finish - self._clock.monotonic())
         self._mailbox.close()
+        self._assemblies.close()
         for link in links:
             link.request_stop()
         with self._lock:
@@ -404,11 +410,7 @@ class FlightTransport(Messaging):
                 if not self._handshake.confirm(guest, chunks):
                     return
                 with self._peers.visit(hello.sender, hello.endpoint):
-                    if hello.lane is Lane.MESSAGES:
-                        self._messages.take(hello.sender, chunks)
-                    else:
-                        echoes = hello.lane is Lane.CONTROL and hello.features & ECHO
-                        self._take_envelopes(hello.sender, chunks, arrival.answer if echoes else None, newest)
+                    self._take(hello, chunks, arrival, newest)
         except fl.FlightError:
             raise
         except Exception as error:
@@ -416,6 +418,21 @@ class FlightTransport(Messaging):
             if isinstance(error, InvariantError):
                 self._failed(error)
             raise self._told(error) from None
+
+    def _take(self, hello: Hello, chunks: Iterator[Chunk], arrival: Arrival, newest: Callable[[], bool]) -> None:
+        """What a stream brings that began with `hello`."""
+        with contextlib.ExitStack() as stack:
+            if hello.lane in ORDERED and hello.features & SPREAD and not hello.features & ONLY:
+                chunks = self._assemblies.ordered(hello.sender, chunks, arrival.answer)
+                # It ends with this call, not when it is collected.
+                stack.callback(chunks.close)
+            if hello.lane is Lane.PARTS:
+                self._assemblies.fill(hello.sender, chunks, arrival.answer)
+            elif hello.lane is Lane.MESSAGES:
+                self._messages.take(hello.sender, chunks)
+            else:
+                echoes = hello.lane is Lane.CONTROL and hello.features & ECHO
+                self._take_envelopes(hello.sender, chunks, arrival.answer if echoes else None, newest)
 
     def _take_envelopes(
         self, sender: int, chunks: Iterator[Chunk], echo: Callable[[bytes], bool] | None, newest: Callable[[], bool]

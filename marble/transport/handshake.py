@@ -32,7 +32,10 @@ ONLY: Final = 1 << 9
 ECHO: Final = 1 << 8
 """A feature: packets without messages on a stream for control are given back, on the same stream."""
 
-FEATURES: Final = ALL_FEATURES | ECHO
+SPREAD: Final = 1 << 10
+"""A feature: large packets may come in parts over several ways (`marble.transport.parts`)."""
+
+FEATURES: Final = ALL_FEATURES | ECHO | SPREAD
 """What this node understands beyond what every node does, a bit each."""
 
 Chunk = tuple[pa.Buffer | None, pa.RecordBatch | None]

@@ -9,7 +9,8 @@ Each lane is a `Pump` with a stream and a connection of its own:
 - LOG: every APPEND_ENTRIES, also an empty one. They stay in order among themselves: one that overtook another would be
   refused by the follower, and the leader would fall back to probing;
 - BULK: pieces of snapshots;
-- MESSAGES: what users send (`marble.transport.messages`).
+- MESSAGES: what users send (`marble.transport.messages`);
+- PARTS: of large packets of LOG and MESSAGES, where there are several ways to the peer (`marble.transport.spreading`).
 
 Invariants:
 - What counts as queued is what was accepted and neither written nor dropped.
@@ -35,11 +36,15 @@ from marble.metrics import Metrics
 from marble.raft.messages import MessageKind
 from marble.transport.codec import MESSAGES_PER_PACKET_MAX, Codec, Envelope, Lane, Packet
 from marble.transport.compression import ALL_FEATURES, Squeezer, wrap
+from marble.transport.handshake import SPREAD
+from marble.transport.load import Dialogue, Load
 from marble.transport.merging import merge_appends
 from marble.transport.messages import MessageCodec, MessageLoad
 from marble.transport.options import TransportOptions
 from marble.transport.pulse import Pulse
-from marble.transport.pump import Load, Pump, Surroundings
+from marble.transport.pump import Pump, Surroundings
+from marble.transport.sharing import OrderDialogue, PartsLoad
+from marble.transport.spreading import Spreader
 
 _log = logging.getLogger("marble.transport")
 _LANES: Final = {MessageKind.APPEND_ENTRIES: Lane.LOG, MessageKind.SNAPSHOT_PIECE: Lane.BULK}
@@ -166,9 +171,9 @@ class Link:
         Of this node.
     around
         What all links of this node share.
-    number, several
-        Which of several ways to the peer this is, and whether it is one of several (`marble.transport.paths`): then it is
-        asked more often whether it lives.
+    number, spreader
+        Which of several ways to the peer this is, and what spreads large packets over all of them, if it is one of several
+        (`marble.transport.paths`): then it is asked more often whether it lives.
     """
 
     def __init__(
@@ -179,10 +184,11 @@ class Link:
         around: Surroundings,
         *,
         number: int = 0,
-        several: bool = False,
+        spreader: Spreader | None = None,
     ) -> None:
         self.peer = peer
         self.endpoint = endpoint
+        several = spreader is not None
         self._clock = around.clock
         self._options = around.options
         ping_s = min(around.options.idle_check_s, around.options.silent_quick_s / 4)
@@ -219,14 +225,32 @@ class Link:
             pulse=self._pulse,
             ping=lambda: codec.encode(peer, ())[0],
         )
-        self._pumps = {Lane.CONTROL: self._control} | {
-            lane: pump(lane, ENTRY_SCHEMA, load, gate=lambda: self._control.connected)
-            for lane, load in loads.items()
-            if lane is not Lane.CONTROL
+
+        def order(lane: Lane) -> Dialogue | None:
+            return None if spreader is None else OrderDialogue(spreader, lane, number)
+
+        self._pumps = {
+            Lane.CONTROL: self._control,
+            Lane.LOG: pump(Lane.LOG, ENTRY_SCHEMA, loads[Lane.LOG], gate=self._reached, dialogue=order(Lane.LOG)),
+            Lane.BULK: pump(Lane.BULK, ENTRY_SCHEMA, loads[Lane.BULK], gate=self._reached),
         }
         self._message_pump = self._pumps[Lane.MESSAGES] = pump(
-            Lane.MESSAGES, MESSAGE_SCHEMA, self._messages, gate=lambda: self._control.connected
+            Lane.MESSAGES, MESSAGE_SCHEMA, self._messages, gate=self._reached, dialogue=order(Lane.MESSAGES)
         )
+        if spreader is not None:
+            parts = PartsLoad(spreader, number, around.metrics)
+            self._pumps[Lane.PARTS] = pump(Lane.PARTS, MESSAGE_SCHEMA, parts, gate=self._takes_parts, dialogue=parts)
+
+    def _reached(self) -> bool:
+        return self._control.connected
+
+    def _takes_parts(self) -> bool:
+        return self._control.connected and bool(self._control.features & SPREAD)
+
+    def start_parts(self) -> None:
+        """There are parts of large packets to be sent."""
+        if self._started and self._takes_parts():
+            self._pumps[Lane.PARTS].start()
 
     @property
     def connected(self) -> bool:
@@ -322,8 +346,16 @@ class Link:
         return self._messages.put_all(messages, end - self._clock.monotonic())
 
     def reclaim_messages(self) -> list[bytes | pa.Buffer]:
-        """Users' messages that are queued and not being written: they are so no longer."""
-        return self._messages.reclaim()
+        """Users' messages that are queued and not being written: they are so no longer. What is being written is given up, or it
+        would come after what others take to the peer meanwhile.
+        """
+        left = self._messages.reclaim()
+        self._message_pump.break_off("it does not answer, and users' messages go another way")
+        return left
+
+    def use_messages(self) -> None:
+        """Take users' messages, also after `reclaim_messages`."""
+        self._messages.use()
 
     def request_finish(self) -> None:
         """Take no more messages of users, and let those that are queued leave. Returns at once."""
@@ -345,7 +377,7 @@ class Link:
         which sends what was lost again after pauses as long as the fault: other streams are there sooner.
         """
         if self._overdue(self._clock.monotonic()):
-            self._break_off(Lane.CONTROL, Lane.LOG, Lane.BULK)
+            self._break_off(Lane.CONTROL, Lane.LOG, Lane.BULK, Lane.PARTS)
 
     def request_stop(self) -> None:
         """Let the threads end as soon as they can, whatever is queued. Returns at once."""
@@ -364,7 +396,7 @@ class Link:
     def _answered(self) -> None:
         """The answer to a packet has come, which is not noted yet. If it was overdue, the other streams stand still, too, as in `heard`."""
         if self._overdue(self._clock.monotonic()):
-            self._break_off(Lane.LOG, Lane.BULK)
+            self._break_off(Lane.LOG, Lane.BULK, Lane.PARTS)
 
     def _overdue(self, now: float) -> bool:
         return self._pulse.overdue(now, self._options.silent_quick_s / 2, self._options.silent_peer_s)
@@ -373,7 +405,8 @@ class Link:
         # Not that of users' messages: what is under way there and arrives late is better than what does not arrive.
         waited_s = self._pulse.waited_s(self._clock.monotonic())
         for lane in lanes:
-            self._pumps[lane].break_off(f"no answer for {waited_s:.1f} s, though it lives")
+            if lane in self._pumps:
+                self._pumps[lane].break_off(f"no answer for {waited_s:.1f} s, though it lives")
 
     def _poke(self) -> None:
         for lane, pump in self._pumps.items():

@@ -173,7 +173,12 @@ class MessageLoad:
         self._nothing.acquire()
         self._room = threading.Condition()
         self._refusing = False
+        self._away = False
+        """Messages go another way: nothing is taken before `use`."""
         self._unsent: list[bytes | pa.Buffer] = []
+        self._reclaimed = 0
+        """How often; and when `_unsent` was taken."""
+        self._taken_at = 0
         self._next = 0
         self._sent = metrics.counter("transport_messages_sent", peer=peer)
         self._users = metrics.counter("transport_user_messages_sent", peer=peer)
@@ -197,7 +202,7 @@ class MessageLoad:
             queued += more
             if wake:
                 self._nothing.release()
-            return not refused or self._refusing
+            return not refused or self._refusing or self._away
 
         if not decided() and timeout_s > 0:
             with self._room:
@@ -206,7 +211,7 @@ class MessageLoad:
         return queued
 
     def accept(self) -> None:
-        if not self._refusing and not self._outbox.accepting:
+        if not self._refusing and not self._away and not self._outbox.accepting:
             self._outbox.open()
             with self._room:
                 self._room.notify_all()
@@ -223,7 +228,13 @@ class MessageLoad:
 
     def take(self, timeout_s: float) -> bool:
         if self._unsent:
-            return True
+            if self._taken_at == self._reclaimed:
+                return True
+            # What came after it went another way.
+            self._dropped.add(len(self._unsent))
+            self._outbox.release(self._unsent)
+            self._unsent = []
+        self._taken_at = self._reclaimed
         if self._outbox.begin_wait() and not self._nothing.acquire(timeout=timeout_s) and not self._outbox.end_wait():
             # Somebody was just about to wake this thread.
             self._nothing.acquire()
@@ -254,12 +265,24 @@ class MessageLoad:
         return 0
 
     def reclaim(self) -> list[bytes | pa.Buffer]:
-        """What is queued and was not taken by the pump: it is not queued here any more. From any thread."""
+        """What is queued and was not taken by the pump: it is not queued here any more. From any thread.
+
+        What was taken and is not written yet is not written any more, if the stream breaks. Nothing more is taken before `use`: who
+        waits for room would put what comes next where what came before is not any more.
+        """
+        self._reclaimed += 1
+        self._away = True
+        self._outbox.close()
         left = self._outbox.drain()
         self._outbox.release(left)
         with self._room:
             self._room.notify_all()
         return left
+
+    def use(self) -> None:
+        """Take messages again after `reclaim`. From any thread."""
+        self._away = False
+        self.accept()
 
     def drop(self) -> None:
         """Drop everything, for good."""

@@ -6,6 +6,8 @@ Each address is a `Link` of its own, with its streams open all the time, so that
 - Entries of a group stay on one way, for they must stay in order: group ``g`` on the ``g``-th, round and round, of those that
   answer, in the order of the addresses. So groups share the ways, and one group alone uses the first that works.
 - Users' messages stay on one way for as long as it answers.
+- Where one way is what entries or users' messages wait for, large packets of them go over all ways, in parts
+  (`marble.transport.spreading`); the order stays with the one way.
 - Pieces of snapshots, whose order does not matter, go wherever least is queued: over all ways at once.
 
 Rule 1: who does not answer in time is not used while somebody else does. If nobody answers, everything stays where it is: a node
@@ -31,10 +33,15 @@ import pyarrow as pa
 from marble.config import canonical_endpoint
 from marble.transport.codec import Codec, Envelope, Lane
 from marble.transport.link import Link, lane_of
+from marble.transport.parts import PartsCodec
 from marble.transport.pump import Surroundings
+from marble.transport.spreading import Spreader
 
 LOOK_S: Final = 0.02
 """Between two looks whether any way stands, for who waits for one."""
+
+WAY_S: Final = 0.1
+"""How long a message waits for room on one way before it is seen whether that is still the way to take."""
 
 QUICKER: Final = 0.7
 """A way takes over the control from one that answers if its round trip is at most this part of the other's."""
@@ -64,6 +71,17 @@ class Paths:
         self._clock = around.clock
         self._unreachable = around.unreachable
         self._moved = around.metrics.counter("transport_paths_changed")
+        addresses = addresses_of(endpoint)
+        self._spreader = Spreader(
+            peer,
+            len(addresses),
+            PartsCodec(codec),
+            around.options.answer_s,
+            around.clock,
+            around.random,
+            around.metrics,
+        )
+        self._spreader.wanted = self._start_parts
         self._links = [
             Link(
                 peer,
@@ -71,9 +89,9 @@ class Paths:
                 codec,
                 dataclasses.replace(around, unreachable=self._broken(at)),
                 number=at,
-                several=True,
+                spreader=self._spreader,
             )
-            for at, address in enumerate(addresses_of(endpoint))
+            for at, address in enumerate(addresses)
         ]
         self._used = [False] * len(self._links)
         self._first = 0
@@ -157,6 +175,10 @@ class Paths:
         taken_s = self._links[at].round_trip_s
         return 1e9 if taken_s is None else taken_s
 
+    def _start_parts(self) -> None:
+        for link in self._links:
+            link.start_parts()
+
     def _broken(self, at: int) -> Callable[[int], None]:
         def broken(peer: int) -> None:
             # A way that is down for long is tried again and again, which is nobody's business while another works.
@@ -172,22 +194,33 @@ class Paths:
 
     def send_messages(self, messages: list[bytes | pa.Buffer], timeout_s: float) -> int:
         """Queue users' messages; wait up to `timeout_s` seconds for the peer and for room. How many were queued, in order."""
+        end = self._clock.monotonic() + timeout_s
         if not self.wait_connected(timeout_s):
             return 0
-        return self._links[self._messages_way()].send_messages(messages, timeout_s)
+        queued = 0
+        while True:
+            left_s = end - self._clock.monotonic()
+            link = self._links[self._messages_way()]
+            # Not for long at a time: the way may change meanwhile.
+            queued += link.send_messages(messages[queued:], max(0.0, min(left_s, WAY_S)))
+            if queued == len(messages) or left_s <= 0:
+                return queued
 
     def _messages_way(self) -> int:
         """The way of users' messages, all of them, for they are to arrive in order: it changes only when it does not answer.
 
-        What is queued there then comes along, but for what is being written, which arrives when that way works again, or never.
+        What is queued there then comes along, but for what is being written or under way, which does not arrive any more if it has
+        not by then.
         """
         with self._lock:
             before, live = self._message_way, self._live()
             if before not in live:
                 self._message_way = min(live, key=self._round_trip)
-                left = self._links[before].reclaim_messages() if self._message_way != before else []
-                if left:
-                    self._links[self._message_way].send_messages(left, 0.0)
+                if self._message_way != before:
+                    left = self._links[before].reclaim_messages()
+                    self._links[self._message_way].use_messages()
+                    if left:
+                        self._links[self._message_way].send_messages(left, 0.0)
             return self._message_way
 
     def request_finish(self) -> None:
@@ -203,6 +236,7 @@ class Paths:
     def watch(self, now: float) -> float:
         """Look after the ways: see `Link.watch`. Seconds until the next look."""
         pause_s = min(link.watch(now) for link in self._links)
+        self._spreader.watch(now)
         live = self._live()
         self._messages_way()
         if any(link.answers(now) for link in self._links):

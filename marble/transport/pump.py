@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final, Protocol
+from functools import partial
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.flight as fl
@@ -29,7 +30,8 @@ from marble.transport.carrier import STREAM_ERRORS, Carrier, Stream
 from marble.transport.codec import Lane, Packet
 from marble.transport.explaining import explain
 from marble.transport.faults import cause_of, from_flight_error
-from marble.transport.handshake import ECHO, ONLY, Handshake
+from marble.transport.handshake import ECHO, ONLY, SPREAD, Handshake
+from marble.transport.load import Dialogue, Load
 from marble.transport.options import TransportOptions
 from marble.transport.pulse import Pulse
 
@@ -39,38 +41,6 @@ UNHURRIED_EVERY: Final = 4
 PATIENT_EVERY: Final = 16
 """Of so many attempts to reach a peer one takes twice as long as the others, or as long as it may: for ways that are long or lose packets,
 and for machines that are busy."""
-
-
-class Load(Protocol):
-    """What a pump sends. `accept`, `wake` and whatever fills it are thread-safe; the rest is the pump's."""
-
-    def accept(self) -> None:
-        """Take messages from now on; so it is at first, until `give_up`."""
-        ...
-
-    def refuse(self) -> None:
-        """Take no more, for good."""
-        ...
-
-    def wake(self) -> None:
-        """Let a `take` that waits return."""
-        ...
-
-    def take(self, timeout_s: float) -> bool:
-        """Gather what is to be written next, unless something taken before is not written yet; whether there is anything."""
-        ...
-
-    def packets(self, features: int) -> Iterable[Packet]:
-        """What was taken, for a peer that understands `features`; one empty packet if that is nothing."""
-        ...
-
-    def written(self, seconds: float) -> None:
-        """All that was taken has been written; for so long the stream had to be waited for."""
-        ...
-
-    def give_up(self) -> int:
-        """Drop everything, and take no more until `accept`; how many messages that were."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +89,8 @@ class Pump:
         Which of several ways to the peer this is; for names.
     only
         Whether there is but one way.
+    dialogue
+        What more is said, if the peer understands it.
     """
 
     def __init__(
@@ -138,6 +110,7 @@ class Pump:
         ping: Callable[[], Packet] | None = None,
         number: int = 0,
         only: bool = False,
+        dialogue: Dialogue | None = None,
     ) -> None:
         self.peer = peer
         self.endpoint = endpoint
@@ -156,6 +129,8 @@ class Pump:
         self._attempts = 0
         self._pulse = pulse
         self._ping = ping
+        self._dialogue = dialogue
+        self._talking: Dialogue | None = None
         self._listener: threading.Thread | None = None
         self._heard: BaseException | None = None
         self._broken_off = ""
@@ -166,7 +141,8 @@ class Pump:
         self._finishing = threading.Event()
         self._poked = threading.Event()
         self._stream: Stream | None = None
-        self._features = 0
+        self.features = 0
+        """What both ends understood on the last stream, a bit each."""
         self._refusal = ""
         self._packets = around.metrics.counter("transport_packets_sent", peer=peer)
         self._broken = around.metrics.counter("transport_streams_broken", peer=peer)
@@ -324,6 +300,7 @@ class Pump:
 
     def _open(self) -> Stream:
         self._attempts += 1
+        self._broken_off = ""
         stream = self._around.carrier.open(
             self.endpoint,
             self._schema,
@@ -338,17 +315,18 @@ class Pump:
                 raise fl.FlightCancelledError("the link stops")
             self._heard = None
             self._greeting_at = self._around.clock.monotonic()
-            self._features = self._around.handshake.call(self.peer, self._lane, stream, ONLY if self._only else 0)
+            self.features = self._around.handshake.call(self.peer, self._lane, stream, ONLY if self._only else 0)
         except BaseException:
             self._forget(stream)
             raise
         finally:
             self._greeting_at = None
-        if self._pulse is not None and self._features & ECHO:
+        if self._pulse is not None and self.features & ECHO:
             self._pulse.begin(self._around.clock.monotonic())
-            name = self._thread.name.replace("marble-link", "marble-echo")
-            self._listener = threading.Thread(target=self._listen, args=(stream, self._pulse), name=name, daemon=True)
-            self._listener.start()
+            self._start_listener(stream, partial(self._echoed, self._pulse))
+        elif self._dialogue is not None and self.features & SPREAD:
+            self._talking = self._dialogue
+            self._start_listener(stream, self._dialogue.heard)
         self.load.accept()
         self._connected.set()
         self._attempts = 0
@@ -374,16 +352,27 @@ class Pump:
             # It is in a read, which the cancelling ends; the stream is not to be closed under it.
             self._listener.join(self._options.silent_peer_s)
             self._listener = None
+        if self._talking is not None:
+            self._talking.end()
+            self._talking = None
         stream.close()
 
-    def _listen(self, stream: Stream, pulse: Pulse) -> None:
-        """Take the packets that the peer gives back, and notice when it ends the stream. On a thread of its own."""
+    def _start_listener(self, stream: Stream, heard: Callable[[bytes], None]) -> None:
+        name = self._thread.name.replace("marble-link", "marble-echo")
+        self._listener = threading.Thread(target=self._listen, args=(stream, heard), name=name, daemon=True)
+        self._listener.start()
+
+    def _echoed(self, pulse: Pulse, _: bytes) -> None:
+        self._on_answer()
+        taken_s = pulse.answered(self._around.clock.monotonic())
+        if taken_s is not None:
+            self._round_trips.observe(taken_s)
+
+    def _listen(self, stream: Stream, heard: Callable[[bytes], None]) -> None:
+        """Take what the peer answers, and notice when it ends the stream. On a thread of its own."""
         try:
-            while stream.answer() is not None:
-                self._on_answer()
-                taken_s = pulse.answered(self._around.clock.monotonic())
-                if taken_s is not None:
-                    self._round_trips.observe(taken_s)
+            while (answer := stream.answer()) is not None:
+                heard(answer)
             self._heard = fl.FlightUnavailableError("the peer ended the stream")
         except (*STREAM_ERRORS, ProtocolError) as error:
             self._heard = error
@@ -395,6 +384,8 @@ class Pump:
         """Write what is taken until the link stops, or has been idle for long. Raises when the stream breaks."""
         clock = self._around.clock
         used_at = clock.monotonic()
+        if self._talking is not None and (first := self._talking.begin()) is not None:
+            stream.write(*first)
         while not self._stopping.is_set():
             due_s = None if self._pulse is None else self._pulse.due_in(clock.monotonic())
             idle_s = self._options.idle_check_s
@@ -408,7 +399,7 @@ class Pump:
                 self._gate is not None and clock.monotonic() - used_at >= self._options.idle_close_s
             ):
                 # A peer that takes nothing any more is not waited for: `request_stop` cancels the stream.
-                stream.finish()
+                self._finish(stream)
                 return
             elif self._pulse is None or due_s is None:
                 self._write_taken(stream)
@@ -417,10 +408,17 @@ class Pump:
                 stream.write(*self._ping())
                 self._packets.add()
 
+    def _finish(self, stream: Stream) -> None:
+        if self._listener is None:
+            stream.finish()
+        else:
+            stream.end()
+            self._listener.join()
+
     def _packets_taken(self) -> Iterator[Packet]:
         """What was taken. If it cannot be made into packets the fault is ours, not the stream's: another one would not help."""
         try:
-            yield from self.load.packets(self._features)
+            yield from self.load.packets(self.features)
         except STREAM_ERRORS as error:
             raise InvariantError(f"messages for node {self.peer} cannot be made into packets: {error}") from error
 
@@ -428,9 +426,23 @@ class Pump:
         """One empty packet if that is nothing: it shows whether the stream still lives."""
         clock = self._around.clock
         spent_s = 0.0
-        for metadata, batch in self._packets_taken():
+        talking = self._talking
+        for packet in self._packets_taken():
             began = clock.monotonic()
-            stream.write(metadata, batch)
+            if talking is None:
+                stream.write(*packet)
+            else:
+                self._write_or_replace(stream, packet, talking)
             spent_s += clock.monotonic() - began
             self._packets.add()
         self.load.written(spent_s)
+
+    def _write_or_replace(self, stream: Stream, packet: Packet, talking: Dialogue) -> None:
+        instead = talking.replace(packet, self._going_on)
+        began = self._around.clock.monotonic()
+        stream.write(*instead)
+        if instead is packet:
+            talking.wrote(packet, self._around.clock.monotonic() - began)
+
+    def _going_on(self) -> bool:
+        return not self._stopping.is_set() and not self._broken_off and self._heard is None

@@ -126,6 +126,21 @@ _ALL: Final = (
     _counter("transport_streams_broken", "streams", "streams to peers that broke", "peer"),
     _histogram("transport_round_trip_seconds", "an empty packet to the peer's process and back", "peer"),
     _counter("transport_paths_changed", "changes", "changes of the way that a peer is reached by first"),
+    _counter(
+        "transport_parts_bytes_sent",
+        "bytes",
+        "parts of large packets that this way (0: the first address) took",
+        "peer",
+        "way",
+    ),
+    _counter(
+        "transport_parts_sent_again", "parts", "parts that were late, or whose stream broke, and took another way"
+    ),
+    _counter("transport_ways_rested", "times", "a way was left out because parts were late on it"),
+    _counter("transport_parts_received", "parts", "parts of large packets that arrived"),
+    _counter(
+        "transport_parts_dropped", "parts", "that arrived twice, or after the stream that they were for had ended"
+    ),
     _counter("transport_bytes_before_compression", "bytes", "payloads that were compressed, as they were"),
     _counter("transport_bytes_after_compression", "bytes", "the same payloads as they were sent"),
     _counter(

@@ -16,10 +16,12 @@ from marble._core.checksum import xxh3_64
 from marble._core.entry_batch import encode_payload
 from marble._core.packing import MESSAGE_SCHEMA, unpack
 from marble.config import HttpConfig
-from marble.errors import ProtocolError, UsageError
+from marble.errors import ProtocolError, UnavailableError, UsageError
 from marble.metrics import Metrics
+from marble.transport.assembly import Assemblies
 from marble.transport.compression import unwrap
 from marble.transport.messages import PIECE_BYTES_MAX, MessageCodec
+from marble.transport.parts import PART_BYTES, Kind, Notice, PartsCodec
 from marble.transport.proof import CalleeProof, CallerProof, Secret
 from marble.transport.tokens import parse_tokens
 from marble.web.http import HttpServer, _Handler
@@ -105,6 +107,65 @@ def _mend_user_messages(data: bytes) -> bytes:
     return join(metadata, stream)
 
 
+# -- packets in parts ----------------------------------------------------------------------------------------------------
+
+_PARTS_ONE, _PARTS_TWO = PartsCodec(ONE), PartsCodec(TWO)
+_FLOW, _CHUNKS = 5, 6
+
+
+def _chunks() -> list[bytes]:
+    """Only last parts: the others are too large for this."""
+    last = PART_BYTES, PART_BYTES + 10
+    stub = Notice(Kind.BYTES, _FLOW, 0, 0, last[1]), b"metadata", b""
+    parts = [
+        (Notice(Kind.PART, _FLOW, 0, *last), b"", b"0123456789"),
+        (Notice(Kind.PART, _FLOW, 1, *last), b"", b"abcdefghij"),
+        (Notice(Kind.PART, 0), b"", b""),
+        (Notice(Kind.PART, _FLOW, 0, *last), b"", b"0123456789"),
+        (Notice(Kind.PART, _FLOW + 1, 0, *last), b"", b"0123456789"),
+    ]
+    made = [_PARTS_ONE.encode(2, notice, rest, pa.py_buffer(part)) for notice, rest, part in (stub, *parts)]
+    whole = [join(each.metadata, b"" if each.batch is None else stream_of(each.batch)) for each in made]
+    return [join(*whole), join(join(b"packet", b""), *whole[:0:-1])]
+
+
+def _parse_chunks(data: bytes) -> None:
+    """One chunk on the stream that gives the order, the others on streams of parts. Nothing is kept when it has ended."""
+    assemblies = Assemblies(_PARTS_TWO, 0.0, Metrics())
+    answers: list[bytes] = []
+    opening = _PARTS_ONE.encode(2, Notice(Kind.OPEN, _FLOW)).metadata
+    first, *others = [_chunk(chunk) for chunk in split(data, _CHUNKS)]
+    order = iter([(pa.py_buffer(opening), None), (pa.py_buffer(b"packet"), None), first])
+    taken = assemblies.ordered(1, order, lambda answer: answers.append(answer) is None)
+    next(taken)
+    refused = None
+    for chunk in others:
+        try:
+            assemblies.fill(1, iter([chunk]), lambda answer: answers.append(answer) is None)
+        except ProtocolError as error:
+            refused = error
+    try:
+        for metadata, _ in taken:
+            assert metadata is None or bytes(memoryview(metadata)[:4]) != b"MBLS"
+    except UnavailableError:
+        pass  # A packet did not come whole: this ends its stream, and is what it should be.
+    finally:
+        assert assemblies._open == {}
+    for answer in answers:
+        _PARTS_ONE.decode(2, answer)
+    if refused is not None:
+        raise refused
+
+
+def _chunk(data: bytes) -> tuple[pa.Buffer, pa.RecordBatch | None]:
+    metadata, stream = split(data, 2)
+    return pa.py_buffer(metadata), batch_of(stream) if stream else None
+
+
+def _mend_chunks(data: bytes) -> bytes:
+    return join(*(_mend_user_messages(chunk) for chunk in split(data, _CHUNKS)))
+
+
 # -- compressed packets --------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +232,7 @@ def _parse_request(data: bytes) -> None:
 
 
 PORT_TARGETS: Sequence[Target] = (
+    Target("packets in parts", _chunks, _parse_chunks, (ProtocolError,), _mend_chunks),
     Target("tokens", lambda: [_TOKENS], lambda data: parse_tokens(data.decode(errors="replace")), (UsageError,)),
     Target("proof", _proofs, _parse_proof, (ProtocolError,)),
     Target("messages", _user_messages, _parse_user_messages, (ProtocolError,), _mend_user_messages),

@@ -1,0 +1,421 @@
+"""Large packets in parts over all ways to a peer, where one way alone is what everything waits for.
+
+A *flow* is one stream that gives an order: that of entries, or of users' messages, on one way. Where its writes are slow it has the
+payloads of large packets cut into parts, and writes stubs in their place (`marble.transport.parts`). Each way has a stream for parts, and
+takes the next part when it has room: so each gets as much as it drains.
+
+Rule 1: small packets, and all packets while the flow's own way is quick, go as if there was no other way.
+Rule 2: a way has room while fewer bytes than its window are out without an answer. The window grows while answers take about as long as
+the quickest, and shrinks when they take longer: more would only wait in front of a line that is full.
+Rule 3: a part without an answer for longer than answers take on that way, and at least than `patience_s`, is late: it, and whatever else
+is out there, is sent again by the others, and the way rests until it has answered for all, longer each time.
+Rule 4: what is sent again is sent first.
+
+Invariants:
+- The payloads of a flow that its receiver has not taken are at most what the receiver allows, together, or a single one.
+- Every part of a flow that is open is to be sent, or out on a way that is open, or answered: nothing is forgotten while a way is left.
+- Thread-safe; no thread of its own. `watch` is called every now and then.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import pyarrow as pa
+
+from marble.env import Clock, Random
+from marble.errors import ProtocolError
+from marble.metrics import Metrics
+from marble.transport.codec import Lane, Packet
+from marble.transport.parts import (
+    HELD_BYTES_MAX,
+    PART_BYTES,
+    SPREAD_BYTES_MIN,
+    Kind,
+    Notice,
+    PartsCodec,
+    payload_bytes,
+    take_apart,
+)
+
+QUICK_BYTES_PER_S: Final = 512.0 * (1 << 20)
+"""A way that takes so much is not what anything waits for: to cut packets would cost more than it wins."""
+KNOWN_BYTES: Final = 1 << 20
+"""A flow has written so much before it is known how quick its way is."""
+WINDOW_BYTES_MAX: Final = 16 << 20
+"""Out on one way without an answer: 160 MB/s at 100 ms."""
+WAITING_PARTS_MAX: Final = 4
+"""Parts that wait for each way when the next packet is cut: enough that no way stands idle while that is done."""
+REST_MIN_S: Final = 0.5
+REST_MAX_S: Final = 30.0
+"""How long a way rests that was late, at first and at most: it doubles each time, until half as many answers in a row came in time."""
+IDLE_S: Final = 1.0
+"""A flow that has had nothing under way for so long finds out anew how quick its way is; ways' streams are wanted no longer."""
+
+_LOOK_S: Final = 0.05
+"""Between two looks of a flow that waits for room whether its stream is still wanted."""
+_PARDON: Final = 256
+"""Answers in time after which a way's earlier lateness counts no more."""
+
+
+@dataclass(eq=False, slots=True)
+class Part:
+    """One part: where it belongs, its bytes, and on which ways it was late."""
+
+    flow: int
+    number: int
+    offset: int
+    total: int
+    body: pa.Buffer
+    avoid: set[int] = field(default_factory=set)
+    done: bool = False
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        return self.flow, self.number, self.offset
+
+
+class _Way:
+    """What is known of one way. ``0 <= out_bytes``, the sum of the parts in `out`."""
+
+    def __init__(self) -> None:
+        self.open = False
+        self.out: dict[tuple[int, int, int], tuple[float, Part]] = {}
+        """Parts without an answer, and since when, the oldest first."""
+        self.out_bytes = 0
+        self.window = 2 * PART_BYTES
+        self.least_s: float | None = None
+        self.smoothed_s = 0.0
+        self.variation_s = 0.0
+        self.shrunk_at = 0.0
+        self.late = False
+        """Something that is out was late: nothing more is sent before all of it is answered."""
+        self.rest_s = REST_MIN_S
+        self.rests_until = 0.0
+        self.in_time = 0
+
+    def fit(self, now: float) -> bool:
+        return self.open and not self.late and now >= self.rests_until
+
+    def clear(self) -> list[Part]:
+        """Nothing is out any more; what was and is still wanted."""
+        lost = [part for _, part in self.out.values() if not part.done]
+        self.out.clear()
+        self.out_bytes = 0
+        self.late = False
+        return lost
+
+    def rest(self, now: float) -> None:
+        self.rests_until = now + self.rest_s
+        self.rest_s = min(REST_MAX_S, 2 * self.rest_s)
+        self.window = PART_BYTES
+        self.in_time = 0
+
+    def learn(self, taken_s: float, size: int, now: float, slack_s: float) -> None:
+        """An answer has come after `taken_s`; it may take `slack_s` longer than the quickest."""
+        if self.least_s is None:
+            self.least_s, self.smoothed_s, self.variation_s = taken_s, taken_s, taken_s / 2
+        else:
+            # What once was the quickest is forgotten slowly: a way may have become longer.
+            self.least_s = min(taken_s, self.least_s + (taken_s - self.least_s) / 256)
+            self.variation_s += (abs(self.smoothed_s - taken_s) - self.variation_s) / 4
+            self.smoothed_s += (taken_s - self.smoothed_s) / 8
+        if taken_s <= self.least_s + slack_s:
+            self.window = min(WINDOW_BYTES_MAX, self.window + size)
+        elif now - self.shrunk_at > taken_s:
+            self.window = max(PART_BYTES, self.window * 3 // 4)
+            self.shrunk_at = now
+        self.in_time += 1
+        if self.in_time >= _PARDON:
+            self.rest_s = REST_MIN_S
+
+
+class Spreader:
+    """The ways to one peer, and the parts that are to go there.
+
+    Parameters
+    ----------
+    ways
+        How many there are.
+    patience_s
+        What a part may take at least before it is late.
+    wanted
+        Called when parts are to be sent and streams for them may be needed; must not block.
+    """
+
+    def __init__(
+        self, peer: int, ways: int, codec: PartsCodec, patience_s: float, clock: Clock, random: Random, metrics: Metrics
+    ) -> None:
+        self.peer = peer
+        self.codec = codec
+        self.clock = clock
+        self.wanted: Callable[[], None] = lambda: None
+        self._patience_s = patience_s
+        self._random = random
+        self._changed = threading.Condition()
+        self._ways = [_Way() for _ in range(ways)]
+        self._todo: deque[Part] = deque()
+        self._flows: dict[int, Flow] = {}
+        self._asked_at: float | None = None
+        self._again = metrics.counter("transport_parts_sent_again")
+        self._late = metrics.counter("transport_ways_rested")
+
+    # -- for streams that give an order
+
+    def begin(self, lane: Lane, way: int) -> Flow:
+        """A stream of `lane` stands, on `way`."""
+        with self._changed:
+            number = self._random.randrange(0, 2**64)
+            flow = self._flows[number] = Flow(self, number, lane, way)
+            return flow
+
+    def end(self, flow: Flow) -> None:
+        """It is gone: what was to be sent for it is not. Idempotent."""
+        with self._changed:
+            if self._flows.pop(flow.number, None) is None:
+                return
+            kept = []
+            for part in self._todo:
+                part.done = part.flow == flow.number
+                if not part.done:
+                    kept.append(part)
+            self._todo = deque(kept)
+            for way in self._ways:
+                for _, part in way.out.values():
+                    part.done |= part.flow == flow.number
+            self._changed.notify_all()
+
+    def ask(self, home: int) -> bool:
+        """Parts would be of use to a stream on the way `home`: whether another one takes them now."""
+        now = self.clock.monotonic()
+        with self._changed:
+            fresh = self._asked_at is None or now - self._asked_at > IDLE_S / 2
+            if fresh:
+                self._asked_at = now
+                self._changed.notify_all()
+            usable = any(way.fit(now) for at, way in enumerate(self._ways) if at != home)
+        if fresh:
+            self.wanted()
+        return usable
+
+    def put(self, flow: Flow, payload: pa.Buffer, going_on: Callable[[], bool]) -> int | None:
+        """Wait until there is room for `payload`, and have it sent in parts: its number. None if `going_on` says no before."""
+        size = payload.size
+        with self._changed:
+            while not self._room(flow, size):
+                if not going_on():
+                    return None
+                self._changed.wait(_LOOK_S)
+            number, flow.next = flow.next, flow.next + 1
+            flow.under_way.append((number, size))
+            flow.under_way_bytes += size
+            self._todo.extend(
+                Part(flow.number, number, offset, size, payload.slice(offset, min(PART_BYTES, size - offset)))
+                for offset in range(0, size, PART_BYTES)
+            )
+            self._changed.notify_all()
+            return number
+
+    def _room(self, flow: Flow, size: int) -> bool:
+        # What waits in the flow's own queue may yet go another way; what is in parts is lost with the flow's stream.
+        full = len(self._todo) > WAITING_PARTS_MAX * len(self._ways)
+        return not full and (not flow.under_way or flow.under_way_bytes + size <= flow.room_bytes)
+
+    def settle(self, flow: Flow, number: int) -> None:
+        """The receiver has taken all payloads of `flow` before `number`. Raises ProtocolError if there are not so many."""
+        with self._changed:
+            if number > flow.next:
+                raise ProtocolError(f"packet {number - 1} in parts is said to be taken, and was not sent")
+            while flow.under_way and flow.under_way[0][0] < number:
+                flow.under_way_bytes -= flow.under_way.popleft()[1]
+            self._changed.notify_all()
+
+    def changed(self) -> None:
+        """Let those who wait look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    # -- for streams of parts
+
+    def wait_wanted(self, timeout_s: float, woken: Callable[[], bool]) -> bool:
+        """Wait up to `timeout_s` seconds, or until `woken`, for streams of parts to be wanted; whether they are."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._wanted() or woken(), timeout_s)
+            return self._wanted()
+
+    def _wanted(self) -> bool:
+        return bool(self._todo) or (self._asked_at is not None and self.clock.monotonic() - self._asked_at <= IDLE_S)
+
+    def opened(self, way: int) -> None:
+        """The stream for parts of `way` stands."""
+        with self._changed:
+            self._ways[way].open = True
+            self._changed.notify_all()
+
+    def broke(self, way: int) -> None:
+        """It is gone. Idempotent."""
+        with self._changed:
+            state = self._ways[way]
+            state.open = False
+            if lost := state.clear():
+                state.rest(self.clock.monotonic())
+            self._repeat(lost, way)
+
+    def next(self, way: int, timeout_s: float, woken: Callable[[], bool]) -> Part | None:
+        """What `way` is to send next, which counts as sent now; None if that is nothing for `timeout_s` seconds, or until `woken`."""
+        state = self._ways[way]
+        end = self.clock.monotonic() + timeout_s
+        with self._changed:
+            while not woken():
+                now = self.clock.monotonic()
+                if (part := self._pick(way, now)) is not None:
+                    state.out[part.key] = (now, part)
+                    state.out_bytes += part.body.size
+                    self._changed.notify_all()
+                    return part
+                left_s = end - now
+                if left_s <= 0 or not state.open:
+                    return None
+                if self._todo and not state.late and state.rests_until > now:
+                    left_s = min(left_s, state.rests_until - now)
+                self._changed.wait(left_s)
+        return None
+
+    def _pick(self, way: int, now: float) -> Part | None:
+        state = self._ways[way]
+        others = [other for other in self._ways if other is not state and other.fit(now)]
+        # Who is the last one left does not rest.
+        if not state.open or (others and not state.fit(now)):
+            return None
+        for at, part in enumerate(self._todo):
+            if part.key in state.out or (others and way in part.avoid):
+                continue
+            if state.out_bytes and state.out_bytes + part.body.size > state.window:
+                return None
+            del self._todo[at]
+            return part
+        return None
+
+    def arrived(self, way: int, notice: Notice) -> int:
+        """The answer to a part; how many bytes that was. Raises ProtocolError if nothing is out that it could be for."""
+        now = self.clock.monotonic()
+        with self._changed:
+            state = self._ways[way]
+            sent_at, part = state.out.pop((notice.flow, notice.number, notice.offset), (0.0, None))
+            if part is None or part.total != notice.total:
+                raise ProtocolError("the answer to a part that was not sent on this stream")
+            state.out_bytes -= part.body.size
+            if not part.done:
+                part.done = True
+                if part.avoid and part in self._todo:
+                    self._todo.remove(part)
+            state.learn(now - sent_at, part.body.size, now, self._patience_s / 4)
+            if state.late and not state.out:
+                state.late = False
+            self._changed.notify_all()
+            return int(part.body.size)
+
+    # -- for the watch
+
+    def watch(self, now: float) -> None:
+        """See to it that parts that are late are sent by other ways."""
+        with self._changed:
+            for at, state in enumerate(self._ways):
+                if state.late or not state.out:
+                    continue
+                sent_at, _ = next(iter(state.out.values()))
+                usual_s = state.smoothed_s + 4 * state.variation_s if state.least_s is not None else 0.0
+                others = any(other.fit(now) for other in self._ways if other is not state)
+                if others and now - sent_at > max(self._patience_s, usual_s):
+                    state.late = True
+                    state.rest(now)
+                    self._late.add()
+                    self._repeat([part for _, part in state.out.values() if not part.done], at)
+
+    def _repeat(self, parts: list[Part], way: int) -> None:
+        for part in reversed(parts):
+            part.avoid.add(way)
+            if part not in self._todo:
+                self._todo.appendleft(part)
+                self._again.add()
+        self._changed.notify_all()
+
+
+class Flow:
+    """The packets of one stream that gives an order. One thread writes, another hears what is answered.
+
+    - ``room_bytes``: what may be under way; 0 until the receiver has said it.
+    - ``under_way``, ``under_way_bytes``: number and bytes of each payload that the receiver has not taken, and their sum. With `next`,
+      the number of the next one, they are the spreader's, and under its lock.
+    """
+
+    def __init__(self, spreader: Spreader, number: int, lane: Lane, way: int) -> None:
+        self.number = number
+        self.room_bytes = 0
+        self.under_way: deque[tuple[int, int]] = deque()
+        self.under_way_bytes = 0
+        self.next = 0
+        self._spreader = spreader
+        self._lane = lane
+        self._way = way
+        self._written_bytes = 0.0
+        self._written_s = 0.0
+        self._used_at = 0.0
+
+    def opening(self) -> Packet:
+        """What is to be written first."""
+        return self._spreader.codec.encode(self._spreader.peer, Notice(Kind.OPEN, self.number))
+
+    def heard(self, answer: bytes) -> None:
+        """What the receiver answers. Raises ProtocolError if that is nothing that it could."""
+        notice, _, _ = self._spreader.codec.decode(self._spreader.peer, answer)
+        if notice.flow == self.number and notice.kind is Kind.OPEN:
+            self.room_bytes = min(notice.total, HELD_BYTES_MAX)
+        elif notice.flow == self.number and notice.kind is Kind.TAKEN:
+            self._spreader.settle(self, notice.number)
+        else:
+            raise ProtocolError(f"a {notice.kind.name} as the answer on a stream that gives an order")
+
+    def wrote(self, packet: Packet, seconds: float) -> None:
+        """`packet` was written as it is, and the stream had to be waited for so long."""
+        if (size := payload_bytes(packet)) >= SPREAD_BYTES_MIN:
+            self._written_bytes = self._written_bytes * 3 / 4 + size
+            self._written_s = self._written_s * 3 / 4 + seconds
+
+    def replace(self, packet: Packet, going_on: Callable[[], bool]) -> Packet:
+        """What to write in the place of `packet`: itself, or its stub, and then its parts are on their way. Waits for room.
+
+        If `going_on` comes to say no meanwhile it is the packet itself.
+        """
+        if (
+            payload_bytes(packet) < SPREAD_BYTES_MIN
+            or not self.room_bytes
+            or not self._slow()
+            or not self._spreader.ask(self._way)
+        ):
+            return packet
+        kind, metadata, payload = take_apart(self._lane, packet)
+        if not SPREAD_BYTES_MIN <= payload.size <= self._spreader.codec.payload_bytes_max:
+            return packet
+        number = self._spreader.put(self, payload, going_on)
+        if number is None:
+            return packet
+        return self._spreader.codec.encode(
+            self._spreader.peer, Notice(kind, self.number, number, 0, payload.size), metadata
+        )
+
+    def _slow(self) -> bool:
+        """Whether this stream's way is what its packets wait for, by what the last ones took."""
+        now = self._spreader.clock.monotonic()
+        if now - self._used_at > IDLE_S and not self.under_way:
+            self._written_bytes = self._written_s = 0.0
+        self._used_at = now
+        return KNOWN_BYTES <= self._written_bytes < self._written_s * QUICK_BYTES_PER_S
+
+    def end(self) -> None:
+        """The stream is gone. Idempotent."""
+        self._spreader.end(self)
