@@ -182,7 +182,7 @@ class Pair:
         self._stack.close()
 
     def _end(self) -> None:
-        """Wait for the receiver, which ends when it reads no more orders and has taken in what it was ordered; no longer than it may take."""
+        """Wait for the receiver, which ends when it reads no more orders and has what it was ordered to take in; not for ever."""
         with contextlib.suppress(BrokenPipeError):
             self._say.close()
         try:

@@ -415,13 +415,11 @@ class SnapshotStore:
         total = Xxh3()
 
         def windows() -> Iterator[bytes]:
-            offset = 0  # `file` lags behind: writes are gathered.
-            while offset < size:
+            for offset in range(0, size, WINDOW_BYTES):
                 data = self._files.read(path, offset, min(WINDOW_BYTES, size - offset))
-                if not data:
+                if len(data) < min(WINDOW_BYTES, size - offset):
                     raise OSError(f"{self._files.describe(path)} became shorter while it was read")
                 total.update(data)
-                offset += len(data)
                 yield data
 
         write_paced(file, windows(), None)

@@ -45,7 +45,7 @@ def eventually(condition: Callable[[], Any], what: str, timeout_s: float = WAIT_
 
 
 def free_endpoints(count: int) -> list[str]:
-    """Endpoints on which nobody listened a moment ago, and which the kernel gives to nobody who asks for any port, or who calls somebody."""
+    """Endpoints on which nobody listened a moment ago, of ports that the kernel gives to nobody who asks for any, or calls somebody."""
     return [f"127.0.0.1:{port}" for port in find_free_ports(count)]
 
 
