@@ -33,10 +33,11 @@ from marble.types import Position
 
 @dataclass(slots=True)
 class _Sending:
-    """A peer fetches `info`, which is pinned. ``ticks`` since it asked for anything."""
+    """A peer fetches `info`, which is pinned. ``ticks`` since it asked for anything of it, or was offered it; whether it ``asked``."""
 
     info: SnapshotInfo
     ticks: int = 0
+    asked: bool = False
 
 
 class Transfer:
@@ -54,7 +55,7 @@ class Transfer:
         What one message carries of a snapshot.
     patience_ticks
         After so many ticks without an answer a piece is asked for again, three times as a rule; a sender waits ten times
-        as long for its peer.
+        as long for its peer, and once as long for the first thing that it asks for.
     healed
         Told the name of a damaged file that was fetched anew (`marble.machine.HealingMachine`); by a job.
     window_bytes_max
@@ -116,7 +117,7 @@ class Transfer:
         for sending in (self._sending.get(fetch.sender), self._lent.get(fetch.sender)):
             # A peer that heals files of its own asks, too, and is no nearer to the snapshot that was offered to it.
             if sending is not None and (sending.info.index, sending.info.term) == (fetch.log_index, fetch.log_term):
-                sending.ticks = 0
+                sending.ticks, sending.asked = 0, True
         row = None
         try:
             data = self._piece(fetch)
@@ -240,7 +241,8 @@ class Transfer:
             state = progress.get(peer)
             if state is None or state.state is not ProgressState.SNAPSHOT:
                 self.release(peer)
-            elif sending.ticks > 10 * self._patience_ticks:
+            # Who has not asked at all has most likely not heard the offer. It is made again, and changes nothing where it was heard.
+            elif sending.ticks > (10 if sending.asked else 1) * self._patience_ticks:
                 self.release(peer)
                 silent.append(peer)
         for peer, lent in list(self._lent.items()):

@@ -305,8 +305,9 @@ PLANS: Final[dict[str, Plan]] = {
 }
 """The mixes that have a name. ``swarm`` and ``swarm-files`` are not among them: see `plan_for`."""
 
-_ONE: Final = replace(_CALM, back_timeouts=6)
-"""Of one kind of fault. Two timeouts are what an election takes at most, if no vote is split; something slow may have begun before."""
+_ONE: Final = replace(_CALM, back_timeouts=2, election_spread_ticks=5)
+"""Of one kind of fault, with the election timeouts of real nodes: an election that begins when the fault ends takes at most one and a
+half, if no vote is split."""
 
 _CUT: Final = NetworkFaults(loss=0, duplication=0, cuts=0.4, ways="both", partial=0.0, flap=0.0, lags=0)
 _BARE: Final = replace(_CUT, cuts=0, slow=0)

@@ -188,6 +188,27 @@ def test_a_peer_that_falls_silent_loses_its_pin() -> None:
     assert ring[1].raft.role is Role.LEADER
 
 
+def test_an_offer_that_was_lost_is_made_again_soon() -> None:
+    """Not after the time that is left to a peer which has begun to fetch."""
+    ring = ring_with_rows(10)
+    ring.crash(3)
+    ring.write(60, first=10)
+    lost: list[int] = []
+
+    def lose_one(sender: int, to: int, envelope: Envelope) -> bool:
+        first = envelope.message.kind is MessageKind.INSTALL_SNAPSHOT and not lost
+        if first:
+            lost.append(to)
+        return first
+
+    ring.drop = lose_one
+    ring.restart(3)
+    ring.tick(6)
+    assert lost == [3]
+    ring.tick(2 * POLICY.patience_ticks)
+    assert ring[3].rows() == expected(70)
+
+
 def test_a_snapshot_is_not_installed_under_a_job_of_the_machine() -> None:
     ring = ring_with_rows(10)
     ring.crash(3)
