@@ -34,7 +34,7 @@ from marble.logstore.plan import Plan, Work, gather, plan_frames
 from marble.logstore.reader import Reader
 from marble.logstore.repair import create_segment, prepare_directory, repair
 from marble.logstore.replay import GroupState, Replay, check_hard_state
-from marble.logstore.room import Room
+from marble.logstore.room import REST_BYTES, Room
 from marble.logstore.scan import RecoveryReport, Scan, Tail
 from marble.logstore.segment import FRAME_BYTES_LIMIT, WINDOW_BYTES, MarkFile, Still, segment_path
 from marble.types import INDEX_MAX, HardState
@@ -51,19 +51,20 @@ class LogOptions:
     - ``segment_bytes_max``: a segment is continued while what comes next fits; at least one sync goes into each.
     - ``cache_bytes_max``: frames kept in memory after they were written or read.
     - ``frame_bytes_max``: no frame that is written is longer, so no entry either.
+    - ``rest_bytes``: a log to which less is written in `marble.logstore.room.REST_S` keeps no spare segments.
     """
 
     segment_bytes_max: int = 64 * _MIB
     cache_bytes_max: int = 64 * _MIB
     frame_bytes_max: int = 64 * _MIB
+    rest_bytes: int = REST_BYTES
 
     def __post_init__(self) -> None:
         if not _MIB <= self.frame_bytes_max <= FRAME_BYTES_LIMIT:
             raise UsageError(f"frame_bytes_max {self.frame_bytes_max} is not within 1 MiB to 1 GiB")
-        if self.segment_bytes_max < 4096:
-            raise UsageError(f"segment_bytes_max {self.segment_bytes_max} is below 4096")
-        if self.cache_bytes_max < 0:
-            raise UsageError(f"cache_bytes_max {self.cache_bytes_max} is negative")
+        for name, least in (("segment_bytes_max", 4096), ("cache_bytes_max", 0), ("rest_bytes", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} {getattr(self, name)} is below {least}")
 
     @property
     def entry_bytes_max(self) -> int:
@@ -97,7 +98,7 @@ class Log:
         self._sealed_bytes = sum(scan.sealed.values())
         self._first_segment = scan.first_segment
         self._mark = MarkFile(files, scan.mark)
-        self.room = Room(files, options.segment_bytes_max)
+        self.room = Room(files, options.segment_bytes_max, options.rest_bytes)
         """Whoever opens the log writable asks `Room.rests` now and then, and calls `purge` if it does."""
         if writable and not self._report.lost_durable_bytes:
             self._continue()

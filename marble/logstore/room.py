@@ -29,7 +29,7 @@ SPARES_MAX: Final = 4
 
 REST_S: Final = 1.0
 REST_BYTES: Final = 1024 * 1024
-"""Who writes less than this in `REST_S` does well without spares."""
+"""Who writes less than this in `REST_S` does well without spares, unless somebody says otherwise."""
 
 _PAGE_BYTES: Final = 4096
 _FRAME_BYTES_MAX: Final = 32 * 1024
@@ -66,11 +66,14 @@ class Room:
         The node's.
     segment_bytes_max
         Files that are much smaller, or larger, are not kept.
+    rest_bytes
+        The log rests when less than this was written in `REST_S`.
     """
 
-    def __init__(self, files: Files, segment_bytes_max: int) -> None:
+    def __init__(self, files: Files, segment_bytes_max: int, rest_bytes: int = REST_BYTES) -> None:
         self._files = files
         self._segment_bytes_max = segment_bytes_max
+        self._rest_bytes = rest_bytes
         self._lock = threading.Lock()
         self._paths: list[str] = []
         self._written = 0
@@ -93,7 +96,7 @@ class Room:
         written = self._written - self._written_then
         self._looked_at, self._written_then = now, self._written_then + written
         with self._lock:
-            self._resting = written < REST_BYTES
+            self._resting = written < self._rest_bytes
             return self._resting and bool(self._paths)
 
     def tidy(self) -> None:

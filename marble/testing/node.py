@@ -24,7 +24,6 @@ from marble.logstore.segment import DIRECTORY as LOG_DIRECTORY
 from marble.logstore.segment import segment_numbers, segment_path
 from marble.logstore.snapshots import SnapshotStore
 from marble.promises import Committed, Promises
-from marble.raft.config import RaftConfig
 from marble.raft.core import Raft
 from marble.recovery import recover
 from marble.snapshotting import SnapshotPolicy
@@ -41,6 +40,9 @@ from marble.types import HardState, Members
 
 SEGMENT_BYTES_MAX: Final = 32 * 1024
 """Small, so that histories roll over many segments."""
+
+_LOG_OPTIONS: Final = LogOptions(segment_bytes_max=SEGMENT_BYTES_MAX, cache_bytes_max=1 << 20, rest_bytes=12 * 1024)
+"""Logs rest often, and not always: what they keep to be written over comes and goes."""
 
 PIECE_BYTES_MAX: Final = 512
 """Small, so that a snapshot travels in many pieces."""
@@ -102,7 +104,7 @@ class SimulatedNode:
         # Every node here has one disk in all its lives, so its number may be its directory's.
         genesis = Members(bind(self.files, "simulated", self.id, self._voters, SystemRandom(self.id)).voters)
         try:
-            log = Log.open(self.files, LogOptions(segment_bytes_max=SEGMENT_BYTES_MAX, cache_bytes_max=1 << 20))
+            log = Log.open(self.files, _LOG_OPTIONS)
         except CorruptionError as error:
             if not self.damaged:
                 raise
@@ -139,28 +141,13 @@ class SimulatedNode:
         return Groups(self.id, self._send, plan.heartbeat_ticks, plan.election_ticks, self.life + 1)
 
     def _open_group(self, group: int, ledger: Ledger, log: Log, genesis: Members) -> None:
-        plan, loop = self._world.plan, self._loop
+        plan = self._world.plan
         found = log.groups.get(group)
         self._check_survived(ledger, found)
         machine = self.tables.machine(ledger)
         store = SnapshotStore(self.files, group)
         recovered = recover(group, found, store, genesis, machine)
-        config = RaftConfig(
-            id=self.id,
-            election_ticks=plan.election_ticks,
-            heartbeat_ticks=plan.heartbeat_ticks,
-            election_spread_ticks=plan.election_spread_ticks,
-            append_bytes_max=1 if loop.chance(plan.one_by_one) else 4096,
-            pre_vote=plan.pre_vote,
-            check_quorum=plan.check_quorum,
-            lease_reads=plan.lease_reads,
-            tick_us=plan.tick_us,
-            clock_drift=plan.clock_drift_allowed,
-            quiesce_ticks=plan.quiesce_ticks,
-            priority=self.id % 3 if plan.priorities else 0,
-            random=loop.random,
-        )
-        raft = Raft(config, recovered.state)
+        raft = Raft(self._world.core_config(self.id), recovered.state)
         assert self._log is not None
         driver = Driver(
             group,
@@ -355,6 +342,9 @@ class SimulatedNode:
         for seat in self.seats.values():
             self._check(seat)
             seat.promises.expire(now)
+        if self._world.plan.tables is not None and self._log is not None and self._log.room.rests(now):
+            self._world.injected["logs at rest"] += 1
+            self._purge = True
         self._pump_soon()
 
     # -- what it does ------------------------------------------------------------------------------------------------

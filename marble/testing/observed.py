@@ -38,6 +38,7 @@ class ObservedLog:
         self._core = core
         self.read = log.read
         self.purge = log.purge
+        self.room = log.room
 
     def append(self, group: int, hard_state: HardState | None, entries: pa.RecordBatch | None) -> None:
         """Observe and pass on."""

@@ -47,7 +47,7 @@ def test_every_fault_of_the_plans_happens() -> None:
         "full disks", "kills", "late packets", "lost answers", "lost packets", "lost requests", "one-way cuts", "pauses",
         "power losses", "repeated packets", "slow syncs", "lags", "transfers", "wiped disks", "new nodes",
         "membership changes asked for", "snapshots taken", "snapshots installed", "purges",
-        "compactions", "damaged files", "failed reads", "healed files", "lost files", "reads of damaged files",
+        "compactions", "damaged files", "failed reads", "healed files", "lost files", "reads of damaged files", "logs at rest",
     } <= injected  # fmt: skip
 
 
