@@ -50,6 +50,7 @@ struct RowPlan {
   // Puts neighbouring rows of one source together. Data that arrived in key order gathers by the stretch.
   void FindSpans() {
     spans.clear();
+    spans.reserve(rows.size());
     for (const RowRef& ref : rows) {
       if (!spans.empty()) {
         Span& last = spans.back();
@@ -124,6 +125,21 @@ inline int64_t Stride(const arrow::DataType& type) noexcept {
 // What a row of nothing looks like, for types without a buffer of values (fixed_size_binary[0], null).
 alignas(64) inline constexpr uint8_t kNothing[64] = {};
 
+// Sets `even` and `width` if all rows have the same number of bytes, as many tables have them: ids, hashes, numbers that are
+// written with leading zeros.
+template <typename Offset>
+void MeasureRows(const arrow::ArrayData& array, ColumnView* view) noexcept {
+  using Number = std::make_unsigned_t<Offset>;
+  if (array.length == 0 || view->data == nullptr) return;
+  const auto* offsets = reinterpret_cast<const Number*>(view->values);
+  const Number width = offsets[1] - offsets[0];
+  Number differences = 0;
+  for (int64_t row = 1; row < array.length; ++row) differences |= (offsets[row + 1] - offsets[row]) ^ width;
+  if (width == 0 || differences != 0) return;
+  view->even = view->data + offsets[0];
+  view->width = static_cast<int64_t>(width);
+}
+
 inline ColumnView ViewColumn(const arrow::ArrayData& array) noexcept {
   const auto buffer = [&array](size_t i) -> const uint8_t* {
     return i < array.buffers.size() && array.buffers[i] != nullptr ? array.buffers[i]->data() : nullptr;
@@ -131,6 +147,9 @@ inline ColumnView ViewColumn(const arrow::ArrayData& array) noexcept {
   ColumnView view{nullptr, buffer(1), buffer(2), array.offset};
   if (array.null_count.load(std::memory_order_relaxed) != 0) view.validity = buffer(0);
   view.values = view.values == nullptr ? kNothing : view.values + array.offset * Stride(*array.type);
+  const auto id = array.type->id();
+  if (id == arrow::Type::STRING || id == arrow::Type::BINARY) MeasureRows<int32_t>(array, &view);
+  if (id == arrow::Type::LARGE_STRING || id == arrow::Type::LARGE_BINARY) MeasureRows<int64_t>(array, &view);
   return view;
 }
 
@@ -145,8 +164,14 @@ inline void AddColumn(Source* source, std::shared_ptr<arrow::ArrayData> column) 
 class ColumnViews {
  public:
   ColumnViews(const RowPlan& plan, size_t column, int64_t stride) {
-    views_.reserve(plan.sources.size());
-    for (const Source* source : plan.sources) {
+    const std::vector<const Source*>& sources = plan.sources;
+    views_.reserve(sources.size());
+    for (size_t i = 0; i < sources.size(); ++i) {
+      // Both lie anywhere.
+      if (i + 16 < sources.size()) __builtin_prefetch(sources[i + 16]);
+      const Source* next = i + 8 < sources.size() ? sources[i + 8] : nullptr;
+      if (next != nullptr) __builtin_prefetch(next->views.data() + column);
+      const Source* source = sources[i];
       if (source != nullptr) {
         views_.push_back(source->views[column]);
         nulls_ = nulls_ || views_.back().validity != nullptr;
@@ -253,16 +278,27 @@ arrow::Status GatherBytes(const RowPlan& plan, const ColumnViews& views, arrow::
   auto* ends = reinterpret_cast<Offset*>(offsets->mutable_data());
   const size_t count = plan.spans.size();
   const auto starts = MakePoolArray<const uint8_t*>(count);
-  const auto offsets_of = [&](const Span& span) {
+  const auto offsets_of = [&views](const Span& span) {
     return reinterpret_cast<const Offset*>(views[span.source].values) + span.row;
+  };
+  const auto fetch_offsets = [&](size_t i) {
+    if (i < count && views[plan.spans[i].source].width == 0) __builtin_prefetch(offsets_of(plan.spans[i]));
   };
   uint64_t total = 0;
   Offset* end = ends;
   for (size_t i = 0; i < count; ++i) {
-    if (i + kFetchAhead < count) __builtin_prefetch(offsets_of(plan.spans[i + kFetchAhead]));
+    fetch_offsets(i + kFetchAhead);
     const Span& span = plan.spans[i];
+    const ColumnView& view = views[span.source];
+    if (view.width > 0) {
+      starts[i] = view.even + span.row * view.width;
+      for (uint32_t row = 0; row < span.length; ++row, total += static_cast<uint64_t>(view.width)) {
+        *end++ = static_cast<Offset>(total);
+      }
+      continue;
+    }
     const Offset* from = offsets_of(span);
-    starts[i] = views[span.source].data + from[0];
+    starts[i] = view.data + from[0];
     const Number shift = static_cast<Number>(total) - static_cast<Number>(from[0]);
     for (uint32_t row = 0; row < span.length; ++row) {
       *end++ = static_cast<Offset>(static_cast<Number>(from[row]) + shift);

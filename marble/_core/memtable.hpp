@@ -112,7 +112,7 @@ inline arrow::Status RewriteRows(const Layout& layout, const RowPlan& plan, cons
   }
   source->indexes = std::move(indexes);
   const auto slot = static_cast<uint32_t>(run->slots.size());
-  run->slots.push_back({std::move(source), static_cast<uint32_t>(plan.rows.size())});
+  run->slots.emplace_back(std::move(source), static_cast<uint32_t>(plan.rows.size()));
   for (size_t i = 0; i < positions.size(); ++i) {
     uint64_t& ref = run->refs[positions[i]];
     const uint64_t old = ref & ~kTombstone;  // A tombstone that moves stays one.

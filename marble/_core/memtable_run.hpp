@@ -17,6 +17,7 @@
 #include "key_codec.hpp"
 #include "key_sort.hpp"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -34,6 +35,8 @@ struct ColumnView {
   const uint8_t* values;    // Fixed width: values; bool: bits; binary: offsets.
   const uint8_t* data;      // Binary only.
   int64_t offset;           // Of row 0 in `validity`, and in `values` of a bool.
+  const uint8_t* even = nullptr;  // Binary whose rows all have `width` bytes, which is not 0: those of row 0. Then nobody
+  int64_t width = 0;              // needs to fetch offsets.
 };
 
 // Rows of one batch (columns in the table's order), or the keys of one delete (no columns).
@@ -46,6 +49,10 @@ struct Source {
   uint64_t index = 0;                     // Log index of the write that all rows are from, unless `indexes` is there:
   std::shared_ptr<const uint64_t[]> indexes;  // that of each row.
 
+  // About how many bytes a row has, at most what fits.
+  uint32_t RowBytes() const noexcept {
+    return rows == 0 ? 0 : static_cast<uint32_t>(std::min<int64_t>(bytes / rows, std::numeric_limits<uint32_t>::max()));
+  }
   uint64_t IndexOf(uint32_t row) const noexcept { return indexes == nullptr ? index : indexes[row]; }
 };
 
@@ -97,8 +104,12 @@ class Words {
 };
 
 struct Slot {
+  Slot(std::shared_ptr<const Source> source_of, uint32_t live_refs) noexcept
+      : source(std::move(source_of)), live(live_refs), row_bytes(source->RowBytes()) {}
+
   std::shared_ptr<const Source> source;
-  uint32_t live = 0;
+  uint32_t live;
+  uint32_t row_bytes;  // RowBytes of the source: a scan asks every slot, and would fetch each source for that alone.
 };
 
 struct Run {
@@ -231,7 +242,7 @@ inline std::shared_ptr<Run> MakeRun(std::shared_ptr<const Source> source, const 
     run->words[i] = items[i].word;
     run->refs[i] = (tombstones ? kTombstone : 0) | items[i].row;
   }
-  run->slots.push_back({std::move(source), static_cast<uint32_t>(count)});
+  run->slots.emplace_back(std::move(source), static_cast<uint32_t>(count));
   return run;
 }
 

@@ -1,7 +1,7 @@
 // Walking many sorted sources as one, in key order, batch by batch: of each key the newest version counts.
 //
-// Layout: lanes (merge_lanes.hpp) are merged a block at a time (merge_pieces.hpp): from each lane a stretch that ends at one common key,
-// so that a block needs only as much memory as it has rows, and no two blocks share a key.
+// Layout: lanes (merge_lanes.hpp) are merged a block at a time (merge_pieces.hpp): from each lane a stretch that ends at
+// one common key, so that a block needs only as much memory as it has rows, and no two blocks share a key.
 // Ownership: a cursor shares the states and the blocks that it reads from, and so outlives who made it.
 // Thread safety: `Next` takes a lock; callers in several threads take turns. Nothing else changes after construction.
 // Invariants:
@@ -64,7 +64,7 @@ class MergeCursor {
     for (const auto& state : states_) {
       for (const auto& run : state->runs) {
         lanes_.push_back(Lane::OfRun(*state, *run, options_, shape_.skip, sources_.size()));
-        for (const Slot& slot : run->slots) AddSource(slot.source.get());
+        for (const Slot& slot : run->slots) AddSource(slot.source.get(), slot.row_bytes);
       }
     }
     first_block_ = sources_.size();
@@ -139,16 +139,14 @@ class MergeCursor {
     return start.size();
   }
 
-  void AddSource(const Source* source) {
+  void AddSource(const Source* source, uint64_t row_bytes) {
     if (sources_.size() >= kSlotMax) throw std::bad_alloc();
     sources_.push_back(source);
     numbers_.push_back(kNone);
-    NoteBytes(source);
+    NoteBytes(row_bytes);
   }
 
-  void NoteBytes(const Source* source) noexcept {
-    if (source == nullptr || source->rows == 0) return;
-    const auto row_bytes = static_cast<uint64_t>(source->bytes / source->rows);
+  void NoteBytes(uint64_t row_bytes) noexcept {
     if (row_bytes > longest_) longest_ = row_bytes;
     rows_are_long_ = longest_ * kScanBatchRows > kScanBytesMax;
   }
@@ -158,11 +156,11 @@ class MergeCursor {
     if (free_.empty()) {
       held_.emplace_back();
       free_.push_back(static_cast<uint32_t>(sources_.size()));
-      AddSource(nullptr);
+      AddSource(nullptr, 0);
     }
     const uint32_t slot = free_.back();
     sources_[slot] = block.source.get();
-    NoteBytes(block.source.get());
+    NoteBytes(block.source->RowBytes());
     held_[slot - first_block_] = std::move(block);
     free_.pop_back();
     return slot;
@@ -312,8 +310,7 @@ class MergeCursor {
   }
 
   uint64_t BytesOf(uint64_t ref) const noexcept {
-    const Source& source = *sources_[SlotOf(ref)];
-    return static_cast<uint64_t>(source.bytes / source.rows);
+    return sources_[SlotOf(ref)]->RowBytes();
   }
 
   uint64_t CountBytes() const noexcept {
@@ -339,7 +336,7 @@ class MergeCursor {
     std::vector<uint32_t> touched;
     std::vector<size_t> bare;  // Rows that are tombstones of a memtable: they have a key and nothing else.
     // No allocation may fail between the first mark in numbers_ and the last one wiped off.
-    plan.rows.reserve(rows);
+    plan.rows.resize(rows);
     plan.sources.reserve(std::min(rows, sources_.size()) + 1);
     touched.reserve(std::min(rows, sources_.size()));
     if (options_.versions) bare.reserve(rows);
@@ -347,7 +344,6 @@ class MergeCursor {
       const uint64_t ref = pending_[pending_at_ + i];
       if ((ref & kTombstone) != 0 && SlotOf(ref) < first_block_) {
         bare.push_back(i);
-        plan.rows.push_back({kNone, 0});
         continue;
       }
       uint32_t& number = numbers_[SlotOf(ref)];
@@ -356,7 +352,7 @@ class MergeCursor {
         number = static_cast<uint32_t>(plan.sources.size());
         plan.sources.push_back(sources_[SlotOf(ref)]);
       }
-      plan.rows.push_back({number, RowOf(ref)});
+      plan.rows[i] = {number, RowOf(ref)};
     }
     for (const uint32_t slot : touched) numbers_[slot] = kNone;
     Source graves;

@@ -179,9 +179,12 @@ struct Lane {
   // number.
   void Adopt(const StreamBlock& block, const ScanOptions& options, uint64_t skip, uint32_t slot) {
     const KeyColumn& keys = *block.source->keys;
-    const size_t from = options.lower.empty() ? 0 : LowerBoundBytes(keys, options.lower);
-    const size_t to = std::max(
-        from, options.has_upper ? LowerBoundBytes(keys, options.upper) : static_cast<size_t>(keys.rows));
+    // Most blocks lie wholly within: a look at their ends costs less than a search.
+    const bool cut_below = !options.lower.empty() && ViewOf(keys, 0) < std::string_view(options.lower);
+    const bool cut_above = options.has_upper && ViewOf(keys, keys.rows - 1) >= std::string_view(options.upper);
+    const size_t from = cut_below ? LowerBoundBytes(keys, options.lower) : 0;
+    const size_t to =
+        std::max(from, cut_above ? LowerBoundBytes(keys, options.upper) : static_cast<size_t>(keys.rows));
     const size_t rows = to - from;
     const size_t at = options.reverse ? 0 : size();
     for (std::vector<uint64_t>* own : {&own_words, &own_refs}) {

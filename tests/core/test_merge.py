@@ -106,6 +106,32 @@ def test_files_of_any_sizes_merge_as_the_dict_does(name: str, seed: int) -> None
     check_scans(Reader(memory, levels), twin, chance)
 
 
+@pytest.mark.parametrize("type_", [pa.string(), pa.binary(), pa.large_string(), pa.large_binary()], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_texts_of_one_length_and_of_many_are_copied_alike(type_: pa.DataType, seed: int) -> None:
+    """Batches whose texts have one length, none, lengths around those that are copied in another way, or nulls."""
+    chance = random.Random(seed)
+    schema = pa.schema([("k", pa.int64()), ("v", type_)])
+    table, twin = Memtable(schema, ["k"]), Twin(schema, ["k"])
+    for index in range(1, 30):
+        lengths = chance.choice([[0], [1], [7], [24], [100], [300], [0, 1], range(40), range(250, 262), [5, 5, None]])
+        rows = []
+        for _ in range(chance.choice([1, 5, 200])):
+            length = chance.choice(list(lengths))
+            text = None if length is None else "".join(chance.choices("abcdefgh", k=length))
+            binary = pa.types.is_binary(type_) or pa.types.is_large_binary(type_)
+            rows.append({"k": chance.randrange(3000), "v": text.encode() if binary and text is not None else text})
+        batch = pa.RecordBatch.from_pylist(rows, schema)
+        batch = batch.slice(chance.randrange(batch.num_rows))
+        table.upsert(batch, index)
+        twin.upsert(batch, index)
+    check_scans(table.snapshot(), twin, chance)
+    # The same in a file, where rows of a block lie one behind the other.
+    cache = BlockCache(1 << 20)
+    files = [[file_of(twin.scan(), schema, cache, chance.choice([1, 50, 4096]))] for _ in range(2)]
+    check_scans(Reader([], files), twin, chance)
+
+
 def test_data_in_key_order_merges_by_the_stretch() -> None:
     """Each batch lies wholly behind the ones before it, or wholly before them."""
     for order in (range(20), reversed(range(20))):
