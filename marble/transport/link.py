@@ -399,7 +399,11 @@ class Link:
             self._break_off(Lane.LOG, Lane.BULK, Lane.PARTS)
 
     def _overdue(self, now: float) -> bool:
-        return self._pulse.overdue(now, self._options.silent_quick_s / 2, self._options.silent_peer_s)
+        """Whether an answer is owed for longer than by a peer that lives. While packets were lost answers took long, which says
+        nothing of how long they may take now: so there is a bound that does not grow with what is usual.
+        """
+        quick_s = self._options.silent_quick_s
+        return self._pulse.overdue(now, quick_s / 2, quick_s)
 
     def _break_off(self, *lanes: Lane) -> None:
         # Not that of users' messages: what is under way there and arrives late is better than what does not arrive.
