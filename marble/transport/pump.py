@@ -305,7 +305,7 @@ class Pump:
             self.endpoint,
             self._schema,
             connect_timeout_s=self._connect_s(self._attempts),
-            silent_peer_s=self._options.silent_peer_s,
+            silent_peer_s=self._silent_s,
         )
         with self._lock:
             self._stream = stream
@@ -334,6 +334,13 @@ class Pump:
         self._opened.add()
         self._on_open()
         return stream
+
+    @property
+    def _silent_s(self) -> float:
+        """After so long without an acknowledgement the kernel ends the stream's connection. Nobody pings on that for entries, and a leader
+        that waits there for TCP, while its heartbeats pass, commits nothing and remains the leader.
+        """
+        return self._options.silent_quick_s if self._lane is Lane.LOG else self._options.silent_peer_s
 
     def _connect_s(self, attempt: int) -> float:
         """How long this attempt to reach the peer may take, the first being 1."""

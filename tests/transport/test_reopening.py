@@ -119,6 +119,17 @@ def test_an_answer_that_comes_very_late_renews_the_stream_of_entries(
     assert opened.value == before + 1
 
 
+def test_the_kernel_ends_connections_of_streams_of_entries_sooner() -> None:
+    """They carry no pings that would tell that TCP waits there. What is on other streams is pinged, or better late than lost."""
+    waits: dict[Lane, float] = {}
+    for lane in Lane:
+        pump = Pump.__new__(Pump)
+        pump._options, pump._lane = OPTIONS, lane
+        waits[lane] = pump._silent_s
+    assert waits.pop(Lane.LOG) == OPTIONS.silent_quick_s
+    assert set(waits.values()) == {OPTIONS.silent_peer_s}
+
+
 def test_most_attempts_are_quick_and_some_are_patient() -> None:
     pump = Pump.__new__(Pump)
     pump._options = TransportOptions(connect_timeout_s=4.0, connect_quick_s=0.5)
