@@ -163,6 +163,8 @@ class Assemblies:
                     yield metadata, batch
                     continue
                 notice, behind, _ = self._codec.decode(node, metadata, batch)
+                if notice.kind is Kind.END:
+                    return
                 if notice.kind is Kind.OPEN and assembly is None:
                     flow = notice.flow
                     assembly = self._begin(node, flow)
@@ -186,6 +188,8 @@ class Assemblies:
         """Take one stream of parts of `node` in until it ends. Raises ProtocolError, and what the stream raises."""
         for metadata, batch in chunks:
             notice, _, part = self._codec.decode(node, metadata, batch)
+            if notice.kind is Kind.END:
+                return
             if notice.kind is not Kind.PART:
                 raise ProtocolError(f"a {notice.kind.name} on a stream of parts of node {node}")
             if not notice.total:

@@ -57,11 +57,10 @@ class Stream(Protocol):
         ...
 
     def finish(self) -> None:
-        """Say that no more comes, and wait until the other end has taken all that was written and closed the stream, too."""
-        ...
+        """Say that no more comes, and wait until the other end has taken all that was written and closed the stream, too.
 
-    def end(self) -> None:
-        """Say that no more comes, as `finish`, and wait for nothing: `answer` gives what is answered yet, then None."""
+        Not while another thread is in `answer`.
+        """
         ...
 
     def cancel(self) -> None:
@@ -137,11 +136,8 @@ class FlightStream:
             raise ProtocolError(NO_HELLO)
         return bytes(chunk.app_metadata.to_pybytes())
 
-    def end(self) -> None:
-        self._writer.done_writing()
-
     def finish(self) -> None:
-        self.end()
+        self._writer.done_writing()
         with contextlib.suppress(StopIteration):
             # It answers nothing after its hello: this waits for its end.
             self._reader.read_chunk()

@@ -71,14 +71,10 @@ class _Stream:
                 self._check()
             return None
 
-    def end(self) -> None:
+    def finish(self) -> None:
         with self._changed:
             self._finishing = True
             self._changed.notify_all()
-
-    def finish(self) -> None:
-        self.end()
-        with self._changed:
             self._changed.wait_for(lambda: self._broken)
             if self._cancelled or self._error is not None:
                 self._check()

@@ -353,6 +353,11 @@ class Link:
         self._message_pump.break_off("it does not answer, and users' messages go another way")
         return left
 
+    @property
+    def refuses_messages(self) -> bool:
+        """Whether users' messages are taken no more, for good."""
+        return self._messages.refusing
+
     def use_messages(self) -> None:
         """Take users' messages, also after `reclaim_messages`."""
         self._messages.use()

@@ -65,6 +65,10 @@ class Dialogue(Protocol):
         """The peer answers. Raises ProtocolError if it could not say that."""
         ...
 
+    def ending(self) -> Packet:
+        """What to write last: the peer ends the stream when it has taken all that came before."""
+        ...
+
     def end(self) -> None:
         """The stream is gone. Idempotent."""
         ...

@@ -185,6 +185,11 @@ class MessageLoad:
         self._bytes = metrics.counter("transport_user_bytes_sent", peer=peer)
         self._dropped = metrics.counter("transport_messages_dropped", peer=peer)
 
+    @property
+    def refusing(self) -> bool:
+        """Whether nothing is taken any more, for good."""
+        return self._refusing
+
     def put(self, data: bytes | pa.Buffer) -> bool:
         """Queue `data` if there is room now. Whether it was queued."""
         state = self._outbox.put(data)

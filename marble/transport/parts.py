@@ -57,6 +57,8 @@ class Kind(enum.IntEnum):
     """In answer to stubs: all packets before `number` are taken."""
     ARRIVED = 7
     """In answer to a part: it has come."""
+    END = 8
+    """Nothing more comes on this stream: who is told so ends it."""
 
 
 STUBS: Final = frozenset({Kind.BYTES, Kind.BATCH, Kind.METADATA})

@@ -108,7 +108,7 @@ class Paths:
         end = self._clock.monotonic() + timeout_s
         while not self.connected:
             left_s = end - self._clock.monotonic()
-            if left_s <= 0:
+            if left_s <= 0 or self._links[0].refuses_messages:
                 return False
             # Nobody tells which of them it will be.
             self._links[0].wait_connected(min(left_s, LOOK_S))
@@ -203,7 +203,7 @@ class Paths:
             link = self._links[self._messages_way()]
             # Not for long at a time: the way may change meanwhile.
             queued += link.send_messages(messages[queued:], max(0.0, min(left_s, WAY_S)))
-            if queued == len(messages) or left_s <= 0:
+            if queued == len(messages) or left_s <= 0 or link.refuses_messages:
                 return queued
 
     def _messages_way(self) -> int:

@@ -416,10 +416,11 @@ class Pump:
                 self._packets.add()
 
     def _finish(self, stream: Stream) -> None:
-        if self._listener is None:
+        if self._talking is None or self._listener is None:
             stream.finish()
         else:
-            stream.end()
+            # gRPC does not bear that one thread closes its side while another one, which reads, sees the stream end.
+            stream.write(*self._talking.ending())
             self._listener.join()
 
     def _packets_taken(self) -> Iterator[Packet]:

@@ -39,6 +39,9 @@ class OrderDialogue:
         if self._flow is not None:
             self._flow.heard(answer)
 
+    def ending(self) -> Packet:
+        return self._spreader.codec.encode(self._spreader.peer, Notice(Kind.END, 0))
+
     def end(self) -> None:
         if self._flow is not None:
             self._flow.end()
@@ -121,6 +124,9 @@ class PartsLoad:
         if notice.kind is not Kind.ARRIVED:
             raise ProtocolError(f"a {notice.kind.name} as the answer to a part")
         self._spreader.arrived(self._way, notice)
+
+    def ending(self) -> Packet:
+        return self._spreader.codec.encode(self._spreader.peer, Notice(Kind.END, 0))
 
     def end(self) -> None:
         self._standing = False

@@ -310,6 +310,12 @@ def test_stub_of_another_size_than_its_parts_is_refused(ends: Ends) -> None:
         list(stream)
 
 
+def test_stream_that_is_said_to_end_ends(ends: Ends) -> None:
+    end = chunk(ONE.encode(2, Notice(Kind.END, 0)))
+    assert words(list(ends.ordered(opening(), plain(b"a"), end, (None, None)))) == [b"a"]
+    ends.fill(end, (None, None))
+
+
 def test_caller_who_has_gone_ends_the_stream(ends: Ends) -> None:
     assert list(ends.assemblies.ordered(1, iter([opening(), plain(b"a")]), lambda _: False)) == []
     assert ends.assemblies._open == {}

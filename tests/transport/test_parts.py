@@ -42,6 +42,7 @@ GOOD = {
     "part": (Notice(Kind.PART, 5, 9, 0, TOTAL), b"", WHOLE),
     "last-part": (Notice(Kind.PART, 5, 9, PART_BYTES, TOTAL), b"", WHOLE.slice(0, 10)),
     "no-part": (Notice(Kind.PART, 0), b"", None),
+    "end": (Notice(Kind.END, 0), b"", None),
     "taken": (Notice(Kind.TAKEN, 5, 10), b"", None),
     "arrived": (Notice(Kind.ARRIVED, 5, 9, PART_BYTES, TOTAL), b"", None),
 }
@@ -113,7 +114,7 @@ def test_strangers_are_refused() -> None:
             TWO.decode(1, metadata)
 
 
-@pytest.mark.parametrize("kind", [0, 8, 2**32 - 1])
+@pytest.mark.parametrize("kind", [0, 9, 2**32 - 1])
 def test_unknown_kinds_are_refused(kind: int) -> None:
     metadata = bytearray(packet(GOOD["taken"]).metadata)
     metadata[32:36] = struct.pack("<I", kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import threading
 import time
@@ -14,6 +15,7 @@ from transport.test_paths import DEADLINE_S, SILENT, Pair, wait_until
 
 from marble._core import entry_batch
 from marble._core.entry_batch import Proposal
+from marble.errors import UnavailableError, UsageError
 from marble.raft.messages import Message, MessageKind
 from marble.testing.relay import Line
 from marble.transport.codec import Envelope
@@ -22,8 +24,11 @@ from marble.transport.options import TransportOptions
 from marble.types import EntryKind
 
 MIB = 1 << 20
-LIMITED = Line(bytes_per_s=24.0 * MIB)
-OPTIONS = TransportOptions(backoff_min_s=0.01, backoff_max_s=0.05, ping_s=0.02, answer_s=0.3, silent_peer_s=10.0)
+RATE = 40.0 * MIB
+LIMITED = Line(bytes_per_s=RATE)
+OPTIONS = TransportOptions(
+    queue_bytes_max=16 * MIB, backoff_min_s=0.01, backoff_max_s=0.05, ping_s=0.02, answer_s=0.3, silent_peer_s=10.0
+)
 NOISE = random.Random(7).randbytes(3 * MIB)
 
 
@@ -52,27 +57,46 @@ def sent(pair: Pair) -> list[int]:
 
 
 class Talk:
-    """Node 1 sends numbered messages without a pause, on a thread of its own; `hear` checks each that arrives."""
+    """Node 1 sends numbered messages without a pause, on a thread of its own; `hear` checks each that arrives.
+
+    It is whole, and none that came before comes again or later. None is missing, unless the way that gives the order was left
+    meanwhile, with which goes what is under way there. That may happen on any machine that is busy enough.
+    """
 
     def __init__(self, stack: contextlib.ExitStack, pair: Pair) -> None:
         self.pair = pair
         self.heard = 0
+        self.left = 0
+        """How often users' messages have left a way for another one."""
+        for link in pair.paths._links:
+            link.reclaim_messages = self._counting(link.reclaim_messages)  # type: ignore[method-assign]
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
         stack.callback(self.end)
 
     def _run(self) -> None:
-        number = 0
-        while not self._ending.is_set():
-            self.pair.one.send_message(2, numbered(number), timeout_s=2 * DEADLINE_S)
-            number += 1
+        with contextlib.suppress(UsageError, UnavailableError):
+            for number in itertools.count():
+                if self._ending.is_set():
+                    return
+                self.pair.one.send_message(2, numbered(number), timeout_s=2 * DEADLINE_S)
+
+    def _counting(self, reclaim: Callable[[], list[bytes | pa.Buffer]]) -> Callable[[], list[bytes | pa.Buffer]]:
+        def counted() -> list[bytes | pa.Buffer]:
+            self.left += 1
+            return reclaim()
+
+        return counted
 
     def hear(self) -> None:
         message = self.pair.two.receive_message(DEADLINE_S)
         assert message is not None
-        assert bytes(message) == numbered(self.heard), "not the next message"
-        self.heard += 1
+        number = int.from_bytes(bytes(message)[:8], "little")
+        assert number >= self.heard, "an earlier message, or one for the second time"
+        assert number == self.heard or self.left, "a message is missing"
+        assert bytes(message) == numbered(number)
+        self.heard = number + 1
 
     def hear_until(self, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + 2 * DEADLINE_S
@@ -82,6 +106,8 @@ class Talk:
 
     def end(self) -> None:
         self._ending.set()
+        # A transport that stops would let all that is queued leave first.
+        self.pair.one.set_peers({})
         while self._thread.is_alive():
             # What it waits for is room.
             self.pair.two.receive_message(0.01)
@@ -103,7 +129,7 @@ def test_entries_of_one_group_go_over_both_ways_in_order(pair: Pair) -> None:
     used, sent_index, came = both_used(pair), 0, 0
     deadline = time.monotonic() + 2 * DEADLINE_S
     while not used():
-        while sent_index - came < 16:
+        while sent_index - came < 12:
             sent_index += 1
             proposal = Proposal(EntryKind.WRITE, 1, pa.py_buffer(numbered(sent_index)[: MIB - 64]), 0, 0)
             batch = entry_batch.build(0, sent_index, 1, [proposal])
@@ -125,9 +151,6 @@ def test_fault_of_one_way_under_bulk(stack: contextlib.ExitStack, pair: Pair, fa
     talk.hear_until(both_used(pair), "bulk over both ways")
     order = pair.paths._message_way
     way = 1 - order if other else order
-    if not other:
-        # With the way of the order goes what was under way, as it does with a single way: what comes is whole and in order.
-        talk.hear = lossy(talk)  # type: ignore[method-assign]
     if fault == "silent":
         pair.relays[way].set(there=SILENT, back=SILENT)
     elif fault == "slow":
@@ -136,31 +159,19 @@ def test_fault_of_one_way_under_bulk(stack: contextlib.ExitStack, pair: Pair, fa
         pair.relays[way].refuse()
         pair.relays[way].reset()
     # Much more than what was under way comes while the fault lasts.
-    target = talk.heard + 48
+    target = talk.heard + 32
     talk.hear_until(lambda: talk.heard >= target, "what comes after it")
     pair.relays[way].refuse(False)
     pair.relays[way].set(there=LIMITED, back=Line())
     talk.hear_until(both_used(pair), "bulk over both ways again")
 
 
-def lossy(talk: Talk) -> Callable[[], None]:
-    def hear() -> None:
-        message = talk.pair.two.receive_message(DEADLINE_S)
-        assert message is not None
-        number = int.from_bytes(bytes(message)[:8], "little")
-        assert number >= talk.heard, "an earlier message, or one for the second time"
-        assert bytes(message) == numbered(number)
-        talk.heard = number + 1
-
-    return hear
-
-
 def test_way_that_turns_bits_under_bulk(stack: contextlib.ExitStack, pair: Pair) -> None:
     talk = Talk(stack, pair)
     talk.hear_until(both_used(pair), "bulk over both ways")
     other = 1 - pair.paths._message_way
-    pair.relays[other].set(there=Line(bytes_per_s=24.0 * MIB, flip_chance=3e-6))
-    target = talk.heard + 48
+    pair.relays[other].set(there=Line(bytes_per_s=RATE, flip_chance=3e-6))
+    target = talk.heard + 32
     talk.hear_until(lambda: talk.heard >= target, "what comes meanwhile")
     assert pair.relays[other].counts()["flipped"] > 0
     pair.relays[other].set(there=LIMITED)
@@ -203,3 +214,20 @@ def test_streams_for_parts_are_there_only_for_bulk(stack: contextlib.ExitStack, 
     talk.end()
     assert pair.one.stop(5.0)
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("marble-link-1-")] == []
+
+
+def test_stop_under_bulk_ends_all_threads_in_time(stack: contextlib.ExitStack, pair: Pair) -> None:
+    talk = Talk(stack, pair)
+    talk.hear_until(both_used(pair), "bulk over both ways")
+    assert pair.one.stop(5.0)
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("marble-link-1-")] == []
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("marble-echo-1-")] == []
+
+
+def test_receiver_that_stops_under_bulk_lets_go_of_it_in_time(stack: contextlib.ExitStack, pair: Pair) -> None:
+    talk = Talk(stack, pair)
+    talk.hear_until(both_used(pair), "bulk over both ways")
+    # What waits for its parts then waits for ever, but for the stop.
+    for relay in pair.relays:
+        relay.set(there=SILENT)
+    assert pair.two.stop(5.0)
