@@ -23,7 +23,6 @@ from marble.web.instruments import INSTRUMENTS, Kind
 
 ROOT = Path(__file__).resolve().parents[2]
 OPERATIONS = ROOT / "docs" / "operations.md"
-DASHBOARD = ROOT / "docs" / "grafana" / "marble.json"
 
 ROW = re.compile(r"^\| `(marble_\w+)(?:\{([\w, ]+)\})?` \| (\w+) \| ([^|]+) \| ([^|]+) \|$", re.MULTILINE)
 
@@ -164,28 +163,6 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path, monkeypatch: 
             answer = connection.getresponse()
             assert answer.status == 501
             assert "pip install 'marbledb[server]'" in json.loads(answer.read())["error"]
-
-
-def test_every_query_of_the_dashboard_names_what_is_shown() -> None:
-    dashboard = json.loads(DASHBOARD.read_text())
-    known = {described.exported: described for described in INSTRUMENTS.values()}
-    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    assert len(queries) > 20
-    for query in [*queries, *re.findall(r"label_values\([^)]*\)", DASHBOARD.read_text())]:
-        names = re.findall(r"marble_\w+", query)
-        assert names, query
-        for name in names:
-            histogram = known.get(re.sub(r"_(bucket|sum|count)$", "", name))
-            ok = name in known and known[name].kind is not Kind.HISTOGRAM
-            assert ok or (histogram is not None and histogram.kind is Kind.HISTOGRAM), query
-        if "rate(" in query and "increase" not in query:
-            assert all("_total" in name or "_bucket" in name or name in _RISING for name in names), query
-    ids = [panel["id"] for panel in dashboard["panels"]]
-    assert len(ids) == len(set(ids))
-
-
-_RISING = {"marble_commit_index", "marble_process_cpu_seconds"}
-"""Gauges that only rise while a node runs."""
 
 
 def test_what_nobody_described_is_shown_all_the_same(tmp_path: Path) -> None:
