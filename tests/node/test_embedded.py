@@ -17,7 +17,7 @@ from marble.errors import CorruptionError, InvariantError, UnavailableError, Usa
 from marble.identity import seal
 
 SCHEMA = pa.schema([pa.field("id", pa.int64()), pa.field("name", pa.string())])
-DEADLINE_S = 20.0
+DEADLINE_S = 30.0
 
 
 def rows(first: int, count: int, name: str = "n") -> pa.RecordBatch:

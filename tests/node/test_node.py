@@ -25,7 +25,7 @@ from marble.raft.messages import Message, MessageKind
 from marble.transport.codec import Envelope
 from marble.types import Change, ChangeKind, EntryKind, Members, Role
 
-DEADLINE_S = 20.0
+DEADLINE_S = 30.0
 
 
 class Silence:

@@ -14,7 +14,7 @@ import marble
 from marble.errors import InvariantError, OutcomeUnknownError
 from marble.workers import QUICK_AFTER, QUICK_S, Worker
 
-DEADLINE_S = 20.0
+DEADLINE_S = 30.0
 
 
 class HandClock:

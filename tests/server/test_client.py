@@ -19,7 +19,7 @@ from marble.schema import TableInfo
 
 SCHEMA = pa.schema([pa.field("k", pa.int64(), nullable=False)])
 TABLE = TableInfo(1, "t", SCHEMA, ("k",))
-DEADLINE_S = 20.0
+DEADLINE_S = 30.0
 
 
 class Node(fl.FlightServerBase):

@@ -23,7 +23,7 @@ from marble.transport import intake as intake_module
 from marble.transport.intake import Intake, Relay, StreamEndedError, Ways
 from marble.transport.wire import Ack, Stamp, decode_ack
 
-WAIT_S = 20.0
+WAIT_S = 30.0
 """A test that waits longer has failed."""
 
 

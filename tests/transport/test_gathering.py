@@ -20,7 +20,7 @@ from marble.transport.put import PutStream
 from marble.transport.wire import Ack, Stamp, decode_stamp, encode_ack
 
 SCHEMA = pa.schema([("k", pa.int64())])
-DEADLINE_S = 20.0
+DEADLINE_S = 30.0
 BYTES_MAX = 1 << 20
 
 

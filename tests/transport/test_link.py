@@ -236,7 +236,7 @@ def test_nothing_is_queued_for_a_peer_that_is_away() -> None:
         wait_until(lambda: not link.send([heartbeat(2)]))
         assert metrics.total("transport_messages_dropped") >= 2
         link.request_stop()
-        assert link.join(5.0)
+        assert link.join(DEADLINE_S)
 
 
 def test_link_to_a_listener_that_says_nothing_stops() -> None:

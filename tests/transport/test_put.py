@@ -25,7 +25,7 @@ from marble.transport.put import PutStream
 from marble.transport.wire import Ack, Stamp, decode_stamp, encode_ack
 
 SCHEMA = pa.schema([("k", pa.int64())])
-DEADLINE_S = 20.0
+DEADLINE_S = 30.0
 
 
 def batch(key: int) -> pa.RecordBatch:
