@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,3 +75,52 @@ def test_a_client_that_knows_one_network_writes_over_it_while_the_other_is_dead(
     database = stack.enter_context(marble.connect(f"grpc://{second}"))
     database.table("t").write(rows(1))
     assert database.table("t").get(1) is not None
+
+
+def test_large_writes_of_one_table_take_both_networks_and_outlive_one(
+    stack: contextlib.ExitStack, tmp_path: Path
+) -> None:
+    limited = Line(bytes_per_s=24.0 * 2**20)
+    cluster = FarCluster(
+        stack, tmp_path, limited, ways=2, heartbeat_interval_ms=HEARTBEAT_MS, election_timeout_ms=5 * HEARTBEAT_MS
+    )
+    leader = cluster.servers[wait_until(lambda: cluster.leader, "a leader")]
+    assert leader._flight is not None
+    schema = pa.schema([pa.field("k", pa.int64(), nullable=False), pa.field("v", pa.binary())])
+    table = leader.database.create_table("t", schema, key=["k"])
+    noise = random.Random(3).randbytes(2**21)
+    written = 0
+
+    def write(count: int) -> None:
+        nonlocal written
+        futures = []
+        for _ in range(count):
+            value = noise[written : written + 2**20]
+            futures.append(table.write_async(pa.record_batch({"k": [written], "v": [value]}, schema=schema)))
+            written += 1
+        for future in futures:
+            future.result(60.0)
+
+    metrics = leader._flight.metrics
+
+    def used() -> bool:
+        return all(
+            metrics.counter("transport_parts_bytes_sent", peer=link.peer, way=way).value > 0
+            for link in leader._flight._peers.links.values()
+            for way in (0, 1)
+        )
+
+    for _ in range(20):
+        write(16)
+        if used():
+            break
+    assert used()
+    for relays in cluster.relays.values():
+        relays[1].set(there=Line(silent=True), back=Line(silent=True))
+    write(16)
+    for server in cluster.servers.values():
+        mine = server.database.table("t")
+        wait_until(lambda mine=mine: mine.count_rows(consistency="local") == written, "all rows")
+        rows = mine.scan(consistency="local").to_table()
+        for key, value in zip(rows["k"].to_pylist(), rows["v"].to_pylist(), strict=True):
+            assert value == noise[key : key + 2**20]
