@@ -124,7 +124,7 @@ class MergeCursor {
  private:
   static constexpr uint32_t kNone = std::numeric_limits<uint32_t>::max();
 
-  // How many bytes all keys of all sources begin with.
+  // How many bytes all keys that the scan meets begin with.
   uint64_t ChooseSkip(const Streams& streams) {
     if (layout_->whole) return 0;
     bool any = false;
@@ -136,7 +136,10 @@ class MergeCursor {
     };
     for (const auto& state : states_) take(std::string_view(*state->start).substr(0, state->shape.skip));
     for (const auto& stream : streams) take(stream->Start());
-    return start.size();
+    // Keys between two bounds begin as both do. But words of runs are not made anew for that.
+    const bool bounded = options_.has_upper && options_.lower < options_.upper;
+    const size_t both = bounded && states_.empty() ? CommonBytes(options_.lower, options_.upper) : 0;
+    return std::max(start.size(), both);
   }
 
   void AddSource(const Source* source, uint64_t row_bytes) {
