@@ -10,6 +10,7 @@
 //      range of keys: its versions, tombstones too, may hide older ones.
 #pragma once
 
+#include "level.hpp"
 #include "lookup.hpp"
 #include "merge_cursor.hpp"
 #include "point.hpp"
@@ -27,49 +28,6 @@
 #include <vector>
 
 namespace marble {
-
-constexpr int64_t kGetKeys = 4096;  // Keys whose blocks are held at a time.
-
-using FilePtr = std::shared_ptr<const TableFile>;
-
-// Files with ascending keys that do not overlap. `wanted` has, for each file, a bit for each block: whether it can hold
-// what is looked for; null where nothing is known.
-struct Level {
-  std::vector<FilePtr> files;
-  std::vector<std::shared_ptr<arrow::Buffer>> wanted;
-
-  // First file from `from` on whose last key is not below `key`.
-  size_t FindFile(std::string_view key, size_t from = 0) const noexcept {
-    size_t end = files.size();
-    while (from < end) {
-      const size_t middle = from + (end - from) / 2;
-      if (files[middle]->last_key() < key) {
-        from = middle + 1;
-      } else {
-        end = middle;
-      }
-    }
-    return from;
-  }
-
-  bool IsWanted(size_t file, size_t block) const noexcept {
-    return wanted.empty() || wanted[file] == nullptr ||
-           arrow::bit_util::GetBit(wanted[file]->data(), static_cast<int64_t>(block));
-  }
-
-  // Whether a block that is wanted has keys in [first, last].
-  bool HasWanted(std::string_view first, std::string_view last) const noexcept {
-    size_t file = FindFile(first);
-    if (file == files.size()) return false;
-    for (size_t block = files[file]->FindBlock(first); file < files.size(); ++file, block = 0) {
-      for (; block < files[file]->blocks(); ++block) {
-        if (files[file]->first_key(block) > last) return false;
-        if (IsWanted(file, block)) return true;
-      }
-    }
-    return false;
-  }
-};
 
 using Levels = std::vector<Level>;  // Newest first.
 
@@ -169,47 +127,6 @@ class LevelStream : public BlockStream {
   size_t block_ = 0;
 };
 
-// A key that is looked for in a block.
-struct BlockProbe {
-  const Block* block = nullptr;
-  std::string_view key;
-  uint64_t word = 0;  // Eight bytes of `key`, behind those that all keys of the block begin with.
-  uint32_t row = 0;   // Of `key` among the keys that are looked up.
-  int64_t at = 0;
-  int64_t size = 0;
-  int64_t found = -1;  // The key's row in the block, or -1.
-};
-
-// Looks all probes up at the same time: each step waits for memory, and so they wait together.
-inline void FindInBlocks(BlockProbe* probes, size_t count) noexcept {
-  for (size_t i = 0; i < count; ++i) probes[i].size = probes[i].block->size();
-  for (bool more = true; more;) {
-    more = false;
-    for (size_t i = 0; i < count; ++i) {
-      BlockProbe& probe = probes[i];
-      if (probe.size <= 1) continue;
-      const int64_t half = probe.size / 2;
-      const bool below = probe.block->words[static_cast<size_t>(probe.at + half - 1)] < probe.word;
-      // The step is masked, not chosen: which way it goes cannot be predicted.
-      probe.at += half & (int64_t{0} - (below ? 1 : 0));
-      probe.size -= half;
-      more = more || probe.size > 1;
-    }
-  }
-  for (size_t i = 0; i < count; ++i) {
-    BlockProbe& probe = probes[i];
-    const Block& block = *probe.block;
-    if (block.words[static_cast<size_t>(probe.at)] < probe.word) ++probe.at;
-    if (probe.at == block.size()) continue;
-    const std::string_view there = block.key(probe.at);
-    if (there == probe.key) {
-      probe.found = probe.at;
-    } else if (there < probe.key) {  // It has the same word; so may the one looked for, further on.
-      probe.found = block.Find(probe.key);
-    }
-  }
-}
-
 class LsmReader {
  public:
   using States = std::vector<std::shared_ptr<const State>>;
@@ -294,7 +211,16 @@ class LsmReader {
         if (!file.MayContain(hash) || key < file.first_key()) continue;
         const size_t number = file.FindBlock(key);
         if (number == file.blocks()) continue;
-        ARROW_ASSIGN_OR_RAISE(std::shared_ptr<const Block> block, file.Load(number));
+        std::shared_ptr<const Block> block = file.Cached(number);
+        if (block == nullptr && file.HasParts(number) && file.parts().Visit(number)) {
+          bool known = false;
+          ARROW_RETURN_NOT_OK(FindInParts(file, number, key, &known, out));
+          if (known) break;
+          continue;
+        }
+        if (block == nullptr) {
+          ARROW_ASSIGN_OR_RAISE(block, file.Load(number));
+        }
         const int64_t row = block->FindExact(key);
         if (row < 0) continue;
         if (block->is_deleted(row)) break;
@@ -371,8 +297,8 @@ class LsmReader {
       if (open.empty()) break;
       if (!state->runs.empty()) FindInState(*state, encoded, &open, &lookup);
     }
-    std::vector<std::shared_ptr<const Block>> held;
-    if (!open.empty() && !levels_->empty()) ARROW_RETURN_NOT_OK(FindInFiles(encoded, &open, &lookup, &held));
+    Held held;
+    if (!open.empty() && !levels_->empty()) ARROW_RETURN_NOT_OK(FindInFiles(encoded, columns, &open, &lookup, &held));
     return lookup.Gather(*layout_->get_schema, layout_->key, keys, columns, out, found);
   }
 
@@ -390,8 +316,8 @@ class LsmReader {
   }
 
   // `open` are keys by row. `held` keeps the blocks that the lookup refers to.
-  arrow::Status FindInFiles(const KeyColumn& keys, std::vector<uint32_t>* open, Lookup* lookup,
-                            std::vector<std::shared_ptr<const Block>>* held) const {
+  arrow::Status FindInFiles(const KeyColumn& keys, const std::vector<int>& columns, std::vector<uint32_t>* open,
+                            Lookup* lookup, Held* held) const {
     // In key order each file and each block is looked for once.
     std::vector<SortItem> items;
     items.reserve(open->size());
@@ -403,56 +329,10 @@ class LsmReader {
     for (const uint32_t row : *open) hashes[row] = HashKey(ViewOf(keys, row));
     std::vector<bool> done(static_cast<size_t>(keys.rows));
     for (const Level& level : *levels_) {
-      ARROW_RETURN_NOT_OK(FindInLevel(level, keys, hashes, *open, lookup, held, &done));
+      ARROW_RETURN_NOT_OK(FindInLevel(level, keys, hashes, *open, columns, lookup, held, &done));
       std::erase_if(*open, [&done](uint32_t row) { return done[row]; });
       if (open->empty()) break;
     }
-    return arrow::Status::OK();
-  }
-
-  // `open` are keys in order. `done` becomes true for those that the level has, be it as tombstones.
-  static arrow::Status FindInLevel(const Level& level, const KeyColumn& keys, const std::vector<uint64_t>& hashes,
-                                   const std::vector<uint32_t>& open, Lookup* lookup,
-                                   std::vector<std::shared_ptr<const Block>>* held, std::vector<bool>* done) {
-    BlockProbe probes[kSearchLanes];
-    size_t count = 0;
-    const auto search = [&] {
-      FindInBlocks(probes, count);
-      for (size_t i = 0; i < count; ++i) {
-        if (probes[i].found < 0) continue;
-        (*done)[probes[i].row] = true;
-        if (probes[i].block->is_deleted(probes[i].found)) continue;
-        lookup->Put(probes[i].row, &probes[i].block->source, static_cast<uint32_t>(probes[i].found));
-      }
-      count = 0;
-    };
-    for (size_t at = 0, file = 0; at < open.size();) {
-      file = level.FindFile(ViewOf(keys, open[at]), file);
-      if (file == level.files.size()) break;
-      const TableFile& table = *level.files[file];
-      size_t end = at;
-      for (; end < open.size() && ViewOf(keys, open[end]) <= table.last_key(); ++end) {
-        table.bloom().Prefetch(hashes[open[end]]);
-      }
-      size_t loaded = table.blocks();
-      for (; at < end; ++at) {
-        const uint32_t row = open[at];
-        const std::string_view key = ViewOf(keys, row);
-        if (key < table.first_key() || !table.MayContain(hashes[row])) continue;
-        const size_t number = table.FindBlock(key);
-        if (key < table.first_key(number)) continue;
-        if (number != loaded) {
-          ARROW_ASSIGN_OR_RAISE(std::shared_ptr<const Block> block, table.Load(number));
-          held->push_back(std::move(block));
-          loaded = number;
-        }
-        // All keys of the block, and this one between them, begin with the same bytes.
-        const Block* block = held->back().get();
-        probes[count++] = {block, key, keys.Word(row, block->skip), row};
-        if (count == kSearchLanes) search();
-      }
-    }
-    search();
     return arrow::Status::OK();
   }
 

@@ -195,8 +195,8 @@ cdef class Reader:
             raise_read_status(status)
         if hit.source == NULL:
             return None
-        if <size_t>len(names) != hit.source.columns.size():
-            raise UsageError(f"the table has {hit.source.columns.size()} columns, got {len(names)} names")
+        if len(names) != layout.schema.get().num_fields():
+            raise UsageError(f"the table has {layout.schema.get().num_fields()} columns, got {len(names)} names")
         row = dict.fromkeys(names)
         for column in range(<int>layout.key.size()):
             row[names[layout.key[column]]] = key[column]

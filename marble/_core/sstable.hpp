@@ -9,13 +9,15 @@
 // Invariants:
 //   1. Keys of a file ascend strictly, in and across blocks.
 //   2. Nothing of a block is interpreted before its checksum was found right; nothing of it is handed out before its
-//      columns passed full validation and its keys were found to ascend from `first_key` to `last_key`.
+//      columns passed full validation and its keys were found to ascend from `first_key` to `last_key`. Single rows may be
+//      read by the rules of block_parts.hpp instead.
 //   3. What is wrong with the bytes is an IOError with a DamageDetail: the file and the offset of the damaged part.
 #pragma once
 
 #include "block.hpp"
 #include "block_cache.hpp"
 #include "bloom.hpp"
+#include "file_parts.hpp"
 #include "gather.hpp"
 #include "key_codec.hpp"
 #include "memtable_state.hpp"
@@ -84,7 +86,8 @@ class TableFile {
   const std::string& name() const noexcept { return name_; }
   const std::shared_ptr<const Layout>& layout() const noexcept { return layout_; }
   const FileSeal& seal() const noexcept { return seal_; }
-  const IndexHead& head() const noexcept { return *head_; }
+  const IndexHead& head() const noexcept { return head_; }
+  const std::shared_ptr<arrow::Buffer>& buffer() const noexcept { return bytes_; }
 
   size_t blocks() const noexcept { return words_.size(); }
   const BlockEntry& entry(size_t i) const noexcept { return entries_[i]; }
@@ -111,6 +114,21 @@ class TableFile {
   // damage a checksum that is right.
   arrow::Result<std::shared_ptr<const Block>> LoadAnew(size_t i) const { return Decode(i, true); }
 
+  // Block `i` if it is in the cache, else null.
+  std::shared_ptr<const Block> Cached(size_t i) const noexcept { return cache_->Get(&slots_[i]); }
+
+  // Whether rows of block `i` can be read alone (PartialBlock). Only then what follows may be asked for.
+  bool HasParts(size_t i) const noexcept { return entries_[i].step > 0; }
+  const FileParts& parts() const noexcept { return parts_; }
+  const std::vector<FlatColumn>& flat_columns() const noexcept { return flat_columns_; }
+  const uint8_t* BytesOf(size_t i) const noexcept { return bytes_->data() + entries_[i].offset; }
+  std::span<const uint64_t> StepWords(size_t i) const noexcept { return parts_.Words(i, entries_[i]); }
+  // Checks that `size` bytes from `first` of block `i` on, all within it, are what was written.
+  arrow::Status CheckParts(size_t i, uint64_t first, uint64_t size) const {
+    if (parts_.Check(i, entries_[i], BytesOf(i), first, size)) return arrow::Status::OK();
+    return Wrong(entries_[i].offset, "block ", i, " is damaged");
+  }
+
   // Smallest and largest values and number of nulls of columns: see sstable_zones.hpp. A row for each block.
   arrow::Status ReadZones(std::shared_ptr<arrow::RecordBatch>* out) const noexcept;
 
@@ -125,6 +143,7 @@ class TableFile {
   arrow::Status CheckEntries() const;
   arrow::Status CheckKeys(const Block& block, size_t i) const;
   arrow::Status CheckWrites(const Block& block, size_t i) const;
+  arrow::Status VerifyParts(const Block& block, size_t i) const;
   arrow::Result<std::shared_ptr<const Block>> Decode(size_t i, bool check) const;
   template <typename... Words>
   arrow::Status Wrong(uint64_t offset, Words&&... words) const {
@@ -144,7 +163,7 @@ class TableFile {
   // Whether `place` lies within the index section from IndexHead on; what it names begins at a multiple of 64.
   bool Fits(const IndexPlace& place) const noexcept {
     const uint64_t room = seal_.index + seal_.index_bytes - head_offset_;
-    return place.offset % kFileAlignment == 0 && place.offset >= sizeof(IndexHead) && place.offset <= room &&
+    return place.offset % kFileAlignment == 0 && place.offset >= kFirstHeadBytes && place.offset <= room &&
            place.bytes <= room - place.offset;
   }
 
@@ -155,13 +174,15 @@ class TableFile {
   std::shared_ptr<BlockCache> cache_;
   FileSeal seal_;
   uint64_t head_offset_ = 0;  // Of IndexHead in the file.
+  IndexHead head_;
   // Into the mapping:
-  const IndexHead* head_ = nullptr;
   const BlockEntry* entries_ = nullptr;
   const char* keys_ = nullptr;
   BloomFilter bloom_;
   uint64_t skip_ = 0;            // Bytes that all keys of the file begin with.
   std::vector<uint64_t> words_;  // For each block the eight bytes of its last key after these.
+  std::vector<FlatColumn> flat_columns_;  // None if no block can have parts.
+  FileParts parts_;
   std::unique_ptr<std::atomic<bool>[]> checked_;  // For each block whether it has been found sound,
   std::unique_ptr<BlockSlot[]> slots_;            // and its place in the cache.
 };
@@ -188,7 +209,14 @@ inline arrow::Status TableFile::OpenBytes(std::shared_ptr<arrow::Buffer> bytes) 
   ARROW_RETURN_NOT_OK(CheckSchema());
   ARROW_RETURN_NOT_OK(CheckIndex());
   ARROW_RETURN_NOT_OK(CheckEntries());
-  const auto count = static_cast<size_t>(head_->blocks);
+  const auto* sums = reinterpret_cast<const uint32_t*>(bytes_->data() + head_offset_ + head_.parts.offset);
+  const auto* steps = reinterpret_cast<const uint64_t*>(bytes_->data() + head_offset_ + head_.words.offset);
+  if (!parts_.Set({entries_, head_.blocks}, {sums, head_.parts.bytes / 4}, {steps, head_.words.bytes / 8})) {
+    return Wrong(head_offset_, "the index has parts of other blocks");
+  }
+  flat_columns_ = DescribeFlat(*file_schema_, layout_->key);
+  if (flat_columns_.empty() && head_.parts.bytes > 0) return Wrong(head_offset_, "blocks of such columns have no parts");
+  const auto count = static_cast<size_t>(head_.blocks);
   skip_ = CommonBytes(first_key(0), last_key(count - 1));
   words_.reserve(count);
   for (size_t i = 0; i < count; ++i) words_.push_back(WordOf(last_key(i), skip_));
@@ -207,9 +235,9 @@ inline arrow::Status TableFile::CheckEnds() {
   if (footer_bytes > size - kFileEndBytes) return Wrong(size - kFileEndBytes, "the footer is longer than its file");
   const uint64_t footer = size - kFileEndBytes - footer_bytes;
   if (!ReadSeal(data + footer, size - footer, &seal_)) return Wrong(footer, "the footer is damaged");
-  if (seal_.version != kFileVersion) {
-    return arrow::Status::Invalid("sstable ", name_, " is of version ", seal_.version, ", this marble reads version ",
-                                  kFileVersion);
+  if (seal_.version < kFileVersionMin || seal_.version > kFileVersion) {
+    return arrow::Status::Invalid("sstable ", name_, " is of version ", seal_.version, ", this marble reads versions ",
+                                  kFileVersionMin, " to ", kFileVersion);
   }
   if (seal_.size != size || seal_.header_bytes > seal_.index || seal_.index > footer ||
       seal_.index_bytes != footer - seal_.index) {
@@ -240,20 +268,23 @@ inline arrow::Status TableFile::CheckIndex() {
   }
   head_offset_ = AlignUp(seal_.index + kMessagePrefixBytes, kFileAlignment);
   const uint64_t end = seal_.index + seal_.index_bytes;
-  if (head_offset_ > end || end - head_offset_ < sizeof(IndexHead)) return Wrong(seal_.index, "the index is cut short");
+  const uint64_t head_bytes = seal_.version == kFileVersionMin ? kFirstHeadBytes : sizeof(IndexHead);
+  if (head_offset_ > end || end - head_offset_ < head_bytes) return Wrong(seal_.index, "the index is cut short");
   // Mappings and Arrow's allocations begin at a multiple of 64; memory that does not cannot be used in place.
   if (reinterpret_cast<uintptr_t>(data) % alignof(IndexHead) != 0) {
     return arrow::Status::Invalid("the buffer of an sstable begins at a multiple of ", alignof(IndexHead), " bytes");
   }
-  head_ = reinterpret_cast<const IndexHead*>(data + head_offset_);
-  if (!Fits(head_->entries) || !Fits(head_->keys) || !Fits(head_->bloom) || !Fits(head_->zones) || head_->blocks == 0 ||
-      head_->entries.bytes % sizeof(BlockEntry) != 0 || head_->entries.bytes / sizeof(BlockEntry) != head_->blocks ||
-      head_->bloom.bytes % kBloomLineBytes != 0) {
+  std::memcpy(&head_, data + head_offset_, head_bytes);
+  if (!Fits(head_.entries) || !Fits(head_.keys) || !Fits(head_.bloom) || !Fits(head_.zones) ||
+      (seal_.version > kFileVersionMin && (!Fits(head_.parts) || !Fits(head_.words))) || head_.parts.bytes % 4 != 0 ||
+      head_.words.bytes % 8 != 0 || head_.blocks == 0 ||
+      head_.entries.bytes % sizeof(BlockEntry) != 0 || head_.entries.bytes / sizeof(BlockEntry) != head_.blocks ||
+      head_.bloom.bytes % kBloomLineBytes != 0) {
     return Wrong(head_offset_, "the index names parts that are not there");
   }
-  entries_ = reinterpret_cast<const BlockEntry*>(data + head_offset_ + head_->entries.offset);
-  keys_ = reinterpret_cast<const char*>(data + head_offset_ + head_->keys.offset);
-  bloom_ = BloomFilter(data + head_offset_ + head_->bloom.offset, head_->bloom.bytes / kBloomLineBytes);
+  entries_ = reinterpret_cast<const BlockEntry*>(data + head_offset_ + head_.entries.offset);
+  keys_ = reinterpret_cast<const char*>(data + head_offset_ + head_.keys.offset);
+  bloom_ = BloomFilter(data + head_offset_ + head_.bloom.offset, head_.bloom.bytes / kBloomLineBytes);
   return arrow::Status::OK();
 }
 
@@ -262,23 +293,23 @@ inline arrow::Status TableFile::CheckEntries() const {
   uint64_t offset = seal_.header_bytes;
   uint64_t key_offset = 0;
   uint64_t rows = 0;
-  for (size_t i = 0; i < head_->blocks; ++i) {
+  for (size_t i = 0; i < head_.blocks; ++i) {
     const BlockEntry& entry = entries_[i];
     const uint64_t key_bytes = uint64_t{entry.first_key_bytes} + entry.last_key_bytes;
     if (entry.offset != offset || entry.bytes > seal_.index - offset || entry.metadata_bytes < kMessagePrefixBytes ||
         entry.metadata_bytes > entry.bytes || entry.rows == 0 || entry.tombstones > entry.rows ||
-        entry.key_offset != key_offset || key_bytes > head_->keys.bytes - key_offset) {
-      return Wrong(head_offset_ + head_->entries.offset + i * sizeof(BlockEntry), "entry ", i, " of the index is wrong");
+        entry.step > entry.rows || entry.key_offset != key_offset || key_bytes > head_.keys.bytes - key_offset) {
+      return Wrong(head_offset_ + head_.entries.offset + i * sizeof(BlockEntry), "entry ", i, " of the index is wrong");
     }
     const bool ascends = entry.rows == 1 ? first_key(i) == last_key(i) : first_key(i) < last_key(i);
     if (!ascends || (i > 0 && last_key(i - 1) >= first_key(i))) {
-      return Wrong(head_offset_ + head_->keys.offset + key_offset, "the keys of block ", i, " do not ascend");
+      return Wrong(head_offset_ + head_.keys.offset + key_offset, "the keys of block ", i, " do not ascend");
     }
     offset += entry.bytes;
     key_offset += key_bytes;
     rows += entry.rows;
   }
-  if (offset != seal_.index || key_offset != head_->keys.bytes || rows != head_->rows) {
+  if (offset != seal_.index || key_offset != head_.keys.bytes || rows != head_.rows) {
     return Wrong(head_offset_, "the index does not cover its file");
   }
   return arrow::Status::OK();
@@ -408,18 +439,27 @@ inline arrow::Status TableFile::CheckWrites(const Block& block, size_t i) const 
   return arrow::Status::OK();
 }
 
+// Whether what the index has of the block's parts is true.
+inline arrow::Status TableFile::VerifyParts(const Block& block, size_t i) const {
+  const BlockEntry& entry = entries_[i];
+  bool right = parts_.CheckAll(i, entry, BytesOf(i));
+  const auto words = StepWords(i);
+  for (size_t at = 0; at < words.size(); ++at) right = right && words[at] == block.words[at * entry.step];
+  return right ? arrow::Status::OK() : Wrong(entry.offset, "block ", i, " has other parts than the index says");
+}
+
 inline arrow::Status TableFile::ReadZones(std::shared_ptr<arrow::RecordBatch>* out) const noexcept {
   return Guarded([&]() -> arrow::Status {
-    const uint64_t offset = head_offset_ + head_->zones.offset;
+    const uint64_t offset = head_offset_ + head_.zones.offset;
     const auto read = [&]() -> arrow::Result<std::shared_ptr<arrow::RecordBatch>> {
       auto stream = std::make_shared<arrow::io::BufferReader>(
-          arrow::SliceBuffer(bytes_, static_cast<int64_t>(offset), static_cast<int64_t>(head_->zones.bytes)));
+          arrow::SliceBuffer(bytes_, static_cast<int64_t>(offset), static_cast<int64_t>(head_.zones.bytes)));
       auto options = arrow::ipc::IpcReadOptions::Defaults();
       options.use_threads = false;
       ARROW_ASSIGN_OR_RAISE(auto reader, arrow::ipc::RecordBatchStreamReader::Open(stream, options));
       std::shared_ptr<arrow::RecordBatch> batch;
       ARROW_RETURN_NOT_OK(reader->ReadNext(&batch));
-      if (batch == nullptr || batch->num_rows() != static_cast<int64_t>(head_->blocks)) {
+      if (batch == nullptr || batch->num_rows() != static_cast<int64_t>(head_.blocks)) {
         return arrow::Status::Invalid("not a row for each block");
       }
       ARROW_RETURN_NOT_OK(batch->ValidateFull());
@@ -443,9 +483,10 @@ inline arrow::Status TableFile::Verify(std::string* name) const noexcept {
     ARROW_RETURN_NOT_OK(again.OpenBytes(bytes_));
     for (size_t i = 0; i < again.blocks(); ++i) {
       ARROW_ASSIGN_OR_RAISE(const auto block, again.Decode(i, true));
+      ARROW_RETURN_NOT_OK(again.VerifyParts(*block, i));
       for (int64_t row = 0; row < block->size(); ++row) {
         if (!MayContain(HashKey(block->key(row)))) {
-          return Wrong(head_offset_ + head_->bloom.offset, "the bloom filter lacks a key of block ", i);
+          return Wrong(head_offset_ + head_.bloom.offset, "the bloom filter lacks a key of block ", i);
         }
       }
     }

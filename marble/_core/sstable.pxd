@@ -4,7 +4,7 @@ from libcpp.memory cimport shared_ptr
 from libcpp.string cimport string
 from libcpp.string_view cimport string_view
 from pyarrow.includes.common cimport CStatus
-from pyarrow.includes.libarrow cimport CRecordBatch, CSchema
+from pyarrow.includes.libarrow cimport CBuffer, CRecordBatch, CSchema
 
 
 cdef extern from "sstable.hpp" namespace "marble" nogil:
@@ -35,6 +35,7 @@ cdef extern from "sstable.hpp" namespace "marble" nogil:
         const shared_ptr[CLayout]& layout() noexcept
         const CFileSeal& seal() noexcept
         const CIndexHead& head() noexcept
+        const shared_ptr[CBuffer]& buffer() noexcept
         size_t blocks() noexcept
         string_view first_key() noexcept
         string_view last_key() noexcept

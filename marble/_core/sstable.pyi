@@ -157,6 +157,12 @@ class SSTable:
     @property
     def schema(self) -> pa.Schema:
         """The table's columns, nullable but for the key."""
+    def map_ahead(self, bytes_max: int) -> int:
+        """Map what of the file's first `bytes_max` bytes is in memory already, so that nobody waits for page faults.
+
+        Returns how many bytes those are: 0 where the system cannot tell. Nothing is read from the disk for it, but for what
+        memory lacks within 256 KiB of which it has the first page.
+        """
     def verify(self) -> str:
         """Read the whole file, check all there is to check, and return its name (XXH3-128 of it, as hex digits).
 

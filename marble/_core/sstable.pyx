@@ -19,7 +19,7 @@ from libcpp.vector cimport vector
 from marble._core.arrow_face cimport batch_of, import_pyarrow, raise_status, schema_of
 from marble._core.arrow_face cimport wrap_array, wrap_batch, wrap_schema
 from pyarrow.includes.common cimport CStatus
-from pyarrow.includes.libarrow cimport CArray, CRecordBatch, CSchema
+from pyarrow.includes.libarrow cimport CArray, CBuffer, CRecordBatch, CSchema
 
 from typing import NamedTuple
 
@@ -32,9 +32,6 @@ cdef object _MAKER = object()
 
 
 cdef extern from "arrow/python/pyarrow.h" namespace "arrow" nogil:
-    cdef cppclass CBuffer "arrow::Buffer":
-        int64_t size() noexcept
-
     cdef cppclass CResultBuffer "arrow::Result<std::shared_ptr<arrow::Buffer>>":
         shared_ptr[CBuffer] ValueOrDie()
 
@@ -102,6 +99,10 @@ cdef extern from "sstable_read.hpp" namespace "marble" nogil:
 
     CStatus make_scan "marble::FileScan::Make"(
         shared_ptr[CTableFile] file, const CScanOptions& options, shared_ptr[CFileScan]* out) noexcept
+
+
+cdef extern from "residence.hpp" namespace "marble" nogil:
+    uint64_t MapAhead(const CBuffer& file, uint64_t bytes_max) noexcept
 
 
 class SSTableInfo(NamedTuple):
@@ -280,6 +281,12 @@ cdef class SSTable:
     @property
     def schema(self):
         return wrap_schema(self.file.get().layout().get().get_schema)
+
+    def map_ahead(self, uint64_t bytes_max):
+        cdef uint64_t mapped
+        with nogil:
+            mapped = MapAhead(self.file.get().buffer().get()[0], bytes_max)
+        return mapped
 
     def verify(self):
         cdef string name

@@ -12,7 +12,8 @@
 // then what IndexHead names.
 // Ownership: plain values. Thread safety: pure functions.
 // Invariants:
-//   1. Every byte of a file is under exactly one checksum.
+//   1. Every byte of a file is under exactly one of the checksums above. Those of parts are a second look at the same bytes
+//      for readers of single rows, and as good: a reader needs one of the two, Verify wants both.
 //   2. All numbers are little-endian; sizes and offsets are checked against the file before anything is read there.
 #pragma once
 
@@ -36,7 +37,11 @@ static_assert(std::endian::native == std::endian::little, "sstables are mapped a
 
 constexpr std::string_view kFileSealKey = "marble.sstable";
 constexpr std::string_view kFileSealMagic = "marble-sstable:";
-constexpr uint64_t kFileVersion = 1;
+constexpr uint64_t kFileVersion = 2;
+constexpr uint64_t kFileVersionMin = 1;  // Files without parts: with an IndexHead of kFirstHeadBytes.
+constexpr uint64_t kPartBytes = 512;     // Of a block, under a checksum of its own.
+constexpr uint64_t kStepBytes = 4096;    // About so many bytes of rows for each word of a key in the index.
+constexpr uint32_t kPartRowsMin = 4;     // Blocks of fewer rows have no parts: most of them is read with each row.
 constexpr std::string_view kIndexColumn = "_marble_index";
 constexpr std::string_view kDeletedColumn = "_marble_deleted";
 
@@ -129,8 +134,13 @@ struct IndexHead {
   IndexPlace keys;     // First and last keys of all blocks, one behind the other.
   IndexPlace bloom;    // Lines of a BloomFilter.
   IndexPlace zones;    // An Arrow IPC stream of one batch, a row for each block: see sstable_zones.hpp.
+  // From version 2 on:
+  IndexPlace parts;    // uint32_t for each part of each block that has parts (PartChecksum).
+  IndexPlace words;    // uint64_t for each `step` rows of such a block: the eight bytes of the key of the first of them
+                       // behind those that the block's first and last key begin with.
 };
-static_assert(sizeof(IndexHead) == 128);
+static_assert(sizeof(IndexHead) == 160);
+constexpr uint64_t kFirstHeadBytes = 128;
 
 struct BlockEntry {
   uint64_t offset = 0;  // Of the record batch message in the file; blocks lie one behind the other.
@@ -145,8 +155,20 @@ struct BlockEntry {
   uint32_t metadata_bytes = 0;
   uint32_t rows = 0;
   uint32_t tombstones = 0;
-  uint32_t reserved = 0;
+  uint32_t step = 0;  // Rows from one word of a key in the index to the next; 0: the block has neither words nor parts.
 };
 static_assert(sizeof(BlockEntry) == 80);
+
+inline uint64_t PartsOf(const BlockEntry& block) noexcept {
+  return block.step == 0 ? 0 : (block.bytes + kPartBytes - 1) / kPartBytes;
+}
+inline uint64_t WordsOf(const BlockEntry& block) noexcept {
+  return block.step == 0 ? 0 : (uint64_t{block.rows} + block.step - 1) / block.step;
+}
+// Of part number `part` of a block of `size` bytes: the lower half of XXH3-64.
+inline uint32_t PartChecksum(const uint8_t* block, uint64_t size, uint64_t part) noexcept {
+  const uint64_t first = part * kPartBytes;
+  return static_cast<uint32_t>(ChecksumOf(block + first, std::min(kPartBytes, size - first)));
+}
 
 }  // namespace marble

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "bloom.hpp"
+#include "file_parts.hpp"
 #include "sstable_footer.hpp"
 #include "sstable_zones.hpp"
 
@@ -58,6 +59,7 @@ class TableWriter {
       ARROW_RETURN_NOT_OK(Layout::Make(std::move(schema), key, &writer->layout_));
       ARROW_ASSIGN_OR_RAISE(writer->schema_, FileSchema(*writer->layout_));
       ARROW_RETURN_NOT_OK(writer->CheckOptions());
+      writer->has_parts_ = options.compression.empty() && !DescribeFlat(*writer->schema_, writer->layout_->key).empty();
       for (const auto& field : writer->layout_->schema->fields()) writer->zones_.emplace_back(field->type());
       XXH3_128bits_reset(&writer->name_);
       *out = std::move(writer);
@@ -271,6 +273,7 @@ class TableWriter {
     entry.key_offset = keys_.size();
     entry.first_key_bytes = static_cast<uint32_t>(first.size());
     entry.last_key_bytes = static_cast<uint32_t>(last.size());
+    if (has_parts_ && entry.rows >= kPartRowsMin) AddParts(*message, CommonBytes(first, last), &entry);
     keys_.append(first).append(last);
     entries_.push_back(entry);
     PutOut(std::move(message), out);
@@ -278,6 +281,20 @@ class TableWriter {
     pending_rows_ = 0;
     pending_bytes_ = 0;
     return arrow::Status::OK();
+  }
+
+  // What single rows of the block are found and checked by.
+  void AddParts(const arrow::Buffer& message, uint64_t skip, BlockEntry* entry) {
+    const uint64_t steps = entry->bytes / kStepBytes + 1;
+    entry->step = static_cast<uint32_t>((entry->rows + steps - 1) / steps);
+    for (uint64_t part = 0; part < PartsOf(*entry); ++part) {
+      parts_.push_back(PartChecksum(message.data(), entry->bytes, part));
+    }
+    int64_t next = 0;  // Row of the block, and of the piece.
+    for (const Piece& piece : pending_) {
+      for (next += piece.first; next < piece.end; next += entry->step) words_.push_back(piece.keys->Word(next, skip));
+      next -= piece.end;
+    }
   }
 
   bool InKey(size_t column) const noexcept {
@@ -368,7 +385,7 @@ class TableWriter {
     if (head_.has_ttl == 0) head_.ttl_min = head_.ttl_max = 0;
     ARROW_ASSIGN_OR_RAISE(auto zones, EncodeZones());
     const std::vector<uint8_t> bloom = BloomFilter::Build(hashes_);
-    uint64_t end = sizeof(IndexHead);
+    uint64_t end = AlignUp(sizeof(IndexHead), kFileAlignment);
     const auto place = [&end](IndexPlace* to, uint64_t bytes) {
       *to = {end, bytes};
       end = AlignUp(end + bytes, kFileAlignment);
@@ -377,6 +394,8 @@ class TableWriter {
     place(&head_.keys, keys_.size());
     place(&head_.bloom, bloom.size());
     place(&head_.zones, static_cast<uint64_t>(zones->size()));
+    place(&head_.parts, parts_.size() * sizeof(uint32_t));
+    place(&head_.words, words_.size() * sizeof(uint64_t));
     seal_.index = nbytes_;
     const uint64_t head = AlignUp(nbytes_ + kMessagePrefixBytes, kFileAlignment) - nbytes_;
     seal_.index_bytes = head + end;
@@ -394,6 +413,8 @@ class TableWriter {
     put(head_.keys.offset, keys_.data(), head_.keys.bytes);
     put(head_.bloom.offset, bloom.data(), head_.bloom.bytes);
     put(head_.zones.offset, zones->data(), head_.zones.bytes);
+    put(head_.parts.offset, parts_.data(), head_.parts.bytes);
+    put(head_.words.offset, words_.data(), head_.words.bytes);
     seal_.index_checksum = ChecksumOf(to, seal_.index_bytes);
     PutOut(std::move(index), out);
     seal_.size = nbytes_;
@@ -418,6 +439,9 @@ class TableWriter {
   std::string keys_;      // First and last key of each block.
   std::string last_key_;  // Of all rows so far.
   std::vector<uint64_t> hashes_;
+  bool has_parts_ = false;  // Whether blocks may have parts.
+  std::vector<uint32_t> parts_;
+  std::vector<uint64_t> words_;
   std::vector<ZoneColumn> zones_;
   IndexHead head_;
   FileSeal seal_;

@@ -36,6 +36,9 @@ DIRECTORY: Final = "tables"
 CACHE_BYTES_MAX: Final = 64 * 1024 * 1024
 """Decoded blocks kept by default."""
 
+MAP_AHEAD_BYTES_MAX: Final = 256 * 1024 * 1024
+"""What is mapped ahead of a file that was written, and of all files that a start finds: it takes some 10 ms."""
+
 BLOCK_ROWS_MAX: Final = 4096
 """Rows of a block: a read of one key decodes one block, where its bytes do not end it before."""
 
@@ -123,6 +126,8 @@ class TableFiles:
         self._held: Counter[str] = Counter()
         self._released: set[str] = set()
         """What was released since the last `collect` began."""
+        self._ahead_left = MAP_AHEAD_BYTES_MAX
+        """Of files that were here before this process."""
         self._next = 0
         self._ready = False
 
@@ -202,6 +207,7 @@ class TableFiles:
                 row = {name: getattr(found, name) for name in FILES_SCHEMA.names if name != "level"}
                 try:
                     written.append(self.open(row, info))
+                    written[-1].opened.map_ahead(MAP_AHEAD_BYTES_MAX)  # All of it is in memory now.
                 except Exception:
                     self.release([found.name])
                     raise
@@ -251,7 +257,9 @@ class TableFiles:
     def salvage(self, row: dict[str, Any], info: TableInfo) -> TableFile:
         """As `open`; a file that is missing or damaged has ``damage`` instead of ``table``."""
         try:
-            return self.open(row, info)
+            file = self.open(row, info)
+            self._ahead_left -= file.opened.map_ahead(self._ahead_left)
+            return file
         except CorruptionError as error:
             described = {field: row[field] for field in FILES_SCHEMA.names if field != "level"}
             return TableFile(**described, damage=error)

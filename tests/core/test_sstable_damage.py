@@ -97,8 +97,8 @@ def test_a_file_of_another_length_is_found() -> None:
 
 def test_a_newer_version_is_no_damage() -> None:
     parts = Parts(small())
-    parts.seal["version"] = 2
-    with pytest.raises(UsageError, match=r"x\.arrow is of version 2, this marble reads version 1"):
+    parts.seal["version"] = 3
+    with pytest.raises(UsageError, match=r"x\.arrow is of version 3, this marble reads versions 1 to 2"):
         open_bytes(parts.seal_again(), SCHEMA)
 
 

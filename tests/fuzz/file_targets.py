@@ -25,6 +25,7 @@ from marble import identity
 from marble._core import entry_batch
 from marble._core.checksum import xxh3_64
 from marble._core.entry_batch import Proposal
+from marble._core.lsm import Reader
 from marble.config import parse_config
 from marble.errors import CorruptionError, UsageError
 from marble.logstore.log import Log
@@ -243,6 +244,34 @@ def _parse_table(data: bytes) -> None:
     table.verify()
 
 
+_FLAT_ROWS = pa.schema([pa.field("k", pa.string(), False), pa.field("v", pa.string()), pa.field("d", pa.date64())])
+
+
+def _flat_tables() -> list[bytes]:
+    """Files whose rows can be read without their blocks; the second one is of the first version, which cannot."""
+    days = [None if n % 3 == 0 else n * 86_400_000 for n in range(20)]
+    columns = [pa.array(sorted(f"key {n}" for n in range(20))), pa.array(["välue"] * 20), pa.array(days, pa.date64())]
+    flags = [n % 5 == 0 for n in range(20)]
+    data, _ = sstable_twin.write([pa.record_batch(columns, schema=_FLAT_ROWS)], deleted=[flags], block_rows_max=8)
+    return [data, sstable_twin.as_version_1(data)]
+
+
+def _parse_flat_table(data: bytes) -> None:
+    table = sstable_twin.open_bytes(data, _FLAT_ROWS)
+    reader, damage = Reader([], [[table]]), []
+    for n in range(-1, 20, 2):
+        # One row that cannot be read says nothing of the next.
+        try:
+            reader.get_row(("k", "v", "d"), (f"key {n}",))
+            wanted = pa.record_batch([pa.array([f"key {n + 1}"])], names=["k"])
+            reader.get_many(wanted)[0].validate(full=True)
+        except CorruptionError as error:
+            damage.append(error)
+    table.verify()
+    if damage:
+        raise damage[0]
+
+
 def _mend_table(data: bytes) -> bytes:
     with contextlib.suppress(ValueError, struct.error, IndexError, OverflowError):
         parts = sstable_twin.Parts(data)
@@ -264,4 +293,5 @@ FILE_TARGETS: Sequence[Target] = (
     Target("snapshot", _snapshots, _parse_snapshot, (CorruptionError,), _mend_snapshot),
     Target("state", _states, _parse_state, (CorruptionError,)),
     Target("sstable", _tables, _parse_table, (CorruptionError, UsageError), _mend_table),
+    Target("sstable rows", _flat_tables, _parse_flat_table, (CorruptionError, UsageError), _mend_table),
 )

@@ -21,15 +21,19 @@ SEAL = (
     "index_checksum",
     "footer_checksum",
 )
+FIRST_PARTS = ("entries", "keys", "bloom", "zones")
+INDEX_PARTS = (*FIRST_PARTS, "parts", "words")
+"""Of the index section; version 1 had the first four."""
 HEAD = (
     *("blocks", "rows", "tombstones", "first_index", "last_index", "has_ttl", "ttl_min", "ttl_max"),
-    *(f"{part}_{what}" for part in ("entries", "keys", "bloom", "zones") for what in ("offset", "bytes")),
+    *(f"{part}_{what}" for part in INDEX_PARTS for what in ("offset", "bytes")),
 )
 ENTRY = (
     *("offset", "bytes", "checksum", "decoded_bytes", "first_index", "last_index", "key_offset"),
-    *("first_key_bytes", "last_key_bytes", "metadata_bytes", "rows", "tombstones", "reserved"),
+    *("first_key_bytes", "last_key_bytes", "metadata_bytes", "rows", "tombstones", "step"),
 )
-HEAD_FORMAT = struct.Struct("<6Q2q8Q")
+HEAD_FORMATS = {1: struct.Struct("<6Q2q8Q"), 2: struct.Struct("<6Q2q12Q")}
+PART_BYTES = 512
 ENTRY_FORMAT = struct.Struct("<7Q6I")
 
 
@@ -44,7 +48,8 @@ class Parts:
         digits = [data[self.seal_at + 16 * i : self.seal_at + 16 * i + 16] for i in range(len(SEAL))]
         self.seal = dict(zip(SEAL, (int(each, 16) for each in digits), strict=True))
         self.head_at = (self.seal["index"] + 8 + 63) // 64 * 64
-        self.head = dict(zip(HEAD, HEAD_FORMAT.unpack_from(data, self.head_at), strict=True))
+        self.head_format = HEAD_FORMATS.get(self.seal["version"], HEAD_FORMATS[2])
+        self.head = dict(zip(HEAD, self.head_format.unpack_from(data, self.head_at), strict=False))
         self.entries_at = self.head_at + self.head["entries_offset"]
         self.entries = [
             dict(zip(ENTRY, ENTRY_FORMAT.unpack_from(data, self.entries_at + i * ENTRY_FORMAT.size), strict=True))
@@ -63,11 +68,23 @@ class Parts:
             found.append((keys[entry["key_offset"] : middle], keys[middle : middle + entry["last_key_bytes"]]))
         return found
 
+    def checksums(self) -> list[int]:
+        """Those of the parts of all blocks that have parts."""
+        found = []
+        for entry in self.entries:
+            block = self.data[entry["offset"] : entry["offset"] + entry["bytes"]]
+            if entry["step"]:
+                found += [xxh3_64(block[at : at + PART_BYTES]) & 0xFFFFFFFF for at in range(0, len(block), PART_BYTES)]
+        return found
+
     def rebuild(self) -> bytes:
+        if "parts_offset" in self.head:
+            room = self.head["parts_bytes"] // 4
+            struct.pack_into(f"<{room}I", self.data, self.head_at + self.head["parts_offset"], *self.checksums()[:room])
         for i, entry in enumerate(self.entries):
             entry["checksum"] = xxh3_64(self.data[entry["offset"] : entry["offset"] + entry["bytes"]])
             ENTRY_FORMAT.pack_into(self.data, self.entries_at + i * ENTRY_FORMAT.size, *entry.values())
-        HEAD_FORMAT.pack_into(self.data, self.head_at, *self.head.values())
+        self.head_format.pack_into(self.data, self.head_at, *self.head.values())
         return self.seal_again()
 
     def seal_again(self) -> bytes:
@@ -80,6 +97,27 @@ class Parts:
             text = "".join(f"{each:016x}" for each in self.seal.values()).encode()
             self.data[self.seal_at : self.seal_at + len(text)] = text
         return bytes(self.data)
+
+
+def as_version_1(data: bytes) -> bytes:
+    """The file as marble wrote it before blocks had parts."""
+    old = Parts(data)
+    for i, entry in enumerate(old.entries):
+        ENTRY_FORMAT.pack_into(old.data, old.entries_at + i * ENTRY_FORMAT.size, *{**entry, "step": 0}.values())
+    numbers = {name: old.head[name] for name in HEAD[:8]}
+    section = b""
+    for name in FIRST_PARTS:
+        numbers |= {f"{name}_offset": HEAD_FORMATS[1].size + len(section), f"{name}_bytes": old.head[f"{name}_bytes"]}
+        section += old.part(name) + bytes(-len(old.part(name)) % 64)
+    section = HEAD_FORMATS[1].pack(*numbers.values()) + section
+    section = bytes(old.data[old.seal["index"] : old.head_at]) + section
+    footer = bytes(old.data[old.footer :])
+    size = old.seal["index"] + len(section) + len(footer)
+    seal = {**old.seal, "version": 1, "size": size, "index_bytes": len(section)}
+    text = "".join(f"{each:016x}" for each in seal.values()).encode()
+    at = old.seal_at - old.footer
+    footer = footer[:at] + text + footer[at + len(text) :]
+    return Parts(bytes(old.data[: old.seal["index"]]) + section + footer).seal_again()
 
 
 def bloom_has(bloom: bytes, key: bytes) -> bool:

@@ -1,0 +1,282 @@
+// Looking keys up in the files of a level.
+//
+// Layout: a level is files whose keys do not overlap, in key order.
+// Ownership: a Level shares its files; what a lookup refers to is kept alive by `Held`.
+// Thread safety: pure functions but for the files' caches and memos.
+// Invariants:
+//   1. A block that is in the cache is read there. Else few rows are read alone where they can be (block_parts.hpp), and
+//      only where many are asked for, or have been by and by, the block is read as a whole.
+#pragma once
+
+#include "block_parts.hpp"
+#include "copied_rows.hpp"
+#include "lookup.hpp"
+#include "point.hpp"
+#include "sstable.hpp"
+
+#include <arrow/buffer.h>
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace marble {
+
+constexpr int64_t kGetKeys = 4096;  // Keys whose blocks are held at a time.
+constexpr size_t kRowsOfKey = 16;   // A block is read as a whole where more than one row in so many is asked for.
+using Held = std::vector<std::shared_ptr<const void>>;  // What a lookup refers to.
+
+using FilePtr = std::shared_ptr<const TableFile>;
+
+// Files with ascending keys that do not overlap. `wanted` has, for each file, a bit for each block: whether it can hold
+// what is looked for; null where nothing is known.
+struct Level {
+  std::vector<FilePtr> files;
+  std::vector<std::shared_ptr<arrow::Buffer>> wanted;
+
+  // First file from `from` on whose last key is not below `key`.
+  size_t FindFile(std::string_view key, size_t from = 0) const noexcept {
+    size_t end = files.size();
+    while (from < end) {
+      const size_t middle = from + (end - from) / 2;
+      if (files[middle]->last_key() < key) {
+        from = middle + 1;
+      } else {
+        end = middle;
+      }
+    }
+    return from;
+  }
+
+  bool IsWanted(size_t file, size_t block) const noexcept {
+    return wanted.empty() || wanted[file] == nullptr ||
+           arrow::bit_util::GetBit(wanted[file]->data(), static_cast<int64_t>(block));
+  }
+
+  // Whether a block that is wanted has keys in [first, last].
+  bool HasWanted(std::string_view first, std::string_view last) const noexcept {
+    size_t file = FindFile(first);
+    if (file == files.size()) return false;
+    for (size_t block = files[file]->FindBlock(first); file < files.size(); ++file, block = 0) {
+      for (; block < files[file]->blocks(); ++block) {
+        if (files[file]->first_key(block) > last) return false;
+        if (IsWanted(file, block)) return true;
+      }
+    }
+    return false;
+  }
+};
+
+// A key that is looked for in a block.
+struct BlockProbe {
+  const Block* block = nullptr;
+  std::string_view key;
+  uint64_t word = 0;  // Eight bytes of `key`, behind those that all keys of the block begin with.
+  uint32_t row = 0;   // Of `key` among the keys that are looked up.
+  int64_t at = 0;
+  int64_t size = 0;
+  int64_t found = -1;  // The key's row in the block, or -1.
+};
+
+// Looks all probes up at the same time: each step waits for memory, and so they wait together.
+inline void FindInBlocks(BlockProbe* probes, size_t count) noexcept {
+  for (size_t i = 0; i < count; ++i) probes[i].size = probes[i].block->size();
+  for (bool more = true; more;) {
+    more = false;
+    for (size_t i = 0; i < count; ++i) {
+      BlockProbe& probe = probes[i];
+      if (probe.size <= 1) continue;
+      const int64_t half = probe.size / 2;
+      const bool below = probe.block->words[static_cast<size_t>(probe.at + half - 1)] < probe.word;
+      // The step is masked, not chosen: which way it goes cannot be predicted.
+      probe.at += half & (int64_t{0} - (below ? 1 : 0));
+      probe.size -= half;
+      more = more || probe.size > 1;
+    }
+  }
+  for (size_t i = 0; i < count; ++i) {
+    BlockProbe& probe = probes[i];
+    const Block& block = *probe.block;
+    if (block.words[static_cast<size_t>(probe.at)] < probe.word) ++probe.at;
+    if (probe.at == block.size()) continue;
+    const std::string_view there = block.key(probe.at);
+    if (there == probe.key) {
+      probe.found = probe.at;
+    } else if (there < probe.key) {  // It has the same word; so may the one looked for, further on.
+      probe.found = block.Find(probe.key);
+    }
+  }
+}
+
+// As FindInFiles, in a block that nobody has read: only the parts that say something of the row. `known` becomes whether the
+// block has the key, be it as a tombstone.
+inline arrow::Status FindInParts(const TableFile& file, size_t number, std::string_view key, bool* known,
+                                 PointHit* out) {
+  if (key < file.first_key(number)) return arrow::Status::OK();
+  PartialBlock::Prefetch(file, number);
+  const auto block = std::make_shared<PartialBlock>();
+  ARROW_RETURN_NOT_OK(block->Open(file, number, /*for_objects=*/true));
+  block->PrefetchKey(key);
+  int64_t row = -1;
+  bool deleted = false;
+  ARROW_RETURN_NOT_OK(block->Find(key, &row));
+  if (row < 0) return arrow::Status::OK();
+  *known = true;
+  ARROW_RETURN_NOT_OK(block->IsDeleted(row, &deleted));
+  if (deleted) return arrow::Status::OK();
+  ARROW_RETURN_NOT_OK(block->CheckRow(row));
+  *out = {&block->source(), static_cast<uint32_t>(row), block};
+  return arrow::Status::OK();
+}
+
+// The block of a file that may have a key.
+struct BlockKey {
+  size_t number;
+  uint32_t row;  // Of the key among those that are looked up.
+};
+
+// Sets `asked` to keys from `at` on that `table` may have. Returns where those begin that lie behind it.
+inline size_t FindBlocks(const TableFile& table, const KeyColumn& keys, const std::vector<uint64_t>& hashes,
+                         const std::vector<uint32_t>& open, size_t at, std::vector<BlockKey>* asked) {
+  size_t end = at;
+  for (; end < open.size() && ViewOf(keys, open[end]) <= table.last_key(); ++end) {
+    table.bloom().Prefetch(hashes[open[end]]);
+  }
+  asked->clear();
+  for (; at < end; ++at) {
+    const uint32_t row = open[at];
+    const std::string_view key = ViewOf(keys, row);
+    if (key < table.first_key() || !table.MayContain(hashes[row])) continue;
+    const size_t number = table.FindBlock(key);
+    if (key >= table.first_key(number)) asked->push_back({number, row});
+  }
+  return end;
+}
+
+// Looks for few keys in each of several blocks that nobody has read. Each step has its bytes fetched from memory during the
+// step before, for all blocks at a time. Rows that are found are copied, so that blocks need not be kept for them.
+class PartsLookup {
+ public:
+  PartsLookup(const KeyColumn& keys, const std::vector<int>& columns, Lookup* lookup, std::vector<bool>* done)
+      : keys_(keys), columns_(columns), lookup_(lookup), done_(done) {}
+
+  // Keys of one block.
+  arrow::Status Add(const TableFile& file, std::span<const BlockKey> asked) {
+    PartialBlock::Prefetch(file, asked[0].number);
+    lanes_[count_].file = &file;
+    lanes_[count_].asked = asked;
+    return ++count_ == kLanes ? Search() : arrow::Status::OK();
+  }
+
+  // Looks for all that were added.
+  arrow::Status Search() {
+    found_.clear();
+    for (Lane& lane : std::span(lanes_, count_)) {
+      ARROW_RETURN_NOT_OK(lane.block.Open(*lane.file, lane.asked[0].number, /*for_objects=*/false));
+      for (const BlockKey& key : lane.asked) lane.block.PrefetchKey(ViewOf(keys_, key.row));
+    }
+    for (Lane& lane : std::span(lanes_, count_)) {
+      for (const BlockKey& key : lane.asked) {
+        int64_t row = -1;
+        bool deleted = false;
+        ARROW_RETURN_NOT_OK(lane.block.Find(ViewOf(keys_, key.row), &row));
+        if (row < 0) continue;
+        (*done_)[key.row] = true;
+        ARROW_RETURN_NOT_OK(lane.block.IsDeleted(row, &deleted));
+        if (deleted) continue;
+        lane.block.PrefetchRow(row);
+        found_.push_back({&lane, key.row, row});
+      }
+    }
+    for (const Found& each : found_) {
+      ARROW_RETURN_NOT_OK(each.lane->block.CheckRow(each.row, columns_));
+      if (rows_ == nullptr) rows_ = std::make_shared<CopiedRows>(each.lane->file->flat_columns(), columns_);
+      lookup_->Put(each.key, &rows_->source(), rows_->Add(each.lane->block.source(), each.row));
+    }
+    count_ = 0;
+    return arrow::Status::OK();
+  }
+
+  // The end: `held` keeps what was found.
+  arrow::Status Finish(Held* held) {
+    if (rows_ == nullptr) return arrow::Status::OK();
+    ARROW_RETURN_NOT_OK(rows_->Finish());
+    held->push_back(rows_);
+    return arrow::Status::OK();
+  }
+
+ private:
+  static constexpr size_t kLanes = 8;
+  struct Lane {
+    const TableFile* file = nullptr;
+    std::span<const BlockKey> asked;
+    PartialBlock block;
+  };
+  struct Found {
+    Lane* lane;
+    uint32_t key;
+    int64_t row;
+  };
+  const KeyColumn& keys_;
+  const std::vector<int>& columns_;
+  Lookup* const lookup_;
+  std::vector<bool>* const done_;
+  Lane lanes_[kLanes];
+  size_t count_ = 0;
+  std::vector<Found> found_;
+  std::shared_ptr<CopiedRows> rows_;
+};
+
+// `open` are keys in order. `done` becomes true for those that the level has, be it as tombstones.
+inline arrow::Status FindInLevel(const Level& level, const KeyColumn& keys, const std::vector<uint64_t>& hashes,
+                                 const std::vector<uint32_t>& open, const std::vector<int>& columns, Lookup* lookup,
+                                 Held* held, std::vector<bool>* done) {
+  BlockProbe probes[kSearchLanes];
+  size_t count = 0;
+  const auto search = [&] {
+    FindInBlocks(probes, count);
+    for (size_t i = 0; i < count; ++i) {
+      if (probes[i].found < 0) continue;
+      (*done)[probes[i].row] = true;
+      if (probes[i].block->is_deleted(probes[i].found)) continue;
+      lookup->Put(probes[i].row, &probes[i].block->source, static_cast<uint32_t>(probes[i].found));
+    }
+    count = 0;
+  };
+  std::vector<BlockKey> asked;
+  PartsLookup parts(keys, columns, lookup, done);
+  for (size_t at = 0, file = 0; at < open.size();) {
+    file = level.FindFile(ViewOf(keys, open[at]), file);
+    if (file == level.files.size()) break;
+    const TableFile& table = *level.files[file];
+    at = FindBlocks(table, keys, hashes, open, at, &asked);
+    for (size_t first = 0, end = 0; first < asked.size(); first = end) {
+      const size_t number = asked[first].number;
+      while (end < asked.size() && asked[end].number == number) ++end;
+      std::shared_ptr<const Block> block = table.Cached(number);
+      if (block == nullptr && table.HasParts(number) && (end - first) * kRowsOfKey <= table.entry(number).rows &&
+          table.parts().Visit(number)) {
+        ARROW_RETURN_NOT_OK(parts.Add(table, {&asked[first], end - first}));
+        continue;
+      }
+      if (block == nullptr) {
+        ARROW_ASSIGN_OR_RAISE(block, table.Load(number));
+      }
+      for (size_t i = first; i < end; ++i) {
+        // All keys of the block, and this one between them, begin with the same bytes.
+        const uint32_t row = asked[i].row;
+        probes[count++] = {block.get(), ViewOf(keys, row), keys.Word(row, block->skip), row};
+        if (count == kSearchLanes) search();
+      }
+      held->push_back(std::move(block));
+    }
+    ARROW_RETURN_NOT_OK(parts.Search());  // Before `asked` is used again.
+  }
+  search();
+  return parts.Finish(held);
+}
+
+}  // namespace marble
