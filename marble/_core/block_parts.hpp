@@ -74,7 +74,10 @@ inline void AppendRowPart(const KeyCodec::Part& part, const ColumnView& view, ui
   };
   if (part.kind == Kind::kBytes) return bytes(row, int32_t{0});
   if (part.kind == Kind::kLargeBytes) return bytes(row, int64_t{0});
-  if (part.kind == Kind::kBool) return key->push_back(arrow::bit_util::GetBit(view.values, static_cast<int64_t>(row)) ? 1 : 0);
+  if (part.kind == Kind::kBool) {
+    key->push_back(arrow::bit_util::GetBit(view.values, static_cast<int64_t>(row)) ? 1 : 0);
+    return;
+  }
   const auto width = static_cast<size_t>(part.width);
   const auto* from = reinterpret_cast<const char*>(view.values) + row * width;
   if (part.kind == Kind::kFixedBytes) {
@@ -238,7 +241,9 @@ class PartialBlock {
   // Where the buffers lie, as the message's front says.
   arrow::Status ReadFront() {
     ARROW_RETURN_NOT_OK(file_->CheckParts(number_, 0, entry_->metadata_bytes));
-    if (reinterpret_cast<uintptr_t>(bytes_ + entry_->metadata_bytes) % 8 != 0) return Wrong(" cannot be read: its body lies askew");
+    if (reinterpret_cast<uintptr_t>(bytes_ + entry_->metadata_bytes) % 8 != 0) {
+      return Wrong(" cannot be read: its body lies askew");
+    }
     CarefulReader flat(bytes_ + kMessagePrefixBytes, entry_->metadata_bytes - kMessagePrefixBytes);
     const uint64_t message = flat.Follow(0);
     const uint64_t version = flat.Field(message, 0);
@@ -282,7 +287,9 @@ class PartialBlock {
     for (size_t i = 0; i < how.buffers; ++i, *at += 16) {
       const auto offset = flat->Load<uint64_t>(*at);
       sizes[i] = flat->Load<uint64_t>(*at + 8);
-      if (offset > room || sizes[i] > room - offset || offset % 8 != 0) return Wrong(" cannot be read: a buffer lies outside of it");
+      if (offset > room || sizes[i] > room - offset || offset % 8 != 0) {
+        return Wrong(" cannot be read: a buffer lies outside of it");
+      }
       places[i] = bytes_ + entry_->metadata_bytes + offset;
     }
     const uint64_t rows = entry_->rows;
@@ -292,15 +299,19 @@ class PartialBlock {
       return Wrong(" cannot be read: column ", column, " has another number of rows");
     }
     ColumnView& view = own ? own_[column + 2 - Columns()] : source_.views[column];
-    view = {nulls == 0 ? nullptr : places[0], sizes[1] == 0 ? kNothing : places[1], how.buffers == 3 ? places[2] : nullptr, 0};
+    view = {nulls == 0 ? nullptr : places[0], sizes[1] == 0 ? kNothing : places[1],
+            how.buffers == 3 ? places[2] : nullptr, 0};
     data_bytes_[column] = sizes[2];
     if (!own && (how.has_range || (for_objects_ && !how.is_plain))) {
-      const auto slice = [this](const uint8_t* first, uint64_t size) {
-        return first == nullptr ? nullptr : arrow::SliceBuffer(file_->buffer(), first - file_->buffer()->data(), static_cast<int64_t>(size));
+      const arrow::Buffer* whole = file_->buffer().get();
+      const auto slice = [this, whole](const uint8_t* first, uint64_t size) {
+        return first == nullptr
+                   ? nullptr
+                   : arrow::SliceBuffer(file_->buffer(), first - whole->data(), static_cast<int64_t>(size));
       };
-      source_.columns[column] = arrow::ArrayData::Make(file_->layout()->schema->field(static_cast<int>(column))->type(), length,
-                                                       {slice(view.validity, sizes[0]), slice(places[1], sizes[1])},
-                                                       nulls == 0 ? 0 : arrow::kUnknownNullCount);
+      source_.columns[column] = arrow::ArrayData::Make(
+          file_->layout()->schema->field(static_cast<int>(column))->type(), length,
+          {slice(view.validity, sizes[0]), slice(places[1], sizes[1])}, nulls == 0 ? 0 : arrow::kUnknownNullCount);
     }
     return arrow::Status::OK();
   }

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from core.test_memtable_types import VALUE_TYPES, column_of
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import key_codec
 from reference.memtable import INT_SCHEMA, int_keys, ints
@@ -68,6 +68,7 @@ def tables(draw: st.DrawFn) -> tuple[list[tuple[str, int]], list[bool], random.R
     return keys, draw(st.lists(st.booleans(), min_size=len(keys), max_size=len(keys))), draw(st.randoms())
 
 
+@settings(deadline=None)
 @given(tables(), st.integers(1, 9), st.integers(1, 200), st.sampled_from(COMPRESSIONS), st.integers(0, 5000))
 def test_a_file_is_a_dict(
     table: tuple[list[tuple[str, int]], list[bool], random.Random],
