@@ -11,6 +11,8 @@
 #include "block_parts.hpp"
 #include "copied_rows.hpp"
 #include "lookup.hpp"
+#include "memtable_run.hpp"
+#include "merge_lanes.hpp"
 #include "point.hpp"
 #include "sstable.hpp"
 
@@ -209,7 +211,7 @@ class PartsLookup {
   }
 
  private:
-  static constexpr size_t kLanes = 8;
+  static constexpr size_t kLanes = 16;
   struct Lane {
     const TableFile* file = nullptr;
     std::span<const BlockKey> asked;

@@ -21,7 +21,7 @@
 
 namespace marble {
 
-// Where a row is. `source` is null where no row has the key.
+// Where a row is. `source` is null where no row has the key. Its columns may be null where PointValue makes objects of the views.
 struct PointHit {
   const Source* source = nullptr;
   uint32_t row = 0;
