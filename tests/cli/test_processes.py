@@ -169,11 +169,14 @@ def test_free_ports_are_different_and_free() -> None:
     assert len(set(ports)) == 9
     for port in ports:
         with socket.socket() as listener:
+            # As servers do: another test's connection may linger there.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(("127.0.0.1", port))
 
 
 LISTENS = (
-    "import signal, socket, sys; s = socket.socket(); s.bind(('127.0.0.1', int(sys.argv[1]))); s.listen();"
+    "import signal, socket, sys; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1);"
+    "s.bind(('127.0.0.1', int(sys.argv[1]))); s.listen();"
     "print('ready', flush=True); signal.pause()"
 )
 
