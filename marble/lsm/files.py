@@ -258,7 +258,9 @@ class TableFiles:
         """As `open`; a file that is missing or damaged has ``damage`` instead of ``table``."""
         try:
             file = self.open(row, info)
-            self._ahead_left -= file.opened.map_ahead(self._ahead_left)
+            mapped = file.opened.map_ahead(self._ahead_left)
+            with self._lock:
+                self._ahead_left = max(0, self._ahead_left - mapped)
             return file
         except CorruptionError as error:
             described = {field: row[field] for field in FILES_SCHEMA.names if field != "level"}

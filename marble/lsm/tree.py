@@ -263,9 +263,9 @@ class Tree:
 
     def _told(self, below: Below, file: TableFile, until: int | None) -> int | None:
         """How many rows of `file` live, if it alone has keys where it lies, and all of them live or none; else None."""
-        ends = KeyRange(file.first_key, file.last_key + b"\0")
-        others = below.without({file.name})
-        if any(other.meets(file.first_key, file.last_key) for other in others.levels) or self._meets(others, ends):
+        levels, ends = below.levels, (file.first_key, file.last_key)
+        met = sum(len(levels.overlapping(level, *ends)) for level in range(len(levels.levels)))
+        if met > 1 or self._in_memory(below, KeyRange(file.first_key, file.last_key + b"\0")):
             return None
         if until is None:
             return file.rows - file.tombstones
@@ -280,6 +280,10 @@ class Tree:
             for file in below.levels
         ):
             return True
+        return self._in_memory(below, keys)
+
+    def _in_memory(self, below: Below, keys: KeyRange) -> bool:
+        """Whether a memtable has anything in `keys`, be it a tombstone."""
         memory = [self._memtable.snapshot(), *(frozen.snapshot for frozen in below.frozen)]
         return next(Reader(memory, []).scan_versions(1, keys.lower, keys.upper), None) is not None
 
