@@ -19,6 +19,7 @@ import os
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
@@ -48,6 +49,18 @@ T = TypeVar("T")
 
 class NodeStoppedError(InvariantError):
     """The engine had ended by itself when the call came, or before it was taken: nothing was replicated."""
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """In a forked child: nothing that the copies say of their nodes is true any more."""
+    for engine in _engines:
+        engine.withdraw()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class SyncJob:
@@ -113,6 +126,7 @@ class Engine:
         self._purge = False
         self._started = False
         self._process = os.getpid()
+        _engines.add(self)
         name = options.node_id
         seconds = {
             SyncJob: metrics.histogram("log_sync_seconds"),
@@ -151,6 +165,11 @@ class Engine:
     def is_elsewhere(self) -> bool:
         """Whether this is a copy in a forked child: the threads, the files and the locks are the parent's."""
         return os.getpid() != self._process
+
+    def withdraw(self) -> None:
+        """No desk may say any more that it knows all, since nobody keeps it up to date."""
+        for desk in self._desks.values():
+            desk.alone = False
 
     def start(self) -> None:
         """Start the threads."""
@@ -296,6 +315,7 @@ class Engine:
             self._applier.end()
             self._filer.end()
             self._compacter.end()
+            self.withdraw()
             with self._inbox_lock:
                 self.stopped.set()
             self._abandon()

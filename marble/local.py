@@ -109,6 +109,7 @@ class LocalBackend:
         self.own = own
         self.lease_reads = lease_reads
         self._watch = watch
+        self._desk = node.desk(GROUP)
         self._closed = False
 
     def propose(
@@ -213,7 +214,7 @@ class LocalBackend:
         # As `view` does, step by step: a call costs about as much as finding the row.
         if self._closed or table.local:
             return self.view(table, consistency).get_row(names, key)
-        if consistency == "linearizable" and not self.node.decides_alone():
+        if not self._desk.alone and consistency == "linearizable":
             self._confirm()
         return self.machine.read(table.id).get_row(names, key)
 

@@ -180,7 +180,7 @@ class Node:
 
     def members(self, group: int = GROUP) -> Members:
         """Who takes part in `group`, as of the engine's last turn."""
-        return self._desk(group).members
+        return self.desk(group).members
 
     @property
     def is_running(self) -> bool:
@@ -246,7 +246,7 @@ class Node:
         with NotLeaderError or UnavailableError (nothing was replicated), OutcomeUnknownError, or the error that
         applying it gave on every replica.
         """
-        self._desk(group)
+        self.desk(group)
         check_proposal(proposal, self.options.entry_bytes_max)
         future = promise(future)
         self._engine.offer(group, Offer(proposal, future, term, lane, self._clock.monotonic()))
@@ -258,8 +258,7 @@ class Node:
         Raises as `read_index` does if the node has stopped.
         """
         self._engine.check_running()
-        desk = self._desks.get(group)
-        return desk.alone if desk is not None else self._desk(group).alone
+        return self.desk(group).alone
 
     def read_index(self, group: int = GROUP, lease: bool = False) -> Future[int]:
         """An index that this node has applied and that makes a read of its tables, from now on, linearizable.
@@ -269,7 +268,7 @@ class Node:
         The future ends with the index, or with UnavailableError (no leader could be asked in time: retry).
         """
         future: Future[int] = promise()
-        promises = self._desk(group).promises
+        promises = self.desk(group).promises
 
         def read() -> None:
             self._groups.use(group)
@@ -299,7 +298,7 @@ class Node:
         The future ends as that of `propose` does. UnavailableError is also the answer while another change is under way.
         """
         future: Future[Committed] = promise()
-        desk, places = self._desk(group), dict(endpoints or {})
+        desk, places = self.desk(group), dict(endpoints or {})
         if self._transport is not None:
             for endpoint in places.values():
                 canonical_endpoint(endpoint)
@@ -318,7 +317,7 @@ class Node:
         timeout.
         """
         future: Future[None] = promise()
-        desk = self._desk(group)
+        desk = self.desk(group)
 
         def transfer() -> None:
             self._groups.use(group)
@@ -334,7 +333,7 @@ class Node:
     def snapshot(self, group: int = GROUP) -> Future[int]:
         """Take a snapshot now, and purge the log behind it; the future ends with its index, or with UnavailableError."""
         future: Future[int] = promise()
-        desk = self._desk(group)
+        desk = self.desk(group)
 
         def snapshot() -> None:
             self._groups.use(group)
@@ -345,7 +344,7 @@ class Node:
 
     def call(self, function: Callable[[Raft], T], group: int = GROUP) -> Future[T]:
         """Run `function` on the engine thread, between turns."""
-        self._desk(group)
+        self.desk(group)
         return self._engine.call(lambda: function(self._groups.use(group).raft))
 
     def campaign(self, group: int = GROUP) -> None:
@@ -366,7 +365,7 @@ class Node:
 
     def wait_for_leader(self, timeout_s: float, group: int = GROUP) -> int:
         """Wait until this node knows a leader; return its id. Raises UnavailableError after `timeout_s` seconds."""
-        desk = self._desk(group)
+        desk = self.desk(group)
         if not desk.wait_for_leader(timeout_s, self.stopped.is_set):
             raise UnavailableError(f"no leader was known to node {self.options.node_id} within {timeout_s} s")
         if self.stopped.is_set():
@@ -375,7 +374,7 @@ class Node:
 
     def status(self, group: int = GROUP) -> dict[str, Any]:
         """A picture of this node, taken between turns: JSON-able. Raises UnavailableError if the engine does not answer."""
-        self._desk(group)
+        self.desk(group)
         return self._engine.ask(lambda: self._status(self._groups.use(group)))
 
     def look(self) -> Future[dict[str, Any]]:
@@ -386,7 +385,8 @@ class Node:
         """For how many seconds each of the threads beside the engine has been at what it does now; 0.0: it does nothing."""
         return self._engine.working()
 
-    def _desk(self, group: int) -> Desk:
+    def desk(self, group: int = GROUP) -> Desk:
+        """Where the callers of `group` stand; its `alone` tells what `decides_alone` does, and less of a node that has ended."""
         desk = self._desks.get(group)
         if desk is None:
             raise UsageError(f"this node has no group {group}, only {sorted(self._desks)}")

@@ -184,7 +184,7 @@ cdef class Reader:
         cdef CStatus status
         cdef string encoded
         cdef PyObject* value
-        cdef int column
+        cdef int column, position
         cdef CLayout* layout = self.reader.get().layout().get()
         if not encode_key(layout.codec.get()[0], key, &encoded):
             return False
@@ -197,11 +197,11 @@ cdef class Reader:
             return None
         if len(names) != layout.schema.get().num_fields():
             raise UsageError(f"the table has {layout.schema.get().num_fields()} columns, got {len(names)} names")
-        row = dict.fromkeys(names)
-        for column in range(<int>layout.key.size()):
-            row[names[layout.key[column]]] = key[column]
+        row = {}
         for column in range(<int>len(names)):
-            if layout.HasInKey(column):
+            position = layout.PositionInKey(column)
+            if position >= 0:
+                row[names[column]] = key[position]
                 continue
             value = point_value(layout.schema.get().field(column).get().type().get()[0], hit.source[0], column, hit.row)
             if value == NULL:

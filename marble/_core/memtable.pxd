@@ -15,7 +15,7 @@ cdef extern from "memtable_state.hpp" namespace "marble" nogil:
         shared_ptr[CSchema] get_schema
         vector[int] key
         shared_ptr[CKeyCodec] codec
-        bint HasInKey(int column) noexcept
+        int PositionInKey(int column) noexcept
 
     cdef cppclass CState "const marble::State":
         shared_ptr[CLayout] layout

@@ -76,8 +76,11 @@ struct Layout {
     });
   }
 
-  // Whether a column, by position in `schema`, belongs to the key.
-  bool HasInKey(int column) const noexcept { return std::find(key.begin(), key.end(), column) != key.end(); }
+  // Where in the key a column stands, by position in `schema`; -1 if it does not belong to it.
+  int PositionInKey(int column) const noexcept {
+    const auto at = std::find(key.begin(), key.end(), column);
+    return at == key.end() ? -1 : static_cast<int>(at - key.begin());
+  }
 
   arrow::Status CheckBatch(const arrow::RecordBatch& batch) const {
     if (batch.schema().get() != schema.get()) {

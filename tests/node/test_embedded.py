@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 import pytest
 
 import marble
+from marble.database import Table
 from marble.errors import CorruptionError, InvariantError, UnavailableError, UsageError
 from marble.identity import seal
 
@@ -220,20 +222,39 @@ def test_no_thread_is_left_behind(tmp_path: Path) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("marble-")]
 
 
-def test_a_forked_child_is_told_instead_of_hanging(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "call",
+    [lambda table: table.write(rows(0, 1)), lambda table: table.get(0), lambda table: table.get_many([0])],
+    ids=["write", "get", "get_many"],
+)
+def test_a_forked_child_is_told_instead_of_hanging(tmp_path: Path, call: Callable[[Table], object]) -> None:
     with marble.open(tmp_path) as db:
         table = db.create_table("t", SCHEMA, key=["id"])
+        table.write(rows(0, 1))
+        assert table.get(0) is not None
         child = os.fork()
         if child == 0:
             # In the child: leave without pytest's or the parent's clean-up, whatever happens.
             try:
-                table.write(rows(0, 1))
+                call(table)
             except UsageError as error:
                 os._exit(7 if "fork" in str(error) else 8)
             finally:
                 os._exit(9)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         table.write(rows(0, 1))
+
+
+def test_a_node_that_stopped_by_itself_answers_nothing_any_more(tmp_path: Path) -> None:
+    with marble.open(tmp_path) as db:
+        table = db.create_table("t", SCHEMA, key=["id"])
+        assert table.get(1) is None
+        node = db._backend.node
+        node.fail(RuntimeError("the sky fell"))
+        assert node.stopped.wait(DEADLINE_S)
+        for read in (lambda: table.get(1), lambda: table.get_many([1])):
+            with pytest.raises(InvariantError, match="the sky fell"):
+                read()
 
 
 def test_a_database_that_is_dropped_gives_its_directory_back(tmp_path: Path) -> None:
