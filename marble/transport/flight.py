@@ -328,7 +328,7 @@ class FlightTransport(Messaging):
                 return True
             self._stopped = True
         atexit.unregister(self.stop)
-        links = self._peers.stop()
+        links, leaving = self._peers.stop()
         for link in links:
             link.request_finish()
         # What users have sent may leave yet, also while their own mailbox is full.
@@ -343,7 +343,7 @@ class FlightTransport(Messaging):
             self._idle.wait_for(lambda: self._calls == 0, max(0.0, began + grace_s - self._clock.monotonic()))
         self._security.stop()
         ended = self._listening.stop(end)
-        for link in links:
+        for link in (*links, *leaving):
             ended = link.join(end - self._clock.monotonic()) and ended
         return self._watch.stop(end - self._clock.monotonic()) and ended
 

@@ -1,6 +1,7 @@
 """Whom a transport talks to: the nodes of its cluster, those that a user has connected it to, and visitors.
 
-Rule 1: this decides which links there are. A link that is no longer wanted is told to stop; nobody waits for it here.
+Rule 1: this decides which links there are. A link that is no longer wanted is told to stop; nobody waits for it here, but whoever
+stops the transport can: `stop` names it until its threads have ended.
 
 Invariants:
 - There is a link to a node exactly while somebody has named it, or it has a stream open to this one.
@@ -42,6 +43,7 @@ class Peers:
         self._lock = threading.Lock()
         self._members: dict[int, str] = {}
         self._companions: dict[int, str] = {}
+        self._leaving: list[Peering] = []
         self._started = False
         self._stopped = False
 
@@ -53,11 +55,11 @@ class Peers:
         for link in links:
             link.start()
 
-    def stop(self) -> list[Peering]:
-        """Make no more links; returns those that there are."""
+    def stop(self) -> tuple[list[Peering], list[Peering]]:
+        """Make no more links; returns those that there are, and those that are not wanted any more and may not have ended yet."""
         with self._lock:
             self._stopped = True
-            return list(self.links.values())
+            return list(self.links.values()), self._leaving
 
     def set_members(self, endpoints: Mapping[int, str]) -> None:
         """The nodes of the cluster are these. Nothing happens after `stop`."""
@@ -107,6 +109,7 @@ class Peers:
             for peer, link in self.links.items()
             if wanted.get(peer) != link.endpoint and (peer in wanted or peer in before or peer not in self.visitors)
         ]
+        self._leave(gone)
         links = {peer: link for peer, link in self.links.items() if link not in gone}
         fresh = []
         for peer, endpoint in wanted.items():
@@ -115,6 +118,10 @@ class Peers:
                 fresh.append(links[peer])
         self.links = links
         return gone, fresh if self._started else []
+
+    def _leave(self, gone: list[Peering]) -> None:
+        """These are not wanted any more; the caller tells them to stop. Called under the lock."""
+        self._leaving = [link for link in self._leaving if not link.join(0.0)] + gone
 
     def find(self, peer: int | str) -> Peering | None:
         """The link to a node, by its id or its ``host:port``."""
@@ -155,6 +162,7 @@ class Peers:
                     del self.visitors[sender]
                     if sender not in self._members and sender not in self._companions:
                         gone = self.links.get(sender)
+                        self._leave([] if gone is None else [gone])
                         self.links = {peer: link for peer, link in self.links.items() if peer != sender}
             if gone is not None:
                 gone.request_stop()
