@@ -21,6 +21,7 @@ from typing import Any
 import peers
 from amplification import amplification_report
 from peers import PEERS, Form, Marble, installed
+from reopened import OPENED, reopened
 from work import LAYOUTS, READS, WRITES, Layout, Shape, Store
 
 MARBLES = ("marble, Arrow", "marble, bytes")
@@ -181,6 +182,9 @@ def main() -> None:
         for layout in LAYOUTS:
             if given.only in (title := f"reads, {layout.name}: {what}"):
                 show(title, reads(shape, layout, given.directory, given.rounds, clock))
+        if given.only in (title := f"reads, {OPENED.name}: {what}"):
+            with directories(given.directory) as directory:
+                show(title, reopened(shape, directory, given.rounds, lambda run: seconds(run, clock)[0]))
         if given.only in (title := f"amplification: {what}, written 10 times more"):
             print(f"\n### {title}\n")
             amplification_report(shape, given.directory)
