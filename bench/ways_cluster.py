@@ -7,13 +7,14 @@
 
 Nodes are processes of their own, and so is each relay: there is one before each node on each network, which all streams to that
 node over that network share. So what a node can take in is the sum of its networks' rates, and no cluster commits more than
-that. The client reaches the leader without them, for it is not what is measured: it keeps some MiB of upserts of 1 MiB under way, and beside that writes
-one small row at a time. A fault begins after a third of the time, is about the last network of every node, and ends after two thirds.
+that. The client reaches the leader without them, for it is not what is measured: it keeps some MiB of upserts of 1 MiB under way, and
+beside that writes one small row at a time. A fault begins after a third of the time, is about one network of every node, and ends
+after two thirds.
 
 For each third is shown: MiB/s of acknowledged rows and their share of the networks' sum (while a fault lasts, of what is left of it);
-median, p99 and worst of the small writes, in ms; the longest time without an acknowledgement of a large one. For all of it: terms, streams that broke,
-parts sent again, and the most memory that any node had. What nodes logged about peers that they lost is counted by its reason.
-Figures are of this machine and of what else it does.
+median, p99 and worst of the small writes, in ms; the longest time without an acknowledgement of a large one. For all of it: terms,
+streams that broke, parts sent again, and the most memory of its own that any node had. What nodes logged about peers that they lost is
+counted by its reason. Figures are of this machine and of what else it does.
 """
 
 from __future__ import annotations
@@ -72,10 +73,11 @@ COUNTED = (
 
 @dataclass
 class Setting:
-    """One case: the networks' rates in MiB/s, what happens to the last of them, and the delay each way on it."""
+    """One case: the networks' rates in MiB/s, what happens to which of them, and the delay towards nodes on the last one."""
 
     rates: Sequence[float]
     fault: str = "none"
+    bad: int = -1
     delay_s: float = 0.0
     nodes: int = 3
     seconds: float = 30.0
@@ -87,8 +89,8 @@ class Setting:
         return Line(bytes_per_s=self.rates[network] * MIB, delay_s=self.delay_s if last else 0.0)
 
     def worse(self) -> Line:
-        """What becomes of the last network."""
-        line = self.line(len(self.rates) - 1)
+        """What becomes of the bad network."""
+        line = self.line(self.bad % len(self.rates))
         assert line.bytes_per_s is not None
         rate = line.bytes_per_s / 10 if self.fault == "slow" else line.bytes_per_s
         return Line(bytes_per_s=rate, delay_s=line.delay_s, silent=self.fault == "silent")
@@ -96,7 +98,7 @@ class Setting:
     def left(self) -> float:
         """MiB/s that a node can take in while the fault lasts."""
         share = {"none": 1.0, "slow": 0.1}.get(self.fault, 0.0)
-        return sum(self.rates[:-1]) + share * self.rates[-1]
+        return sum(self.rates) - (1 - share) * self.rates[self.bad]
 
 
 @dataclass
@@ -183,18 +185,19 @@ class Cluster:
         return most / 1024
 
     def fail(self) -> None:
-        for node, relays in self.relays.items():
+        for relays in self.relays.values():
+            relay = relays[self.setting.bad]
             if self.setting.fault == "cut":
-                relays[-1].retarget("127.0.0.1:1")
-                relays[-1].reset()
+                relay.retarget("127.0.0.1:1")
+                relay.reset()
             else:
-                relays[-1].set(there=self.setting.worse(), back=Line(silent=self.setting.fault == "silent"))
-            assert node
+                relay.set(there=self.setting.worse(), back=Line(silent=self.setting.fault == "silent"))
 
     def heal(self) -> None:
         for node, relays in self.relays.items():
-            relays[-1].retarget(self.direct[node])
-            relays[-1].set(there=self.setting.line(len(relays) - 1), back=Line())
+            relay = relays[self.setting.bad]
+            relay.retarget(self.direct[node])
+            relay.set(there=self.setting.line(self.setting.bad % len(relays)), back=Line())
 
     def reasons(self) -> Counter[str]:
         """Why nodes said that they lost others."""
@@ -298,7 +301,8 @@ def wait(seconds: float, cluster: Cluster) -> float:
 def report(setting: Setting, told: Told, marks: Sequence[float]) -> None:
     rates = "+".join(f"{rate:g}" for rate in setting.rates)
     delay = f", {1000 * setting.delay_s:g} ms on the last" if setting.delay_s else ""
-    print(f"{setting.nodes} nodes, networks of {rates} MiB/s{delay}")
+    bad = f", a fault of the one of {setting.rates[setting.bad]:g} MiB/s" if setting.fault != "none" else ""
+    print(f"{setting.nodes} nodes, networks of {rates} MiB/s{delay}{bad}")
     for at, (began, ended) in enumerate(pairwise(marks)):
         name = "load" if len(marks) == 2 else ("before", setting.fault, "healed")[at]
         large = [moment for moment in told.large if began <= moment < ended]
@@ -323,13 +327,15 @@ def cases(given: argparse.Namespace) -> Iterator[Setting]:
     if given.fault is None:
         yield Setting(given.mib_per_s[:1], **more)
     for fault in given.fault or FAULTS:
-        yield Setting(given.mib_per_s, fault, **more)
+        for bad in (-1, 0) if fault != "none" and given.bad is None else (given.bad or 0,):
+            yield Setting(given.mib_per_s, fault, bad, **more)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--mib-per-s", type=float, nargs="+", default=[12.0, 8.0], help="rate of each network")
     parser.add_argument("--fault", action="append", choices=FAULTS, help="only this one; may be given several times")
+    parser.add_argument("--bad", type=int, help="only faults of this network: 0 for the first, -1 for the last")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="of the last network, towards nodes")
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=30.0, help="of load in each case")

@@ -266,6 +266,7 @@ class RaftServer(Operated, Watched):
                 node.receive,
                 service,
                 unreachable=unreachable,
+                way_lost=service.unreachable,
                 failed=node.fail,
                 acquaintances=node.acquaintances,
             )

@@ -123,6 +123,7 @@ class FlightTransport(Messaging):
         self._receiver: Receiver | None = None
         self._service: FlightService | None = None
         self._unreachable: Callable[[int], None] = _ignore
+        self._way_lost: Callable[[int], None] = _ignore
         self._failed: Callable[[BaseException], None] = _ignore
         self._calls = 0
         self._succession = Succession()
@@ -152,6 +153,7 @@ class FlightTransport(Messaging):
             self._clock,
             self.metrics,
             unreachable=lambda peer: self._unreachable(peer),
+            way_lost=lambda peer: self._way_lost(peer),
             failed=lambda error: self._failed(error),
         )
         self._peers = Peers(node_id, lambda peer, endpoint: make_link(peer, endpoint, self._codec, self._around))
@@ -184,6 +186,7 @@ class FlightTransport(Messaging):
         service: FlightService | None = None,
         *,
         unreachable: Callable[[int], None] | None = None,
+        way_lost: Callable[[int], None] | None = None,
         failed: Callable[[BaseException], None] | None = None,
         acquaintances: Acquaintances | None = None,
         on_messages: OnMessages | None = None,
@@ -199,6 +202,8 @@ class FlightTransport(Messaging):
             Answers clients; without one they are refused with UnavailableError.
         unreachable
             Called with a peer's id when the link to it broke or could not be opened; must not block.
+        way_lost
+            The same when it was one of several ways to the peer, and no entries were under way on it.
         failed
             Called with an error that is marble's own; the node should stop.
         acquaintances
@@ -212,7 +217,7 @@ class FlightTransport(Messaging):
             if self._started:
                 raise UsageError("the transport has been started before")
             self._service = service
-            self._unreachable = unreachable or _ignore
+            self._unreachable, self._way_lost = unreachable or _ignore, way_lost or _ignore
             self._failed = failed or _log_failure
             self._handshake.acquaintances = acquaintances or self._handshake.acquaintances
             self._receiver, self._on_messages = receiver, on_messages

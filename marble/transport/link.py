@@ -20,7 +20,9 @@ Invariants:
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 import queue
 import threading
 from collections.abc import Sequence
@@ -211,9 +213,13 @@ class Link:
             around.metrics,
         )
 
+        # What was sent in parts on a stream that breaks goes another way: nothing is lost that the core must know of.
+        quiet = dataclasses.replace(around, unreachable=lambda _: None)
+
         def pump(lane: Lane, schema: pa.Schema, load: Load, **more: Any) -> Pump:
+            told = quiet if lane is Lane.PARTS else around
             return Pump(
-                codec.node_id, peer, endpoint, lane, schema, load, around, number=number, only=not several, **more
+                codec.node_id, peer, endpoint, lane, schema, load, told, number=number, only=not several, **more
             )
 
         self._control = pump(
@@ -271,9 +277,14 @@ class Link:
         """To the peer's process and back, smoothed, in seconds; None before it is known."""
         return self._pulse.round_trip_s
 
-    def answers(self, now: float) -> bool:
-        """Whether the peer is reached and gives answers in time."""
-        return self._control.connected and not self._pulse.late(now)
+    def answers(self, now: float, proof_at: float = math.inf) -> bool:
+        """Whether the peer is reached and gives answers in time; or does not, but was not seen to live since `proof_at`, either."""
+        return self._control.connected and not self._pulse.late(now, proof_at)
+
+    @property
+    def proved_at(self) -> float:
+        """When the latest packet was sent that the peer gave back here."""
+        return self._pulse.proved_at
 
     def queued_bytes(self, lane: Lane) -> int:
         """What waits to be written on `lane`."""

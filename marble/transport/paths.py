@@ -4,16 +4,19 @@ Each address is a `Link` of its own, with its streams open all the time, so that
 
 - Control goes the quickest way that answers. Another must be much quicker before it takes its place.
 - Entries of a group stay on one way, for they must stay in order: group ``g`` on the ``g``-th, round and round, of those that
-  answer, in the order of the addresses. So groups share the ways, and one group alone uses the first that works.
+  answer, in the order of the addresses. So groups share the ways, and one group alone uses the first that works. What is under way is
+  worth more than the right place: a group changes its way only when that does not answer, or when it has sent nothing for `QUIET_S`.
 - Users' messages stay on one way for as long as it answers.
 - Where one way is what entries or users' messages wait for, large packets of them go over all ways, in parts
   (`marble.transport.spreading`); the order stays with the one way.
 - Pieces of snapshots, whose order does not matter, go wherever least is queued: over all ways at once.
 
 Rule 1: who does not answer in time is not used while somebody else does. If nobody answers, everything stays where it is: a node
-that is slow is slow on all its ways.
-Rule 2: when a way that was used stops answering, the core is told that the peer is unreachable, though it is not: what was under
-way there is probably lost, and the core finds out what the peer has by asking.
+that is slow is slow on all its ways. A way is not taken for dead because its answer is late, but because it is and another way has brought
+the answer to a later question.
+Rule 2: when a way that carried entries stops answering, the core is told that the peer is unreachable, though it is not: what was
+under way there is probably lost, and the core finds out what the peer has by asking. For other ways it is not, since it would send
+all again that is under way on those that work; only those who have connections to the peer of their own are told.
 
 Invariants:
 - Between two ways there is no order. When a group changes its way an append may overtake another, once; Raft refuses it and
@@ -43,6 +46,9 @@ LOOK_S: Final = 0.02
 WAY_S: Final = 0.1
 """How long a message waits for room on one way before it is seen whether that is still the way to take."""
 
+QUIET_S: Final = 1.0
+"""A group that has sent no entries for so long has none under way that others could overtake."""
+
 QUICKER: Final = 0.7
 """A way takes over the control from one that answers if its round trip is at most this part of the other's."""
 
@@ -70,6 +76,7 @@ class Paths:
         self.endpoint = endpoint
         self._clock = around.clock
         self._unreachable = around.unreachable
+        self._way_lost = around.way_lost
         self._moved = around.metrics.counter("transport_paths_changed")
         addresses = addresses_of(endpoint)
         self._spreader = Spreader(
@@ -94,6 +101,10 @@ class Paths:
             for at, address in enumerate(addresses)
         ]
         self._used = [False] * len(self._links)
+        self._carried = [False] * len(self._links)
+        """Whether entries were sent there, since the core was last told."""
+        self._places: dict[int, tuple[int, float]] = {}
+        """Of each group the way of its entries, and when the last of them were sent."""
         self._first = 0
         self._lock = threading.Lock()
         self._message_way = 0
@@ -126,8 +137,15 @@ class Paths:
 
     def states(self) -> list[tuple[str, bool, float | None]]:
         """Of each way its address, whether it answers, and its round trip in seconds, if known."""
-        now = self._clock.monotonic()
-        return [(link.endpoint, link.answers(now), link.round_trip_s) for link in self._links]
+        answering = self._answering(self._clock.monotonic())
+        return [
+            (link.endpoint, answers, link.round_trip_s) for link, answers in zip(self._links, answering, strict=True)
+        ]
+
+    def _answering(self, now: float) -> list[bool]:
+        """Of each way whether it answers, as far as can be told."""
+        proof_at = max(link.proved_at for link in self._links)
+        return [link.answers(now, proof_at) for link in self._links]
 
     def start(self) -> None:
         for link in self._links:
@@ -139,9 +157,12 @@ class Paths:
         Returns whether all were queued.
         """
         parts: dict[int, list[Envelope]] = {}
-        live = self._live()
+        now = self._clock.monotonic()
+        live = self._live(now)
         for envelope in envelopes:
-            parts.setdefault(self._way(envelope, live), []).append(envelope)
+            at = self._way(envelope, live, now)
+            self._carried[at] |= lane_of(envelope) is Lane.LOG
+            parts.setdefault(at, []).append(envelope)
         queued = True
         for at, part in parts.items():
             if self._links[at].send(part):
@@ -150,20 +171,23 @@ class Paths:
                 queued = False
         return queued
 
-    def _way(self, envelope: Envelope, live: list[int]) -> int:
+    def _way(self, envelope: Envelope, live: list[int], now: float) -> int:
         lane = lane_of(envelope)
         if lane is Lane.CONTROL:
             return self._first
         if lane is Lane.BULK:
             return min(live, key=lambda at: self._links[at].queued_bytes(Lane.BULK))
-        return live[envelope.group % len(live)]
+        at, sent_at = self._places.get(envelope.group, (-1, now))
+        if at not in live or now - sent_at > QUIET_S:
+            at = live[envelope.group % len(live)]
+        self._places[envelope.group] = at, now
+        return at
 
-    def _live(self) -> list[int]:
-        """The ways that answer; that of the control if none does. Sees to it that the control is on one that does."""
-        now = self._clock.monotonic()
-        live = [at for at, link in enumerate(self._links) if link.answers(now)]
+    def _live(self, now: float) -> list[int]:
+        """The ways that answer; all if none does. Sees to it that the control is on one that does."""
+        live = [at for at, answers in enumerate(self._answering(now)) if answers]
         if not live:
-            return [self._first]
+            return list(range(len(self._links)))
         quickest = min(live, key=self._round_trip)
         first = self._first
         if first not in live or self._round_trip(quickest) < QUICKER * self._round_trip(first):
@@ -182,11 +206,18 @@ class Paths:
     def _broken(self, at: int) -> Callable[[int], None]:
         def broken(peer: int) -> None:
             # A way that is down for long is tried again and again, which is nobody's business while another works.
-            used, self._used[at] = self._used[at], False
-            if used or not self.connected:
-                self._unreachable(peer)
+            self._tell(at, unreachable=not self.connected)
 
         return broken
+
+    def _tell(self, at: int, unreachable: bool) -> None:
+        """Way `at` is lost: tell who has used it, once, or that with it the peer is `unreachable`."""
+        used, self._used[at] = self._used[at], False
+        carried, self._carried[at] = self._carried[at], False
+        if carried or unreachable:
+            self._unreachable(self.peer)
+        elif used:
+            self._way_lost(self.peer)
 
     def send_message(self, data: bytes | pa.Buffer) -> bool:
         """Queue a user's message if that is possible at once. Whether it was queued."""
@@ -213,7 +244,7 @@ class Paths:
         not by then.
         """
         with self._lock:
-            before, live = self._message_way, self._live()
+            before, live = self._message_way, self._live(self._clock.monotonic())
             if before not in live:
                 self._message_way = min(live, key=self._round_trip)
                 if self._message_way != before:
@@ -236,14 +267,13 @@ class Paths:
     def watch(self, now: float) -> float:
         """Look after the ways: see `Link.watch`. Seconds until the next look."""
         pause_s = min(link.watch(now) for link in self._links)
-        self._spreader.watch(now)
-        live = self._live()
+        answering = self._answering(now)
+        self._spreader.watch(now, answering, max(link.proved_at for link in self._links))
         self._messages_way()
-        if any(link.answers(now) for link in self._links):
-            for at in range(len(self._links)):
-                if self._used[at] and at not in live:
-                    self._used[at] = False
-                    self._unreachable(self.peer)
+        if any(answering):
+            for at, answers in enumerate(answering):
+                if not answers:
+                    self._tell(at, unreachable=False)
         return pause_s
 
     def poke(self) -> None:

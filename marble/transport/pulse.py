@@ -4,6 +4,8 @@ Only the peer's own process can give one back. TCP, and gRPC's keepalive, answer
 
 Rule 1: an answer belongs to the oldest packet without one: a stream keeps the order.
 Rule 2: late is later than `patience_s` and than round trips on this way ever need (RFC 6298's timeout): a long way is no dead one.
+A process that stands still for a moment is late on all its ways, so who has several asks for a proof that it does not: it has
+given back, on another way, what was sent later.
 Overdue is much later than that: not even a busy peer needs so long.
 
 Invariants:
@@ -13,6 +15,7 @@ Invariants:
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from typing import Final
@@ -45,6 +48,12 @@ class Pulse:
         self._smoothed_s: float | None = None
         self._latest: deque[float] = deque(maxlen=LATEST)
         self._variation_s = 0.0
+        self._proved_at = -math.inf
+
+    @property
+    def proved_at(self) -> float:
+        """When the latest packet that came back was sent, on any stream: then, at least, the peer's process was there."""
+        return self._proved_at
 
     @property
     def round_trip_s(self) -> float | None:
@@ -90,7 +99,8 @@ class Pulse:
         with self._lock:
             if not self._out:
                 return None
-            taken_s = now - self._out.popleft()
+            self._proved_at = self._out.popleft()
+            taken_s = now - self._proved_at
             self._latest.append(taken_s)
             if self._smoothed_s is None:
                 self._smoothed_s, self._variation_s = taken_s, taken_s / 2
@@ -107,9 +117,10 @@ class Pulse:
         except IndexError:
             return 0.0
 
-    def late(self, now: float) -> bool:
-        """Whether an answer takes longer than it ever should."""
-        return self.waited_s(now) > max(self._patience_s, self._usual_s)
+    def late(self, now: float, proof_at: float = math.inf) -> bool:
+        """Whether an answer takes longer than it ever should, though at `proof_at`, seconds, the peer's process was there."""
+        waited_s = self.waited_s(now)
+        return waited_s > max(self._patience_s, self._usual_s) and now - waited_s < proof_at
 
     def overdue(self, now: float, least_s: float, most_s: float) -> bool:
         """Whether an answer takes so long that none is to be expected on this stream: `least_s` to `most_s` seconds, by what is

@@ -7,8 +7,10 @@ takes the next part when it has room: so each gets as much as it drains.
 Rule 1: small packets, and all packets while the flow's own way is quick, go as if there was no other way.
 Rule 2: a way has room while fewer bytes than its window are out without an answer. The window grows while answers take about as long as
 the quickest, and shrinks when they take longer: more would only wait in front of a line that is full.
-Rule 3: a part without an answer for longer than answers take on that way, and at least than `patience_s`, is late: it, and whatever else
-is out there, is sent again by the others, and the way rests until it has answered for all, longer each time.
+Rule 3: a part is late if it has no answer for longer than answers take on that way, at least `patience_s`, and the way gives no other
+sign of life; on one that does, for much longer (`SLOW_FACTOR`). A peer that stands still for a moment makes nothing late. What is
+late, and whatever else is out there, is sent again by the others, and the way rests until it has answered for all, and then for as
+long again. So a way that was only thought to be late is soon back. One that breaks rests longer each time.
 Rule 4: what is sent again is sent first.
 
 Invariants:
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -50,16 +52,20 @@ WINDOW_BYTES_MAX: Final = 16 << 20
 """Out on one way without an answer: 160 MB/s at 100 ms."""
 WAITING_PARTS_MAX: Final = 4
 """Parts that wait for each way when the next packet is cut: enough that no way stands idle while that is done."""
+SLOW_FACTOR: Final = 4.0
+"""Parts may take so many times as long on a way that lives, and twice as long as is usual there. Processes on a busy machine answer
+unevenly, and to send again what is under way costs more than to wait for it, while the receiver has room for what comes meanwhile."""
 REST_MIN_S: Final = 0.5
 REST_MAX_S: Final = 30.0
-"""How long a way rests that was late, at first and at most: it doubles each time, until half as many answers in a row came in time."""
+"""How long a way rests that broke, at first and at most: it doubles each time, until so many answers in a row have come as `_PARDON` says.
+30 s is also the most that one rests that was late."""
 IDLE_S: Final = 1.0
 """A flow that has had nothing under way for so long finds out anew how quick its way is; ways' streams are wanted no longer."""
 
 _LOOK_S: Final = 0.05
 """Between two looks of a flow that waits for room whether its stream is still wanted."""
 _PARDON: Final = 256
-"""Answers in time after which a way's earlier lateness counts no more."""
+"""Answers after which it counts no more that a way has broken."""
 
 
 @dataclass(eq=False, slots=True)
@@ -94,6 +100,8 @@ class _Way:
         self.shrunk_at = 0.0
         self.late = False
         """Something that is out was late: nothing more is sent before all of it is answered."""
+        self.late_since = 0.0
+        """When the oldest of it was sent."""
         self.rest_s = REST_MIN_S
         self.rests_until = 0.0
         self.in_time = 0
@@ -110,10 +118,22 @@ class _Way:
         return lost
 
     def rest(self, now: float) -> None:
+        """It broke."""
         self.rests_until = now + self.rest_s
         self.rest_s = min(REST_MAX_S, 2 * self.rest_s)
         self.window = PART_BYTES
         self.in_time = 0
+
+    def wait_for_all(self, since: float) -> None:
+        """What was sent at `since`, and came after it, is late."""
+        self.late, self.late_since = True, since
+        self.window = max(PART_BYTES, self.window // 2)
+
+    def all_came(self, now: float) -> None:
+        """Nothing is out any more."""
+        if self.late:
+            self.late = False
+            self.rests_until = now + min(REST_MAX_S, now - self.late_since)
 
     def learn(self, taken_s: float, size: int, now: float, slack_s: float) -> None:
         """An answer has come after `taken_s`; it may take `slack_s` longer than the quickest."""
@@ -314,27 +334,38 @@ class Spreader:
                 if part.avoid and part in self._todo:
                     self._todo.remove(part)
             state.learn(now - sent_at, part.body.size, now, self._patience_s / 4)
-            if state.late and not state.out:
-                state.late = False
+            if not state.out:
+                state.all_came(now)
             self._changed.notify_all()
             return int(part.body.size)
 
     # -- for the watch
 
-    def watch(self, now: float) -> None:
-        """See to it that parts that are late are sent by other ways."""
+    def watch(self, now: float, answering: Sequence[bool], proof_at: float) -> None:
+        """See to it that parts that are late are sent by other ways.
+
+        Parameters
+        ----------
+        answering
+            Of each way whether it answers, by the questions that are asked on it beside the parts.
+        proof_at
+            When the latest of those questions was sent, of any way, that has been answered: then, at least, the peer was there.
+        """
         with self._changed:
             for at, state in enumerate(self._ways):
                 if state.late or not state.out:
                     continue
                 sent_at, _ = next(iter(state.out.values()))
-                usual_s = state.smoothed_s + 4 * state.variation_s if state.least_s is not None else 0.0
                 others = any(other.fit(now) for other in self._ways if other is not state)
-                if others and now - sent_at > max(self._patience_s, usual_s):
-                    state.late = True
-                    state.rest(now)
+                if others and sent_at < proof_at and now - sent_at > self._most_s(state, answering[at]):
+                    state.wait_for_all(sent_at)
                     self._late.add()
                     self._repeat([part for _, part in state.out.values() if not part.done], at)
+
+    def _most_s(self, way: _Way, answering: bool) -> float:
+        """How long the answer to a part may take."""
+        usual_s = 0.0 if way.least_s is None else way.smoothed_s + 4 * way.variation_s
+        return max(SLOW_FACTOR * self._patience_s, 2 * usual_s) if answering else max(self._patience_s, usual_s)
 
     def _repeat(self, parts: list[Part], way: int) -> None:
         for part in reversed(parts):

@@ -115,7 +115,7 @@ def test_both_ways_stand_before_anything_is_sent(pair: Pair) -> None:
 def test_a_way_that_falls_silent_is_left_for_the_other_without_connecting(pair: Pair, first: int) -> None:
     # Control is made to run over `first`.
     pair.relays[1 - first].set(there=Line(delay_s=0.05))
-    wait_until(lambda: pair.paths._live() is not None and pair.paths._first == first, "the quicker way")
+    wait_until(lambda: pair.paths._live(time.monotonic()) and pair.paths._first == first, "the quicker way")
     pair.relays[1 - first].set(there=Line())
     accepted = pair.relays[1 - first].counts()["accepted"]
     pair.relays[first].set(there=SILENT, back=SILENT)
@@ -195,10 +195,10 @@ def test_pieces_of_snapshots_go_over_all_ways_at_once(
 
 def test_a_much_quicker_way_takes_the_control_over(pair: Pair) -> None:
     pair.relays[0].set(there=Line(delay_s=0.03))
-    wait_until(lambda: pair.paths._live() is not None and pair.paths._first == 1, "the change")
+    wait_until(lambda: pair.paths._live(time.monotonic()) and pair.paths._first == 1, "the change")
     pair.relays[0].set(there=Line())
     pair.relays[1].set(there=Line(delay_s=0.03))
-    wait_until(lambda: pair.paths._live() is not None and pair.paths._first == 0, "the change back")
+    wait_until(lambda: pair.paths._live(time.monotonic()) and pair.paths._first == 0, "the change back")
 
 
 def test_when_nobody_answers_the_core_is_told_and_everything_mends(pair: Pair) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from marble.transport.pulse import LATEST, UNANSWERED_MAX, Pulse
@@ -108,3 +110,19 @@ def test_what_tcp_sent_again_is_not_what_the_way_takes() -> None:
         pulse.sent(float(at))
         pulse.answered(at + 0.3)
     assert pulse.least_s == pytest.approx(0.3)
+
+
+def test_late_with_a_proof_is_what_was_asked_before_it() -> None:
+    pulse = Pulse(1.0, 0.1)
+    assert pulse.proved_at == -math.inf
+    pulse.begin(0.0)
+    pulse.sent(1.0)
+    assert pulse.late(2.0)
+    assert pulse.late(2.0, 1.5)
+    assert not pulse.late(2.0, 1.0)
+    assert not pulse.late(2.0, pulse.proved_at)
+    pulse.answered(2.0)
+    assert pulse.proved_at == 1.0
+    pulse.end()
+    pulse.begin(3.0)
+    assert pulse.proved_at == 1.0

@@ -22,6 +22,7 @@ from marble.transport.spreading import (
     KNOWN_BYTES,
     QUICK_BYTES_PER_S,
     REST_MIN_S,
+    SLOW_FACTOR,
     WAITING_PARTS_MAX,
     Flow,
     Part,
@@ -60,6 +61,8 @@ class Net:
         self.lines: list[deque[Part]] = [deque() for _ in range(ways)]
         self.answers: list[deque[Notice]] = [deque() for _ in range(ways)]
         self.open = [False] * ways
+        self.answering = [True] * ways
+        self.proof_at = float("inf")
         self.assembly = Assembly()
         self.sent: list[bytes] = []
         self.taken: list[bytes] = []
@@ -74,6 +77,9 @@ class Net:
         self.lines[way].clear()
         self.answers[way].clear()
         self.spreader.broke(way)
+
+    def watch(self) -> None:
+        self.spreader.watch(self.clock.now, self.answering, self.proof_at)
 
     def put(self, size: int) -> bool:
         start = 997 * len(self.sent) % (len(NOISE) - size)
@@ -113,6 +119,8 @@ class Net:
 
     def settle(self) -> None:
         """Everything works now: all that was sent comes."""
+        self.answering = [True] * len(self.answering)
+        self.proof_at = float("inf")
         for way in range(len(self.lines)):
             self.up(way)
         for _ in range(2000):
@@ -125,7 +133,7 @@ class Net:
             if len(self.taken) == len(self.sent):
                 return
             self.clock.now += 0.01
-            self.spreader.watch(self.clock.now)
+            self.watch()
         raise AssertionError(f"{len(self.sent) - len(self.taken)} packets did not come")
 
     def check(self) -> None:
@@ -148,7 +156,23 @@ class Net:
 
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["put", "pull", "pull", "arrive", "answer", "take", "up", "up", "down", "wait", "wait long"]),
+        st.sampled_from(
+            [
+                "put",
+                "pull",
+                "pull",
+                "arrive",
+                "answer",
+                "take",
+                "up",
+                "up",
+                "down",
+                "wait",
+                "wait long",
+                "sign",
+                "no sign",
+            ]
+        ),
         st.integers(0, 2),
     ),
     max_size=150,
@@ -165,9 +189,12 @@ def test_whatever_happens_all_comes_once_in_order_when_it_ends(script: list[tupl
             net.put(sizes.choice([SPREAD_BYTES_MIN, PART_BYTES + 1, 3 * PART_BYTES, HELD_BYTES_MAX // 4]))
         elif what == "take":
             net.take()
+        elif what.endswith("sign"):
+            net.answering[way] = what == "sign"
         elif what.startswith("wait"):
             net.clock.now += 0.01 if what == "wait" else 1.0
-            net.spreader.watch(net.clock.now)
+            net.proof_at = net.clock.now - way / 2
+            net.watch()
         elif net.open[way] or what == "up":
             getattr(net, what)(way)
         net.check()
@@ -208,7 +235,7 @@ def test_each_way_takes_what_it_drains(net: Net) -> None:
         while net.take():
             pass
         net.clock.now += 0.005
-        net.spreader.watch(net.clock.now)
+        net.watch()
         net.check()
     assert got[0] == 300
     # A slow way has little under way, so that nothing waits long for it.
@@ -227,15 +254,21 @@ def test_window_bounds_what_is_out(net: Net) -> None:
     assert state.window == 3 * PART_BYTES
 
 
+def repeated(net: Net) -> int:
+    net.watch()
+    again = net.metrics.total("transport_parts_sent_again")
+    assert net.metrics.total("transport_ways_rested") == again
+    return int(again)
+
+
 def test_parts_of_a_way_that_falls_silent_go_by_the_other_and_it_rests(net: Net) -> None:
     assert net.put(4 * PART_BYTES)
     assert net.pull(1) is not None
+    net.answering[1] = False
     net.clock.now += PATIENCE_S / 2
-    net.spreader.watch(net.clock.now)
-    assert net.metrics.total("transport_parts_sent_again") == 0
+    assert repeated(net) == 0
     net.clock.now += PATIENCE_S
-    net.spreader.watch(net.clock.now)
-    assert net.metrics.total("transport_parts_sent_again") == net.metrics.total("transport_ways_rested") == 1
+    assert repeated(net) == 1
     first = net.pull(0)
     assert first is not None
     assert first.offset == 0
@@ -245,14 +278,80 @@ def test_parts_of_a_way_that_falls_silent_go_by_the_other_and_it_rests(net: Net)
         net.arrive(0)
         net.answer(0)
         net.take()
-    # It answers after all: it is used again when it has rested, and longer the next time.
+    # It answers after all: it rests for as long as it was late, and is used again.
+    net.clock.now += PATIENCE_S / 2
     net.arrive(1)
     net.answer(1)
     assert net.put(2 * PART_BYTES)
+    net.clock.now += 1.9 * PATIENCE_S
     assert net.pull(1) is None
-    net.clock.now += REST_MIN_S + PATIENCE_S
+    net.clock.now += 0.2 * PATIENCE_S
     assert net.pull(1) is not None
-    assert net.spreader._ways[1].rest_s == 2 * REST_MIN_S
+
+
+def test_way_that_lives_may_be_slow(net: Net) -> None:
+    """To send again what is under way, and to leave the way out for a while, would cost more than to wait."""
+    assert net.put(4 * PART_BYTES)
+    assert net.pull(1) is not None
+    net.clock.now += (SLOW_FACTOR - 0.5) * PATIENCE_S
+    assert repeated(net) == 0
+    net.clock.now += PATIENCE_S
+    assert repeated(net) == 1
+
+
+def test_long_way_may_be_twice_as_slow_as_usual(net: Net) -> None:
+    taken_s = SLOW_FACTOR * PATIENCE_S
+    for _ in range(50):
+        assert net.put(SPREAD_BYTES_MIN)
+        assert net.pull(1) is not None
+        net.clock.now += taken_s
+        net.arrive(1)
+        net.answer(1)
+        net.take()
+    assert net.put(SPREAD_BYTES_MIN)
+    assert net.pull(1) is not None
+    net.clock.now += 1.9 * taken_s
+    assert repeated(net) == 0
+    net.clock.now += 0.2 * taken_s
+    assert repeated(net) == 1
+
+
+def test_peer_that_stands_still_makes_no_way_late(net: Net) -> None:
+    assert net.put(4 * PART_BYTES)
+    assert net.pull(0) is not None
+    assert net.pull(1) is not None
+    net.proof_at = net.clock.now
+    net.answering = [False, False]
+    net.clock.now += 100 * PATIENCE_S
+    assert repeated(net) == 0
+    # By the first way it is heard that it goes on; the second one may have been about to answer, too, or not.
+    net.answering[0] = True
+    net.arrive(0)
+    net.answer(0)
+    assert repeated(net) == 0
+    net.proof_at = net.clock.now
+    assert repeated(net) == 1
+
+
+def test_way_that_breaks_rests_longer_each_time(net: Net) -> None:
+    for times in range(4):
+        assert net.put(SPREAD_BYTES_MIN)
+        assert net.pull(1) is not None
+        net.down(1)
+        net.up(1)
+        rest_s = REST_MIN_S * 2**times
+        net.clock.now += 0.99 * rest_s
+        assert net.pull(1) is None
+        assert net.pull(0) is not None
+        net.arrive(0)
+        net.answer(0)
+        net.take()
+        assert net.put(SPREAD_BYTES_MIN)
+        net.clock.now += 0.02 * rest_s
+        assert net.pull(1) is not None
+        net.arrive(1)
+        net.answer(1)
+        net.take()
 
 
 def test_parts_of_a_way_that_breaks_go_by_the_other_at_once(net: Net) -> None:
@@ -269,7 +368,7 @@ def test_last_way_is_not_late_and_does_not_rest(net: Net) -> None:
     net.pull(1)
     net.down(0)
     net.clock.now += 100 * PATIENCE_S
-    net.spreader.watch(net.clock.now)
+    net.watch()
     net.arrive(1)
     net.answer(1)
     assert net.pull(1) is not None
