@@ -71,6 +71,7 @@ _CANCEL_RESERVE_S: Final = 0.25
 
 
 Receiver = Callable[[list[Envelope]], None]
+Told = Callable[[int], None]
 
 
 class FlightTransport(Messaging):
@@ -122,8 +123,8 @@ class FlightTransport(Messaging):
         self._started = self._stopped = self._forked = False
         self._receiver: Receiver | None = None
         self._service: FlightService | None = None
-        self._unreachable: Callable[[int], None] = _ignore
-        self._way_lost: Callable[[int], None] = _ignore
+        self._unreachable: Told = _ignore
+        self._way_lost: Told = _ignore
         self._failed: Callable[[BaseException], None] = _ignore
         self._calls = 0
         self._succession = Succession()
@@ -143,8 +144,8 @@ class FlightTransport(Messaging):
             metrics=self.metrics,
             node_id=node_id,
         )
-        place, most = advertised or self.endpoint, self.options.strangers_max
-        self._handshake = Handshake(self._codec, place, most, self.metrics, lambda: current().secret)
+        place, strangers_max = advertised or self.endpoint, self.options.strangers_max
+        self._handshake = Handshake(self._codec, place, strangers_max, self.metrics, lambda: current().secret)
         self._around = Surroundings(
             carrier or FlightCarrier(lambda: current().peer_credentials(cluster_id, node_id)),
             self._handshake,
@@ -168,8 +169,7 @@ class FlightTransport(Messaging):
             node_id, lambda: list(self._peers.links.values()), self._clock, lambda error: self._failed(error)
         )
         _live.add(self)
-        # At exit pyarrow would wait for every open call; this runs before that.
-        atexit.register(self.stop, 1.0)
+        atexit.register(self.stop, 1.0)  # At exit pyarrow would wait for every open call; this runs before that.
 
     @property
     def port(self) -> int:
@@ -185,8 +185,8 @@ class FlightTransport(Messaging):
         receiver: Receiver | None = None,
         service: FlightService | None = None,
         *,
-        unreachable: Callable[[int], None] | None = None,
-        way_lost: Callable[[int], None] | None = None,
+        unreachable: Told | None = None,
+        way_lost: Told | None = None,
         failed: Callable[[BaseException], None] | None = None,
         acquaintances: Acquaintances | None = None,
         on_messages: OnMessages | None = None,

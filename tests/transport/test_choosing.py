@@ -99,8 +99,9 @@ class Scene:
         self.working = [True, True]
         self.still = False
         """Whether the peer's process stands still."""
-        for way in self.ways:
-            way.pulse.begin(self.clock.now)
+        for at, way in enumerate(self.ways):
+            # They are not asked at the same moment.
+            way.pulse.begin(self.clock.now + 2 * at * STEP_S)
         self.run(1.0)
 
     def run(self, seconds: float) -> None:
