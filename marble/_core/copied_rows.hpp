@@ -34,9 +34,9 @@ class CopiedRows {
   const Source& source() const noexcept { return source_; }
 
   // Copies a row of `from` whose values were checked. Returns which one it is here.
-  uint32_t Add(const Source& from, int64_t row) {
+  uint32_t Add(const PartialBlock& from, int64_t row) {
     for (Column& column : columns_) {
-      const ColumnView& view = from.views[column.number];
+      const ColumnView view = from.View(column.number);
       const bool valid = view.validity == nullptr || arrow::bit_util::GetBit(view.validity, row);
       column.nulls = column.nulls || !valid;
       AddBit(&column.validity, valid);

@@ -8,19 +8,18 @@
 //      only where many are asked for, or have been by and by, the block is read as a whole.
 #pragma once
 
-#include "block_parts.hpp"
-#include "copied_rows.hpp"
 #include "lookup.hpp"
 #include "memtable_run.hpp"
 #include "merge_lanes.hpp"
+#include "parts_lookup.hpp"
 #include "point.hpp"
 #include "sstable.hpp"
 
 #include <arrow/buffer.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
-#include <span>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -29,7 +28,6 @@ namespace marble {
 
 constexpr int64_t kGetKeys = 4096;  // Keys whose blocks are held at a time.
 constexpr size_t kRowsOfKey = 16;   // A block is read as a whole where more than one row in so many is asked for.
-using Held = std::vector<std::shared_ptr<const void>>;  // What a lookup refers to.
 
 using FilePtr = std::shared_ptr<const TableFile>;
 
@@ -113,27 +111,6 @@ inline void FindInBlocks(BlockProbe* probes, size_t count) noexcept {
   }
 }
 
-// As FindInFiles, in a block that nobody has read: only the parts that say something of the row. `known` becomes whether the
-// block has the key, be it as a tombstone.
-inline arrow::Status FindInParts(const TableFile& file, size_t number, std::string_view key, bool* known,
-                                 PointHit* out) {
-  if (key < file.first_key(number)) return arrow::Status::OK();
-  PartialBlock::Prefetch(file, number);
-  const auto block = std::make_shared<PartialBlock>();
-  ARROW_RETURN_NOT_OK(block->Open(file, number, /*for_objects=*/true));
-  block->PrefetchKey(key);
-  int64_t row = -1;
-  bool deleted = false;
-  ARROW_RETURN_NOT_OK(block->Find(key, &row));
-  if (row < 0) return arrow::Status::OK();
-  *known = true;
-  ARROW_RETURN_NOT_OK(block->IsDeleted(row, &deleted));
-  if (deleted) return arrow::Status::OK();
-  ARROW_RETURN_NOT_OK(block->CheckRow(row));
-  *out = {&block->source(), static_cast<uint32_t>(row), block};
-  return arrow::Status::OK();
-}
-
 // The block of a file that may have a key.
 struct BlockKey {
   size_t number;
@@ -143,94 +120,21 @@ struct BlockKey {
 // Sets `asked` to keys from `at` on that `table` may have. Returns where those begin that lie behind it.
 inline size_t FindBlocks(const TableFile& table, const KeyColumn& keys, const std::vector<uint64_t>& hashes,
                          const std::vector<uint32_t>& open, size_t at, std::vector<BlockKey>* asked) {
-  size_t end = at;
-  for (; end < open.size() && ViewOf(keys, open[end]) <= table.last_key(); ++end) {
-    table.bloom().Prefetch(hashes[open[end]]);
-  }
+  const auto from = open.begin() + static_cast<ptrdiff_t>(at);
+  const auto first = std::partition_point(
+      from, open.end(), [&](uint32_t row) { return ViewOf(keys, row) < table.first_key(); });
+  const auto end = std::partition_point(
+      first, open.end(), [&](uint32_t row) { return ViewOf(keys, row) <= table.last_key(); });
+  for (auto each = first; each < end; ++each) table.bloom().Prefetch(hashes[*each]);
   asked->clear();
-  for (; at < end; ++at) {
-    const uint32_t row = open[at];
-    const std::string_view key = ViewOf(keys, row);
-    if (key < table.first_key() || !table.MayContain(hashes[row])) continue;
-    const size_t number = table.FindBlock(key);
-    if (key >= table.first_key(number)) asked->push_back({number, row});
+  for (auto each = first; each < end; ++each) {
+    BlockKey key{0, *each};
+    if (!table.MayContain(hashes[*each]) || !table.FindRange(ViewOf(keys, *each), &key.number)) continue;
+    table.Prefetch(key.number);
+    asked->push_back(key);
   }
-  return end;
+  return static_cast<size_t>(end - open.begin());
 }
-
-// Looks for few keys in each of several blocks that nobody has read. Each step has its bytes fetched from memory during the
-// step before, for all blocks at a time. Rows that are found are copied, so that blocks need not be kept for them.
-class PartsLookup {
- public:
-  PartsLookup(const KeyColumn& keys, const std::vector<int>& columns, Lookup* lookup, std::vector<bool>* done)
-      : keys_(keys), columns_(columns), lookup_(lookup), done_(done) {}
-
-  // Keys of one block.
-  arrow::Status Add(const TableFile& file, std::span<const BlockKey> asked) {
-    PartialBlock::Prefetch(file, asked[0].number);
-    lanes_[count_].file = &file;
-    lanes_[count_].asked = asked;
-    return ++count_ == kLanes ? Search() : arrow::Status::OK();
-  }
-
-  // Looks for all that were added.
-  arrow::Status Search() {
-    found_.clear();
-    for (Lane& lane : std::span(lanes_, count_)) {
-      ARROW_RETURN_NOT_OK(lane.block.Open(*lane.file, lane.asked[0].number, /*for_objects=*/false));
-      for (const BlockKey& key : lane.asked) lane.block.PrefetchKey(ViewOf(keys_, key.row));
-    }
-    for (Lane& lane : std::span(lanes_, count_)) {
-      for (const BlockKey& key : lane.asked) {
-        int64_t row = -1;
-        bool deleted = false;
-        ARROW_RETURN_NOT_OK(lane.block.Find(ViewOf(keys_, key.row), &row));
-        if (row < 0) continue;
-        (*done_)[key.row] = true;
-        ARROW_RETURN_NOT_OK(lane.block.IsDeleted(row, &deleted));
-        if (deleted) continue;
-        lane.block.PrefetchRow(row);
-        found_.push_back({&lane, key.row, row});
-      }
-    }
-    for (const Found& each : found_) {
-      ARROW_RETURN_NOT_OK(each.lane->block.CheckRow(each.row, columns_));
-      if (rows_ == nullptr) rows_ = std::make_shared<CopiedRows>(each.lane->file->flat_columns(), columns_);
-      lookup_->Put(each.key, &rows_->source(), rows_->Add(each.lane->block.source(), each.row));
-    }
-    count_ = 0;
-    return arrow::Status::OK();
-  }
-
-  // The end: `held` keeps what was found.
-  arrow::Status Finish(Held* held) {
-    if (rows_ == nullptr) return arrow::Status::OK();
-    ARROW_RETURN_NOT_OK(rows_->Finish());
-    held->push_back(rows_);
-    return arrow::Status::OK();
-  }
-
- private:
-  static constexpr size_t kLanes = 16;
-  struct Lane {
-    const TableFile* file = nullptr;
-    std::span<const BlockKey> asked;
-    PartialBlock block;
-  };
-  struct Found {
-    Lane* lane;
-    uint32_t key;
-    int64_t row;
-  };
-  const KeyColumn& keys_;
-  const std::vector<int>& columns_;
-  Lookup* const lookup_;
-  std::vector<bool>* const done_;
-  Lane lanes_[kLanes];
-  size_t count_ = 0;
-  std::vector<Found> found_;
-  std::shared_ptr<CopiedRows> rows_;
-};
 
 // `open` are keys in order. `done` becomes true for those that the level has, be it as tombstones.
 inline arrow::Status FindInLevel(const Level& level, const KeyColumn& keys, const std::vector<uint64_t>& hashes,
@@ -249,7 +153,7 @@ inline arrow::Status FindInLevel(const Level& level, const KeyColumn& keys, cons
     count = 0;
   };
   std::vector<BlockKey> asked;
-  PartsLookup parts(keys, columns, lookup, done);
+  PartsLookup parts(columns, lookup, done);
   for (size_t at = 0, file = 0; at < open.size();) {
     file = level.FindFile(ViewOf(keys, open[at]), file);
     if (file == level.files.size()) break;
@@ -259,9 +163,11 @@ inline arrow::Status FindInLevel(const Level& level, const KeyColumn& keys, cons
       const size_t number = asked[first].number;
       while (end < asked.size() && asked[end].number == number) ++end;
       std::shared_ptr<const Block> block = table.Cached(number);
-      if (block == nullptr && table.HasParts(number) && (end - first) * kRowsOfKey <= table.entry(number).rows &&
-          table.parts().Visit(number)) {
-        ARROW_RETURN_NOT_OK(parts.Add(table, {&asked[first], end - first}));
+      if (block == nullptr && table.HasParts(number) && (end - first) * kRowsOfKey <= table.parts()[number].rows &&
+          FileParts::Visit(table.parts()[number])) {
+        for (size_t i = first; i < end; ++i) {
+          ARROW_RETURN_NOT_OK(parts.Add(table, number, ViewOf(keys, asked[i].row), asked[i].row));
+        }
         continue;
       }
       if (block == nullptr) {
@@ -275,7 +181,6 @@ inline arrow::Status FindInLevel(const Level& level, const KeyColumn& keys, cons
       }
       held->push_back(std::move(block));
     }
-    ARROW_RETURN_NOT_OK(parts.Search());  // Before `asked` is used again.
   }
   search();
   return parts.Finish(held);

@@ -207,12 +207,12 @@ class LsmReader {
         const size_t at = level.files.size() == 1 ? 0 : level.FindFile(key);
         if (at == level.files.size()) continue;
         const TableFile& file = *level.files[at];
+        size_t number = 0;
         // The filter says no most quickly, and the keys of runs mostly overlap.
-        if (!file.MayContain(hash) || key < file.first_key()) continue;
-        const size_t number = file.FindBlock(key);
-        if (number == file.blocks()) continue;
+        if (!file.MayContain(hash) || !file.FindRange(key, &number)) continue;
+        file.Prefetch(number);
         std::shared_ptr<const Block> block = file.Cached(number);
-        if (block == nullptr && file.HasParts(number) && file.parts().Visit(number)) {
+        if (block == nullptr && file.HasParts(number) && FileParts::Visit(file.parts()[number])) {
           bool known = false;
           ARROW_RETURN_NOT_OK(FindInParts(file, number, key, &known, out));
           if (known) break;

@@ -17,6 +17,7 @@
 #include "block.hpp"
 #include "block_cache.hpp"
 #include "bloom.hpp"
+#include "damage.hpp"
 #include "file_parts.hpp"
 #include "gather.hpp"
 #include "key_codec.hpp"
@@ -42,36 +43,6 @@
 #include <vector>
 
 namespace marble {
-
-// Where stored bytes are not what was written.
-class DamageDetail : public arrow::StatusDetail {
- public:
-  static constexpr const char* kId = "marble::DamageDetail";
-  DamageDetail(std::string file, uint64_t offset) : file_(std::move(file)), offset_(offset) {}
-  const char* type_id() const override { return kId; }
-  std::string ToString() const override { return file_ + ", offset " + std::to_string(offset_); }
-  const std::string& file() const noexcept { return file_; }
-  uint64_t offset() const noexcept { return offset_; }
-
- private:
-  std::string file_;
-  uint64_t offset_;
-};
-
-template <typename... Words>
-arrow::Status Damaged(const std::string& file, uint64_t offset, Words&&... words) {
-  return arrow::Status(arrow::StatusCode::IOError, arrow::internal::JoinToString(std::forward<Words>(words)...),
-                       std::make_shared<DamageDetail>(file, offset));
-}
-
-// The detail of a status that Damaged made, else null.
-inline const DamageDetail* DamageOf(const arrow::Status& status) noexcept {
-  const auto* detail = status.detail().get();
-  // By name: the class exists once in each of our modules.
-  return detail != nullptr && std::string_view(detail->type_id()) == DamageDetail::kId
-             ? static_cast<const DamageDetail*>(detail)
-             : nullptr;
-}
 
 class TableFile {
  public:
@@ -107,6 +78,20 @@ class TableFile {
 
   // First block whose last key is not below `key`: the only one that may have it. blocks() if there is none.
   size_t FindBlock(std::string_view key) const noexcept;
+  // Sets `number` to the block in whose range `key` lies; false if it lies in none.
+  bool FindRange(std::string_view key, size_t* number) const noexcept {
+    if (key.substr(0, skip_) != common_) return false;
+    const uint64_t word = WordOf(key, skip_);
+    *number = FindBlock(key, word);
+    if (*number == blocks()) return false;
+    const uint64_t first = first_words_[*number];
+    return word == first ? key >= first_key(*number) : word > first;
+  }
+  // Has fetched from memory what Cached and rows of block `i` need first.
+  void Prefetch(size_t i) const noexcept {
+    __builtin_prefetch(&slots_[i]);
+    parts_.Prefetch(i);
+  }
 
   // Block `i`, checked and decompressed, from the cache if it is there. May throw std::bad_alloc.
   arrow::Result<std::shared_ptr<const Block>> Load(size_t i) const;
@@ -118,14 +103,12 @@ class TableFile {
   std::shared_ptr<const Block> Cached(size_t i) const noexcept { return cache_->Get(&slots_[i]); }
 
   // Whether rows of block `i` can be read alone (PartialBlock). Only then what follows may be asked for.
-  bool HasParts(size_t i) const noexcept { return entries_[i].step > 0; }
+  bool HasParts(size_t i) const noexcept { return parts_[i].step > 0; }
   const FileParts& parts() const noexcept { return parts_; }
   const std::vector<FlatColumn>& flat_columns() const noexcept { return flat_columns_; }
-  const uint8_t* BytesOf(size_t i) const noexcept { return bytes_->data() + entries_[i].offset; }
-  std::span<const uint64_t> StepWords(size_t i) const noexcept { return parts_.Words(i, entries_[i]); }
   // Checks that `size` bytes from `first` of block `i` on, all within it, are what was written.
   arrow::Status CheckParts(size_t i, uint64_t first, uint64_t size) const {
-    if (parts_.Check(i, entries_[i], BytesOf(i), first, size)) return arrow::Status::OK();
+    if (parts_.Check(parts_[i], first, size)) return arrow::Status::OK();
     return Wrong(entries_[i].offset, "block ", i, " is damaged");
   }
 
@@ -142,6 +125,8 @@ class TableFile {
   arrow::Status CheckIndex();
   arrow::Status CheckEntries() const;
   arrow::Status CheckKeys(const Block& block, size_t i) const;
+  // As FindBlock above, for a key that begins as all of the file do; `word` is what follows.
+  size_t FindBlock(std::string_view key, uint64_t word) const noexcept;
   arrow::Status CheckWrites(const Block& block, size_t i) const;
   arrow::Status VerifyParts(const Block& block, size_t i) const;
   arrow::Result<std::shared_ptr<const Block>> Decode(size_t i, bool check) const;
@@ -179,8 +164,10 @@ class TableFile {
   const BlockEntry* entries_ = nullptr;
   const char* keys_ = nullptr;
   BloomFilter bloom_;
-  uint64_t skip_ = 0;            // Bytes that all keys of the file begin with.
-  std::vector<uint64_t> words_;  // For each block the eight bytes of its last key after these.
+  std::string common_;                 // The bytes that all keys of the file begin with,
+  uint64_t skip_ = 0;                  // and how many they are.
+  std::vector<uint64_t> words_;        // For each block the eight bytes of its last key after these,
+  std::vector<uint64_t> first_words_;  // and of its first one.
   std::vector<FlatColumn> flat_columns_;  // None if no block can have parts.
   FileParts parts_;
   std::unique_ptr<std::atomic<bool>[]> checked_;  // For each block whether it has been found sound,
@@ -211,15 +198,21 @@ inline arrow::Status TableFile::OpenBytes(std::shared_ptr<arrow::Buffer> bytes) 
   ARROW_RETURN_NOT_OK(CheckEntries());
   const auto* sums = reinterpret_cast<const uint32_t*>(bytes_->data() + head_offset_ + head_.parts.offset);
   const auto* steps = reinterpret_cast<const uint64_t*>(bytes_->data() + head_offset_ + head_.words.offset);
-  if (!parts_.Set({entries_, head_.blocks}, {sums, head_.parts.bytes / 4}, {steps, head_.words.bytes / 8})) {
+  if (!parts_.Set(bytes_->data(), {entries_, head_.blocks}, keys_, {sums, head_.parts.bytes / 4},
+                  {steps, head_.words.bytes / 8})) {
     return Wrong(head_offset_, "the index has parts of other blocks");
   }
   flat_columns_ = DescribeFlat(*file_schema_, layout_->key);
   if (flat_columns_.empty() && head_.parts.bytes > 0) return Wrong(head_offset_, "blocks of such columns have no parts");
   const auto count = static_cast<size_t>(head_.blocks);
   skip_ = CommonBytes(first_key(0), last_key(count - 1));
+  common_ = first_key(0).substr(0, skip_);
   words_.reserve(count);
-  for (size_t i = 0; i < count; ++i) words_.push_back(WordOf(last_key(i), skip_));
+  first_words_.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    words_.push_back(WordOf(last_key(i), skip_));
+    first_words_.push_back(WordOf(first_key(i), skip_));
+  }
   checked_ = std::make_unique<std::atomic<bool>[]>(count);
   slots_ = std::make_unique<BlockSlot[]>(count);
   return arrow::Status::OK();
@@ -317,10 +310,12 @@ inline arrow::Status TableFile::CheckEntries() const {
 
 inline size_t TableFile::FindBlock(std::string_view key) const noexcept {
   // A key that does not begin as all of the file's keys do lies before or behind them.
-  const std::string_view common = last_key().substr(0, skip_);
-  const int order = key.substr(0, skip_).compare(common);
+  const int order = key.substr(0, skip_).compare(common_);
   if (order != 0) return order < 0 ? 0 : blocks();
-  const uint64_t word = WordOf(key, skip_);
+  return FindBlock(key, WordOf(key, skip_));
+}
+
+inline size_t TableFile::FindBlock(std::string_view key, uint64_t word) const noexcept {
   size_t i = LowerBoundWord(words_.data(), 0, words_.size(), word);
   if (i == blocks() || words_[i] != word || last_key(i) >= key) return i;
   // Words that tie are mostly few; where they are not, halve.
@@ -442,8 +437,8 @@ inline arrow::Status TableFile::CheckWrites(const Block& block, size_t i) const 
 // Whether what the index has of the block's parts is true.
 inline arrow::Status TableFile::VerifyParts(const Block& block, size_t i) const {
   const BlockEntry& entry = entries_[i];
-  bool right = parts_.CheckAll(i, entry, BytesOf(i));
-  const auto words = StepWords(i);
+  bool right = parts_.CheckAll(parts_[i]);
+  const auto words = parts_.Words(parts_[i]);
   for (size_t at = 0; at < words.size(); ++at) right = right && words[at] == block.words[at * entry.step];
   return right ? arrow::Status::OK() : Wrong(entry.offset, "block ", i, " has other parts than the index says");
 }
