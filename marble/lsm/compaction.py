@@ -6,7 +6,11 @@ levels are leveled: each may be `CompactionPolicy.ratio` times as large as the o
 bytes in the next level goes down first.
 
 Rule 1: nothing that a reader can see depends on whether or when any of this happens.
-Rule 2: a tombstone goes only when no older file may have its key; so does a row whose time to live is over.
+Rule 2: a tombstone goes only when no older file may have its key. A row whose time to live is over becomes one, or goes, likewise:
+an older version of its key may have a later time, and would come back.
+Rule 3: what a merge makes of a row is a function of the row and of a time that the log has reached (`expired_until`), which never goes
+back: so what it takes away no present or later state shows, and past states keep the files that they had.
+Rule 4: planning comes to an end: a file is written anew on its own only if some of its rows go or lose their values by that.
 """
 
 from __future__ import annotations
@@ -25,6 +29,9 @@ from marble.lsm.view import expired_rows
 from marble.schema import TableInfo
 
 _MIB: Final = 1024 * 1024
+_ALWAYS: Final = -(2**63)
+_NEVER: Final = 2**63
+"""Values of a TTL column that are over from the first entry on, and with none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,9 @@ class CompactionPolicy:
     """So many rows are merged at a time; a file ends between two such parts."""
     compressed_level: int = 2
     """From this level on, files are compressed if the table says how. What is above is written anew too often."""
+    worn_share: int = 2
+    """A file of which, as far as can be told, one part in so many is over or hides nothing is written anew without it, whatever else
+    happens or does not: so a table that rests gives its room back, at a byte written for each one that goes."""
 
     def bytes_max(self, level: int) -> int:
         """What level 1 or a deeper one may have."""
@@ -122,6 +132,8 @@ def backlog_bytes(levels: Levels, policy: CompactionPolicy) -> int:
 def merged(plan: Plan, info: TableInfo, expired_until: int | None, merge_rows: int) -> Iterator[Versions]:
     """The content of `plan`'s files as it is to be written, by key, up to `merge_rows` rows at a time."""
     reader = Reader([], [[file.opened for file in run] for run in plan.runs])
+    if expired_until is not None and all(_all_live(file, expired_until) for file in plan.files):
+        expired_until = None
     for versions in reader.scan_versions(merge_rows, drop_tombstones=plan.drop_tombstones):
         kept = versions if expired_until is None else _expire(versions, info, expired_until, plan.drop_tombstones)
         if kept[0].num_rows:
@@ -130,21 +142,38 @@ def merged(plan: Plan, info: TableInfo, expired_until: int | None, merge_rows: i
 
 def _expire(versions: Versions, info: TableInfo, expired_until: int, drop: bool) -> Versions:
     batch, indexes, deleted = versions
-    gone = pc.or_(deleted, expired_rows(batch, info, expired_until))
+    expired = expired_rows(batch, info, expired_until)
+    if not expired.true_count:
+        return versions
+    gone = pc.or_(deleted, expired)
     if not drop:
         return batch, indexes, gone
     kept = pc.invert(gone)
     return batch.filter(kept), indexes.filter(kept), gone.filter(kept)
 
 
+def _all_live(file: TableFile, expired_until: int) -> bool:
+    """Whether no row of `file` is over: its tombstones aside."""
+    return file.rows == file.tombstones or (file.ttl_min is not None and file.ttl_min > expired_until)
+
+
+def next_change(levels: Levels, policy: CompactionPolicy, expired_until: int) -> int | None:
+    """The first value of the TTL column after `expired_until` with which there is another plan for a file on its own, if any."""
+    ends: list[int] = []
+    for file in levels:
+        if file.ttl_max is not None:
+            # Whether it hides anything may have changed by then: both are looked at.
+            ends += [file.ttl_max, *(_worn_until(file, policy, hides) for hides in (False, True))]
+    return min((end for end in ends if end > expired_until), default=None)
+
+
 # -- plans, the most urgent first --------------------------------------------------------------------------------------
 
 
 def _plans(levels: Levels, policy: CompactionPolicy, expired_until: int | None, compressed: bool) -> Iterator[Plan]:
-    if expired_until is not None:
-        expired = _expired(levels, expired_until)
-        if expired:
-            yield Plan(tuple((file,) for file in expired), None, rewrite=False)
+    empty = _empty(levels, expired_until)
+    if empty:
+        yield Plan(tuple((file,) for file in empty), None, rewrite=False)
     if len(levels[0]) >= policy.level0_files:
         yield from _level0(levels, policy)
     elif len(levels[0]) >= policy.level0_overlap_files:
@@ -156,9 +185,10 @@ def _plans(levels: Levels, policy: CompactionPolicy, expired_until: int | None, 
     for level in sorted(scores, key=lambda level: (-scores[level], level)):
         if scores[level] > 1:
             yield from _deeper(levels, level, compressed and level + 1 == policy.compressed_level)
+    yield from _worn(levels, policy, expired_until)
 
 
-def _expired(levels: Levels, expired_until: int) -> list[TableFile]:
+def _empty(levels: Levels, expired_until: int | None) -> list[TableFile]:
     """Files without a row that still lives, under which there is nothing that they hide."""
     gone: list[TableFile] = []
     below: list[TableFile] = []
@@ -166,14 +196,49 @@ def _expired(levels: Levels, expired_until: int) -> list[TableFile]:
         older = list(below)
         # Within level 0 files behind are older; within the others they have no key in common.
         for file in reversed(files):
-            over = file.ttl_max is not None and file.ttl_max <= expired_until
-            if over and not any(each.meets(file.first_key, file.last_key) for each in older):
+            if _is_over(file, expired_until) and not any(each.meets(file.first_key, file.last_key) for each in older):
                 gone.append(file)
                 continue
             below.append(file)
             if files is levels.levels[0]:
                 older.append(file)
     return gone
+
+
+def _is_over(file: TableFile, expired_until: int | None) -> bool:
+    """Whether no row of `file` lives."""
+    if file.rows == file.tombstones:
+        return True
+    return expired_until is not None and file.ttl_max is not None and file.ttl_max <= expired_until
+
+
+def _worn(levels: Levels, policy: CompactionPolicy, expired_until: int | None) -> Iterator[Plan]:
+    """Files that are worth being written anew on their own, in their place."""
+    until = _ALWAYS if expired_until is None else expired_until
+    for level, files in enumerate(levels.levels):
+        for place, file in enumerate(files):
+            if until < _worn_until(file, policy, hides=False):
+                continue
+            ends = file.first_key, file.last_key
+            behind = files[place + 1 :] if level == 0 else ()
+            hides = levels.reaches_below(level, *ends) or any(each.meets(*ends) for each in behind)
+            if until >= _worn_until(file, policy, hides):
+                yield Plan(((file,),), level, drop_tombstones=not hides)
+
+
+def _worn_until(file: TableFile, policy: CompactionPolicy, hides: bool) -> int:
+    """With which value of the TTL column `file` is worn; `hides`: its tombstones have to stay.
+
+    Where in their range the times of its rows lie is not known, so they are taken to be spread evenly. If they are not, the file may be
+    written anew again: each time for rows that are over indeed, and for half of its range.
+    """
+    living = file.rows - file.tombstones
+    wanted = -(-file.rows // policy.worn_share) - (0 if hides else file.tombstones)
+    if wanted <= 0:
+        return _ALWAYS
+    if file.ttl_min is None or file.ttl_max is None or wanted > living:
+        return _NEVER
+    return file.ttl_min - 1 + -(-wanted * (file.ttl_max - file.ttl_min + 1) // living)
 
 
 def _level0(levels: Levels, policy: CompactionPolicy) -> Iterator[Plan]:

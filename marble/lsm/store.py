@@ -16,7 +16,7 @@ from functools import partial
 from typing import Final
 
 from marble.errors import CorruptionError
-from marble.lsm.compaction import CompactionPolicy, Plan, backlog_bytes, merged, plan_compaction
+from marble.lsm.compaction import CompactionPolicy, Plan, backlog_bytes, merged, next_change, plan_compaction
 from marble.lsm.files import TableFile, TableFiles
 from marble.lsm.levels import Levels
 from marble.lsm.snapshot import TableState
@@ -126,16 +126,16 @@ class Store:
         return None
 
     def next_expiries(self, trees: Iterable[Tree], time_us: int) -> list[tuple[TableInfo, int]]:
-        """For each table with rows that live for a time: the value of its TTL column with which the next file expires as a whole.
+        """For each table with rows that live for a time: the value of its TTL column with which there is something to do next.
 
-        Files that have expired by `time_us` are not counted again: what could be done about them was planned.
+        What could be done by `time_us` is not counted again: it was planned.
         """
         found = []
         for tree in trees:
             until = expired_until(tree.info.schema, tree.info.options, time_us)
             if until is not None:
-                ends = [file.ttl_max for file in tree.below.levels if file.ttl_max is not None and file.ttl_max > until]
-                found += [(tree.info, min(ends))] if ends else []
+                end = next_change(tree.below.levels, self.policy.compaction, until)
+                found += [] if end is None else [(tree.info, end)]
         return found
 
     def backlog_bytes(self, levels: Levels) -> int:

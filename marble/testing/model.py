@@ -4,7 +4,7 @@ Rule 1: it shares nothing with the tables but how entries are decoded: no memtab
 Rule 2: every state since the first entry can be asked for, since replicas restart from old snapshots and lag behind.
 
 It knows what the simulation's clients do: tables whose key is one int64 column, the merge operator ``sum``, a time to live by
-the time of the entry.
+the time of the entry, or by a column of microseconds.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _Table:
         if row is None or options.ttl_column is None:
             return row is not None
         written = row[self.info.schema.get_field_index(options.ttl_column)]
-        return bool(written > time_us - options.ttl_us)
+        return written is None or bool(written > time_us - options.ttl_us)
 
 
 class Model:
@@ -98,10 +98,11 @@ class Model:
         """Do it. How many rows were written, or were there and are deleted."""
         table, index, time_us = self._tables[operation.table], self.index, self._times[-1]
         if operation.kind is EntryKind.WRITE:
-            rows = payload.decode_rows(operation.payload, table.info).to_pylist()
-            for row in rows:
-                self._write(table, row)
-            return len(rows)
+            rows = payload.decode_rows(operation.payload, table.info)
+            columns = [_plain(column).to_pylist() for column in rows.columns]
+            for values in zip(*columns, strict=True):
+                self._write(table, dict(zip(rows.schema.names, values, strict=True)))
+            return int(rows.num_rows)
         keys: list[int]
         if operation.kind is EntryKind.DELETE:
             keys = payload.decode_keys(operation.payload, table.info).column(0).to_pylist()
@@ -169,7 +170,7 @@ class Model:
                 )
 
 
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _plain(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     return column.cast(pa.int64()) if pa.types.is_timestamp(column.type) else column
 
 

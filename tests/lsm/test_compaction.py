@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marble.errors import InvariantError
-from marble.lsm.compaction import CompactionPolicy, Plan, backlog_bytes, plan_compaction
+from marble.lsm.compaction import CompactionPolicy, Plan, backlog_bytes, next_change, plan_compaction
 from marble.lsm.files import TableFile
 from marble.lsm.levels import Levels
 
@@ -25,10 +25,18 @@ POLICY = CompactionPolicy(
 
 
 def file(
-    first: str, last: str, nbytes: int = 10, name: str = "", ttl_max: int | None = None, rows: int = 1
+    first: str,
+    last: str,
+    nbytes: int = 10,
+    name: str = "",
+    ttl_max: int | None = None,
+    rows: int = 1,
+    ttl_min: int | None = None,
+    tombstones: int = 0,
 ) -> TableFile:
     name = name or f"{first}-{last}-{nbytes}"
-    return TableFile(name, nbytes, rows, 0, first.encode(), last.encode(), 1, 1, ttl_max, ttl_max)
+    ttl_min = ttl_max if ttl_min is None else ttl_min
+    return TableFile(name, nbytes, rows, tombstones, first.encode(), last.encode(), 1, 1, ttl_min, ttl_max)
 
 
 def levels(*each: list[TableFile]) -> Levels:
@@ -140,14 +148,60 @@ def test_expired_files_go_if_they_hide_nothing() -> None:
     assert names(plan_compaction(levels([new, old]), POLICY, 5)) == ([["old"]], None, False, False)
     assert names(plan_compaction(levels([new, old]), POLICY, 4)) is None
     assert names(plan_compaction(levels([new, old]), POLICY, 6)) == ([["old"], ["new"]], None, False, False)
-    # Under it is a row that lives: it would come back.
+    # Under it is a row that lives: it would come back, so a tombstone stays, which has no time.
     under = file("b", "b", 9, "under", ttl_max=9)
-    assert names(plan_compaction(levels([new, old], [under]), POLICY, 5)) is None
-    assert names(plan_compaction(levels([old, under]), POLICY, 5)) is None
+    assert names(plan_compaction(levels([new, old], [under]), POLICY, 5)) == ([["old"]], 0, True, False)
+    assert names(plan_compaction(levels([old, under]), POLICY, 5)) == ([["old"]], 0, True, False)
     assert names(plan_compaction(levels([under, old]), POLICY, 5)) == ([["old"]], None, False, False)
     assert names(plan_compaction(levels([old], [under]), POLICY, 9)) == ([["under"], ["old"]], None, False, False)
     # One without a time in some row never goes.
     assert plan_compaction(levels([file("a", "b")]), POLICY, 10**9) is None
+
+
+def test_files_of_nothing_but_tombstones_go_if_they_hide_nothing() -> None:
+    empty, under = file("a", "c", 9, "empty", rows=7, tombstones=7), file("b", "b", 9, "under")
+    for until in (None, 5):
+        assert names(plan_compaction(levels([empty, file("d", "e")]), POLICY, until)) == (
+            [["empty"]],
+            None,
+            False,
+            False,
+        )
+        assert plan_compaction(levels([empty, under]), POLICY, until) is None
+        assert plan_compaction(levels([], [empty], [under]), POLICY, until) is None
+        assert names(plan_compaction(levels([under], [empty]), POLICY, until)) == ([["empty"]], None, False, False)
+
+
+def test_a_file_is_written_anew_when_half_of_it_is_of_no_use() -> None:
+    worn = file("a", "e", 9, "worn", ttl_min=100, ttl_max=299, rows=10)
+    other, under = file("c", "c", 9, "other"), file("b", "b", 9, "under")
+    for level in range(3):
+        at = [*([[]] * level), [worn]]
+        assert plan_compaction(levels(*at), POLICY, 198) is None
+        assert next_change(levels(*at), POLICY, 198) == 199
+        assert names(plan_compaction(levels(*at), POLICY, 199)) == ([["worn"]], level, True, True)
+        assert next_change(levels(*at), POLICY, 199) == 299
+        # What lies under it, or behind it in level 0, would come back; what lies above would not.
+        assert names(plan_compaction(levels(*at, [under]), POLICY, 199)) == ([["worn"]], level, True, False)
+        assert names(plan_compaction(levels([other], *at), POLICY, 199)) == ([["worn"]], level + 1, True, True)
+    assert names(plan_compaction(levels([worn, under]), POLICY, 199)) == ([["worn"]], 0, True, False)
+    assert names(plan_compaction(levels([under, worn]), POLICY, 199)) == ([["worn"]], 0, True, True)
+    assert names(plan_compaction(levels([worn]), POLICY, 199, damaged={"worn"})) is None
+    assert next_change(levels([worn]), POLICY, 299) is None
+
+
+def test_tombstones_that_hide_nothing_are_of_no_use_either() -> None:
+    half = file("a", "e", 9, "half", rows=10, tombstones=5)
+    assert names(plan_compaction(levels([half]), POLICY)) == ([["half"]], 0, True, True)
+    assert plan_compaction(levels([half], [file("b", "b")]), POLICY) is None
+    assert plan_compaction(levels([file("a", "e", rows=10, tombstones=4)]), POLICY) is None
+    # One more is over than the half that is left: of 6 rows at 0 to 59 it takes one.
+    both = file("a", "e", 9, "both", rows=10, tombstones=4, ttl_min=0, ttl_max=59)
+    assert plan_compaction(levels([both]), POLICY, 8) is None
+    assert names(plan_compaction(levels([both]), POLICY, 9)) == ([["both"]], 0, True, True)
+    # With something under it the tombstones stay, and five of the six have to be over.
+    assert plan_compaction(levels([both], [file("b", "b")]), POLICY, 48) is None
+    assert names(plan_compaction(levels([both], [file("b", "b")]), POLICY, 49)) == ([["both"]], 0, True, False)
 
 
 def test_levels_must_be_in_order() -> None:

@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 from marble._core.entry_batch import Proposal, build
 from marble._core.sstable import BlockCache
 from marble.lsm import payload
-from marble.lsm.files import TableFiles
+from marble.lsm.compaction import CompactionPolicy
+from marble.lsm.files import TableFile, TableFiles
 from marble.lsm.machine import TableMachine
 from marble.lsm.store import StorePolicy
 from marble.table_options import TableOptions
@@ -24,11 +25,9 @@ LIFE_US = 1_000
 class Bench:
     """A machine, and the entries that it is given."""
 
-    def __init__(self, files: TableFiles | None = None) -> None:
+    def __init__(self, files: TableFiles | None = None, compaction: CompactionPolicy = CompactionPolicy()) -> None:  # noqa: B008 - it is a value
         self.files = SimulatedFiles(Random(1))
-        self.machine = TableMachine(
-            files=files or TableFiles(self.files), policy=StorePolicy(inline_table_bytes_max=0, inline_bytes_max=0)
-        )
+        self.machine = TableMachine(files=files or TableFiles(self.files), policy=StorePolicy(compaction, 0, 0))
         self.create("short", TableOptions(ttl_column="at", ttl_us=LIFE_US))
         self.create("other", TableOptions())
 
@@ -55,8 +54,11 @@ class Bench:
         while self.machine.compact():
             continue
 
+    def table_files(self, table: str) -> list[TableFile]:
+        return list(self.machine._trees[self.machine.table(table).id].below.levels)
+
     def file_count(self, table: str) -> int:
-        return len(list(self.machine._trees[self.machine.table(table).id].below.levels))
+        return len(self.table_files(table))
 
 
 def scanned(bench: Bench, cache: BlockCache) -> tuple[int, int]:
@@ -111,6 +113,44 @@ def test_files_go_when_their_time_comes_although_their_table_rests() -> None:
     while bench.machine.compact():
         continue
     assert bench.file_count("short") == 0
+    assert not bench.machine.compaction_due
+
+
+def test_half_of_a_file_goes_when_its_time_comes_although_its_table_rests() -> None:
+    bench = Bench()
+    bench.write_each("short", [(key, 5_000 + key) for key in range(1000)], time_us=5_000)
+    bench.flush()
+    (whole,) = bench.table_files("short")
+    assert whole.rows == 1000
+    bench.write("other", range(1), at=0, time_us=5_498 + LIFE_US)
+    assert not bench.machine.compaction_due
+    bench.write("other", range(1), at=0, time_us=5_499 + LIFE_US)
+    assert bench.machine.compaction_due
+    bench.flush()
+    (half,) = bench.table_files("short")
+    assert (half.rows, half.tombstones, half.ttl_min) == (500, 0, 5_500)
+    assert half.nbytes < 0.6 * whole.nbytes
+    # No snapshot that is kept names the old one: it is gone from the disk.
+    bench.machine.collect(lambda: {half.name})
+    assert [name for name in bench.files.list("tables") if whole.name in name] == []
+    assert not bench.machine.compaction_due
+    bench.write("other", range(1), at=0, time_us=5_749 + LIFE_US)
+    bench.flush()
+    assert [file.rows for file in bench.table_files("short")] == [250]
+
+
+def test_rows_that_are_over_lose_their_values_where_their_keys_must_stay() -> None:
+    bench = Bench(compaction=CompactionPolicy(level0_files=99, level0_overlap_files=99))
+    # What lies under them lives much longer.
+    bench.write("short", range(100), at=50_000, time_us=5_000)
+    bench.flush()
+    bench.write_each("short", [(key, 5_000 + key) for key in range(100)], time_us=5_001)
+    bench.flush()
+    bench.write("other", range(1), at=0, time_us=5_049 + LIFE_US)
+    bench.flush()
+    assert bench.machine.read("short").row_count == 50
+    newer, older = bench.table_files("short")
+    assert (newer.rows, newer.tombstones, older.rows, older.tombstones) == (100, 50, 100, 0)
     assert not bench.machine.compaction_due
 
 
