@@ -5,17 +5,18 @@ A write is a ``RecordBatch``; Raft orders it, a majority makes it durable, every
 
 The floors; imports only run downwards, and modules of one floor never import each other (``tests/test_layering.py``):
 
-==  ============================================================================================================================  =========
-8   cli demo simulate backup_commands status_commands watch certs                                                                 commands
-7   server service actions operating                                                                                              ports
-6   local client contacts vigil orders admin backup doctor                                                                        near, far
-5   node engine desk workers verify status stopwatch web                                                                          threads
-4   checkpoint driver compacting fetching groups identity jobs options pacing promises rebuilding recovery snapshotting transfer  turns
-3   transport                                                                                                                     Flight
-2   raft | logstore | lsm | database | members                                                                                    log, LSM
-1   _core rows                                                                                                                    kernels
-0   types errors table_options schema requests filters env metrics sampling machine config sessions writing logs                  words
-==  ============================================================================================================================  =========
+==  ==============================================================================================================  =========
+8   cli demo simulate backup_commands status_commands watch certs                                                   commands
+7   server service actions operating                                                                                ports
+6   local client contacts vigil orders admin backup doctor                                                          near, far
+5   node engine desk workers status stopwatch web                                                                   threads
+4   archive checkpoint driver compacting fetching groups identity jobs options pacing promises rebuilding recovery  turns
+    snapshotting transfer verify
+3   transport                                                                                                       Flight
+2   raft | logstore | lsm | database | members                                                                      log, LSM
+1   _core rows                                                                                                      kernels
+0   types errors table_options schema requests filters env metrics sampling machine config sessions writing logs    words
+==  ==============================================================================================================  =========
 
 ``testing`` stands beside them: it imports floors 0 to 4, and nothing but ``simulate`` imports it.
 """

@@ -1,7 +1,7 @@
 """A copy of a running node's data at one moment, made of links: what a backup starts from.
 
 A checkpoint is a directory laid out as a data directory: identity, log, snapshots, the files that these refer to. Beside them
-`MANIFEST` lists all files with their lengths; it is written last, so a directory with a manifest is whole. What never
+`MANIFEST` lists all files with their lengths; identity and manifest are written last, so a directory with an identity is whole. What never
 changes is linked and costs no time; of the log's last segment, which grows, as much is copied as is durable.
 
 Rule 1: while the links of the log are made, nothing is synced or purged, and all snapshots that are there then are pinned.
@@ -81,8 +81,7 @@ def write_checkpoint(files: Files, log: Log, stores: Sequence[SnapshotStore], di
     copy(files, growing, files, f"{directory}/{still.tail}", still.tail_bytes)
     files.remove(growing)
     put(files, f"{directory}/{segment.SYNCED_PATH}", still.mark)
-    put(files, f"{directory}/{IDENTITY_FILE}", files.read(IDENTITY_FILE))
-    return write_manifest(files, directory)
+    return finish(files, files.read(IDENTITY_FILE), directory)
 
 
 class Checkpoints:
@@ -159,12 +158,17 @@ class Checkpoints:
         self._files.remove_tree(f"{CHECKPOINTS}/{name}")
 
 
-def write_manifest(files: Files, directory: str = "") -> dict[str, int]:
-    """Make a directory whole of which all other files are there and synced. Returns the files and their lengths."""
+def finish(files: Files, identity: bytes, directory: str = "") -> dict[str, int]:
+    """Make a directory whole of which all files are there and synced but `identity` and the manifest.
+
+    Until all of them are durable there is no identity, and without one nobody takes the directory for anything. Returns the files
+    and their lengths.
+    """
     prefix = f"{directory}/" if directory else ""
-    listed = {path: files.size(prefix + path) for path in sorted([IDENTITY_FILE, *_below(files, prefix)])}
     for name in DIRECTORIES:
         files.sync_directory(prefix + name)
+    put(files, prefix + IDENTITY_FILE, identity)
+    listed = {path: files.size(prefix + path) for path in sorted([IDENTITY_FILE, *_below(files, prefix)])}
     put(files, prefix + MANIFEST, seal({"format": FORMAT, "files": listed}))
     files.sync_directory(directory)
     return listed

@@ -123,7 +123,7 @@ class Files(Protocol):
         ...
 
     def rename(self, source: str, target: str) -> None:
-        """Put `source` in the place of `target`. Durable only after `sync_directory`."""
+        """Put `source` in the place of `target`; a directory in that of an empty one, or of none. Durable only after `sync_directory`."""
         ...
 
     def set_aside(self, source: str, target: str) -> bool:
@@ -142,6 +142,10 @@ class Files(Protocol):
 
     def sync_directory(self, path: str) -> None:
         """Make creations, renames and removals in `path` durable."""
+        ...
+
+    def below(self, path: str) -> Files:
+        """The directory `path`, which need not exist yet, as a tree of its own."""
         ...
 
     def lock(self, path: str) -> contextlib.AbstractContextManager[None]:
@@ -321,6 +325,9 @@ class SystemFiles:
 
     def sync_directory(self, path: str) -> None:
         self._sync_directory(self._path(path))
+
+    def below(self, path: str) -> SystemFiles:
+        return SystemFiles(self._path(path))
 
     def move_out(self, path: str, target: str | os.PathLike[str]) -> None:
         """Move the directory `path` to `target`, which must not exist, on the same file system. Durable when this returns.

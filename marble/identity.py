@@ -121,7 +121,15 @@ def bind(
         return Identity(tuple(bound), incarnation)
     if files.exists(LOG_DIRECTORY):
         raise CorruptionError("there is a log but no identity file beside it", where)
+    return make_identity(files, cluster_id, node_id, voters, random)
+
+
+def make_identity(
+    files: Files, cluster_id: str, node_id: int, voters: Sequence[int], random: Random | None = None
+) -> Identity:
+    """Bind a directory that has no identity, whatever else is in it, durably; parameters as those of `bind`."""
     identity = Identity(tuple(voters), (random or SystemRandom()).randrange(1, 1 << 64))
+    mine = {"format": FORMAT_VERSION, "cluster_id": cluster_id, "node_id": node_id}
     _replace(files, IDENTITY_FILE, {**mine, "voters": list(voters), "incarnation": _format(identity.incarnation)})
     return identity
 

@@ -33,6 +33,7 @@ FLOORS = [
     ("raft", "logstore", "lsm", "database", "members"),
     ("transport",),
     (
+        "archive",
         "checkpoint",
         "driver",
         "compacting",
@@ -47,8 +48,9 @@ FLOORS = [
         "recovery",
         "snapshotting",
         "transfer",
+        "verify",
     ),
-    ("node", "engine", "desk", "workers", "verify", "status", "stopwatch", "web"),
+    ("node", "engine", "desk", "workers", "status", "stopwatch", "web"),
     ("local", "client", "contacts", "vigil", "orders", "admin", "backup", "doctor"),
     ("server", "service", "actions", "operating"),
     ("cli", "demo", "simulate", "backup_commands", "status_commands", "watch", "certs"),
@@ -67,6 +69,8 @@ STEPS = {
     "writing": {"env"},
     "rows": {"_core"},
     "checkpoint": {"identity"},
+    "verify": {"checkpoint", "identity", "recovery"},
+    "archive": {"checkpoint", "identity", "recovery", "verify"},
     "fetching": {"jobs"},
     "transfer": {"fetching", "jobs", "rebuilding"},
     "snapshotting": {"jobs", "rebuilding", "transfer"},
@@ -186,8 +190,9 @@ def test_every_part_stands_on_a_floor() -> None:
 
 def test_the_picture_in_the_package_shows_these_floors() -> None:
     text = ast.get_docstring(ast.parse((PACKAGE / "__init__.py").read_text())) or ""
-    rows = re.findall(r"(?m)^(\d) +(\w+(?:[ |]{1,3}\w+)*) {2,}", text)
-    shown = {int(floor): tuple(names.replace("|", " ").split()) for floor, names in rows}
+    # What stands below a row, indented, belongs to it.
+    rows = re.findall(r"(?m)^(\d) +(\w+(?:[ |]{1,3}\w+)*) {2,}.*((?:\n {4}\w.*)*)", text)
+    shown = {int(floor): tuple(f"{names} {more}".replace("|", " ").split()) for floor, names, more in rows}
     assert shown == dict(enumerate(FLOORS))
 
 

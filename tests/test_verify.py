@@ -40,8 +40,7 @@ def small_directory() -> tuple[SimulatedFiles, SimulatedFiles]:
     write_checkpoint(peer.files, peer.log, list(peer.stores.values()), "copy")
     peer.log.close()
     copy = Below.of(peer.files, "copy")
-    for path in [path for path in peer.files._names if path.startswith("copy/")]:
-        peer.files.delete(path)
+    peer.files.remove_tree("copy")
     return peer.files, copy
 
 

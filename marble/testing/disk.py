@@ -29,6 +29,7 @@ import pyarrow as pa
 
 from marble.env import Random
 from marble.errors import UnavailableError
+from marble.testing.subtree import Subtree
 
 SECTOR_BYTES: Final = 512
 _TAKES_SPACE: Final = frozenset({"write", "create", "overwrite", "link"})
@@ -73,6 +74,28 @@ class _NameChange:
             names.pop(self.target, None)
         else:
             names[self.target] = self.node
+
+
+@dataclass(frozen=True, slots=True)
+class _TreeChange:
+    """The directory ``source`` is to be called ``target``, with all that is in it by then."""
+
+    directory: str
+    target: str
+    source: str
+
+    def apply(self, names: dict[str, _Node]) -> None:
+        for name in [name for name in names if name.startswith(f"{self.source}/")]:
+            names[self.target + name.removeprefix(self.source)] = names.pop(name)
+
+    def moved(self, change: _NameChange) -> _NameChange:
+        """`change`, if it is one in the tree, as one that is not durable yet where the tree is durably now."""
+        inside = change.directory == self.source or change.directory.startswith(f"{self.source}/")
+        if not inside:
+            return change
+        source = None if change.source is None else self.target + change.source.removeprefix(self.source)
+        directory, target = (self.target + path.removeprefix(self.source) for path in (change.directory, change.target))
+        return _NameChange(directory, target, change.node, source)
 
 
 class SimulatedAppendFile:
@@ -139,7 +162,7 @@ class SimulatedFiles:
         self._directories = {""}
         self._names: dict[str, _Node] = {}
         self._stored_names: dict[str, _Node] = {}
-        self._changes: list[_NameChange] = []
+        self._changes: list[_NameChange | _TreeChange] = []
         self._locked: set[str] = set()
 
     # -- faults ------------------------------------------------------------------------------------------------------
@@ -152,6 +175,8 @@ class SimulatedFiles:
         for change in self._changes:
             if self._random.randrange(0, 2) if survives is None else survives:
                 change.apply(self._stored_names)
+            elif isinstance(change, _TreeChange):
+                self._move_directories(change.target, change.source)
         for node in {id(node): node for node in (*self._names.values(), *self._stored_names.values())}.values():
             if survives:
                 node.sync()
@@ -309,9 +334,11 @@ class SimulatedFiles:
         self._directories.update("/".join(parts[: end + 1]) for end in range(len(parts)))
 
     def list(self, path: str) -> Sequence[str]:
+        if path in self._names:
+            raise NotADirectoryError(errno.ENOTDIR, "not a directory", path)
         prefix = path + "/" if path else ""
-        inside = {name.removeprefix(prefix) for name in self._names if name.startswith(prefix)}
-        return sorted(name for name in inside if "/" not in name)
+        known = (*self._names, *(each for each in self._directories if each))
+        return sorted({name.removeprefix(prefix).partition("/")[0] for name in known if name.startswith(prefix)})
 
     def exists(self, path: str) -> bool:
         return path in self._names or path in self._directories
@@ -361,8 +388,21 @@ class SimulatedFiles:
 
     def rename(self, source: str, target: str) -> None:
         with self.operation("rename", target) as failing:
-            if not failing:
+            if failing:
+                return
+            if source not in self._directories:
                 self._change(_NameChange(_directory(target), target, self._node(source), source))
+                return
+            if self.exists(target) and self.list(target):
+                raise OSError(errno.ENOTEMPTY, "directory not empty", target)
+            self._change(_TreeChange(_directory(target), target, source))
+            self._move_directories(source, target)
+
+    def _move_directories(self, source: str, target: str) -> None:
+        self._directories = {
+            target + each.removeprefix(source) if f"{each}/".startswith(f"{source}/") else each
+            for each in self._directories
+        }
 
     def set_aside(self, source: str, target: str) -> bool:
         node = self._node(source)
@@ -391,10 +431,18 @@ class SimulatedFiles:
 
     def sync_directory(self, path: str) -> None:
         self._before_sync("sync_directory", path, None)
+        kept: list[_NameChange | _TreeChange] = []
         for change in self._changes:
-            if change.directory == path:
-                change.apply(self._stored_names)
-        self._changes = [change for change in self._changes if change.directory != path]
+            if change.directory != path:
+                kept.append(change)
+                continue
+            change.apply(self._stored_names)
+            if isinstance(change, _TreeChange):
+                kept = [change.moved(each) if isinstance(each, _NameChange) else each for each in kept]
+        self._changes = kept
+
+    def below(self, path: str) -> Subtree:
+        return Subtree(self, path)
 
     @contextlib.contextmanager
     def lock(self, path: str) -> Iterator[None]:
@@ -411,7 +459,7 @@ class SimulatedFiles:
     def describe(self, path: str) -> str:
         return f"simulated:{path}"
 
-    def _change(self, change: _NameChange) -> None:
+    def _change(self, change: _NameChange | _TreeChange) -> None:
         change.apply(self._names)
         self._changes.append(change)
 
