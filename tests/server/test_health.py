@@ -245,7 +245,9 @@ def test_the_machine_is_looked_at(tmp_path: Path) -> None:
     assert disk is not None
     assert 0 < disk.free_bytes <= disk.size_bytes
     assert look_at_disk(tmp_path / "none") is None
-    assert process.threads >= threading.active_count() > 0
+    # Those of gRPC that have logged something are listed for ever: they ended long ago, perhaps.
+    ours = [thread for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread)]
+    assert process.threads >= len(ours) > 0
     assert process.open_fds > 0
     assert process.resident_bytes > 2**20
     read, write = os.pipe()
