@@ -9,7 +9,8 @@ go on when it is lifted; `Relay.reset` is how they are lost, together with their
 Rule 2: one thread ("marble-relay-…") does everything. `Relay.stop` returns within its deadline whatever the ends do.
 
 Invariants:
-- All connections of a relay share its line: `Line.bytes_per_s` bounds their sum, in each direction by itself.
+- All connections of a relay share its line: `Line.bytes_per_s` bounds their sum, in each direction by itself. Those that have something to
+  say take turns, a piece each: none starves while others say much.
 - What waits inside for its turn on the line is at most `QUEUE_S` of it; beyond that the relay reads no further, and the
   sender feels it.
 - A seed gives the same flips at the same bytes of a direction, however they are cut into pieces.
@@ -179,12 +180,15 @@ class _Connection:
         self.ends = (near, far)
         self.pipes = (_Pipe(there, near, far), _Pipe(back, far, near))
         self.connecting = True
+        self.had_turn = False
+        """Whether something was read in the last turn."""
         self.watched: dict[socket.socket, int] = {}
 
     def turn(self, now: float, ready: dict[socket.socket, int]) -> dict[socket.socket, int]:
         """Move what can be moved; for what events each end is watched next."""
         near, far = self.ends
         wanted = {near: 0, far: 0}
+        self.had_turn = False
         if self.connecting:
             if not ready.get(far, 0) & selectors.EVENT_WRITE:
                 return {near: 0, far: selectors.EVENT_WRITE}
@@ -194,6 +198,7 @@ class _Connection:
         for pipe in self.pipes:
             if ready.get(pipe.source, 0) & selectors.EVENT_READ and pipe.room_at(now) <= now:
                 pipe.read(now)
+                self.had_turn = True
             if not pipe.write(now):
                 wanted[pipe.sink] |= selectors.EVENT_WRITE
             if pipe.room_at(now) <= now:
@@ -378,6 +383,10 @@ class Relay:
             if connection.done:
                 self._drop(connection, abort=False)
                 continue
+            if connection.had_turn:
+                # Others are asked first when the line has room again.
+                self._connections.remove(connection)
+                self._connections.append(connection)
             self._watch(connection, wanted)
             next_at = min(next_at, connection.next_at(now))
         return None if next_at == math.inf else max(0.0, next_at - time.monotonic())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -91,6 +92,47 @@ def test_delay_and_rate_hold_bytes_back_at_least_so_long(echo: Echo) -> None:
             read_exactly(connection, 200_000)
             # The last bit left after 0.2 s.
             assert time.monotonic() - begun >= 0.2
+
+
+def test_connections_share_the_line_fairly() -> None:
+    """One that always has something to say does not keep the others from it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(DEADLINE_S)
+        target = f"127.0.0.1:{listener.getsockname()[1]}"
+        with (
+            Relay(target, there=Line(bytes_per_s=4e6)) as relay,
+            call(relay.endpoint) as many,
+            call(relay.endpoint) as few,
+        ):
+            stopping = threading.Event()
+
+            def flood() -> None:
+                with contextlib.suppress(OSError):
+                    while not stopping.is_set():
+                        many.sendall(bytes(1 << 16))
+
+            def drain(connection: socket.socket) -> None:
+                with connection, contextlib.suppress(OSError):
+                    while connection.recv(1 << 16):
+                        pass
+
+            ends = [listener.accept()[0] for _ in range(2)]
+            # Which of the two ends belongs to whom is told by the first byte.
+            many.sendall(b"m")
+            few.sendall(b"f")
+            ends.sort(key=lambda end: end.recv(1))
+            threads = [threading.Thread(target=flood), threading.Thread(target=drain, args=(ends[1],))]
+            for thread in threads:
+                thread.start()
+            for end in ends:
+                end.settimeout(DEADLINE_S)
+            few.sendall(bytes(1 << 19))
+            with ends[0]:
+                read_exactly(ends[0], 1 << 19)
+            stopping.set()
+            relay.reset()
+            for thread in threads:
+                thread.join(DEADLINE_S)
 
 
 def test_silence_holds_bytes_and_lets_them_go(echo: Echo) -> None:
