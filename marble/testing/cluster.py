@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from marble.errors import MarbleError
+from marble.testing.backups import Backups
 from marble.testing.bulk import Bulk
 from marble.testing.clients import Client, Sales
 from marble.testing.history import History, check
@@ -96,6 +97,7 @@ class Simulation:
         for client in self.clients:
             client.start()
         self.bulk = Bulk(self.world, self.nodes)
+        self.backups = Backups(self.world)
         self._plan_faults()
 
     # -- what goes wrong ---------------------------------------------------------------------------------------------
@@ -124,6 +126,7 @@ class Simulation:
                     (tables.flips * plan.nodes, lambda node: self._harm(node, lose=False)),
                     (tables.losses * plan.nodes, lambda node: self._harm(node, lose=True)),
                     (tables.read_errors * plan.nodes, self._fail_read),
+                    (tables.backups, self.backups.take),
                 )
             ),
         )

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from typing import Any, Final
 
 from marble._core.entry_batch import Proposal
+from marble.checkpoint import Checkpoints
 from marble.driver import Driver
 from marble.env import SystemRandom
 from marble.errors import CorruptionError, InvariantError, NotLeaderError, UnavailableError
@@ -71,6 +72,7 @@ class SimulatedNode:
         self.broken: str | None = None
         self.damaged = False
         """A bit was flipped, so the disk may be found corrupt."""
+        self.checkpoints: Checkpoints | None = None
         self._voters = list(voters)
         self._world = world
         self._loop = world.loop
@@ -128,6 +130,7 @@ class SimulatedNode:
             self._end()
             self._break(error)
             return
+        self.checkpoints = Checkpoints(self.files, log, [seat.snapshots for seat in self.seats.values()])
         self._loop.after(self._tick_us(), self._tick, self.life)
         self._pump(self.life)
 

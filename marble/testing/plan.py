@@ -126,6 +126,8 @@ class TableFiles:
     """A table with less in memory goes into the snapshot and into no file."""
     retention: int = 0
     """For so many entries back the past is kept, and looked at."""
+    backups: float = 0.0
+    """Backups that are begun, while everything goes on; see `marble.testing.backups`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +302,16 @@ PLANS: Final[dict[str, Plan]] = {
             tables=TableFiles(flips=1.5, losses=0.3),
             snapshot_distance=25,
             snapshot_tail=0,
+        ),
+        # Backups of nodes that purge, compact and crash, and what is restored from them.
+        replace(
+            _CALM,
+            name="backups",
+            network=NetworkFaults(cuts=0.1, cut_us=4_000_000),
+            process=ProcessFaults(0.05, 0.03, 2_000_000, elections=0.05),
+            tables=TableFiles(flips=0.02, read_errors=0.02, inline_bytes=600, backups=0.7),
+            snapshot_distance=20,
+            groups=2,
         ),
     )
 }

@@ -126,6 +126,11 @@ class NodeTables:
                     self.harmed.discard(path)
         return bool(self.harmed)
 
+    @property
+    def was_harmed(self) -> bool:
+        """Whether any file ever was."""
+        return bool(self._once_harmed)
+
     def excuses(self, error: CorruptionError) -> bool:
         """Whether `error` is about a file that was harmed."""
         return error.path is not None and error.path.removeprefix("simulated:") in self.harmed

@@ -48,6 +48,7 @@ def test_every_fault_of_the_plans_happens() -> None:
         "power losses", "repeated packets", "slow syncs", "lags", "transfers", "wiped disks", "new nodes",
         "membership changes asked for", "snapshots taken", "snapshots installed", "purges",
         "compactions", "damaged files", "failed reads", "healed files", "lost files", "reads of damaged files", "logs at rest",
+        "backups", "backups restored", "backups interrupted",
     } <= injected  # fmt: skip
 
 
