@@ -9,7 +9,7 @@ def register() -> None:
         They are taken.
     """
 
-def add(number: int, message_bytes_max: int, unpacked_bytes_max: int, reuse_port: bool) -> None:
+def add(number: int, message_bytes_max: int, unpacked_bytes_max: int, schema_bytes_max: int, reuse_port: bool) -> None:
     """Make gate `number`: the location of its server ends in ``?gate=number``.
 
     Parameters
@@ -18,6 +18,8 @@ def add(number: int, message_bytes_max: int, unpacked_bytes_max: int, reuse_port
         Bytes of one gRPC message; below 2**31.
     unpacked_bytes_max
         Bytes of a record batch, and of all dictionaries of a stream, when they are unpacked.
+    schema_bytes_max
+        Bytes of the message that has a stream's schema.
     reuse_port
         Whether another server may listen on the same port.
     """

@@ -5,7 +5,10 @@
 - gRPC's own compression is refused: its limit looks at a message before it is unpacked, not at what comes out.
 - A record batch unpacks to at most so many bytes: the lengths that stand before each compressed buffer are added up before
   Arrow allocates and unpacks them.
+- A schema has at most so many bytes as a message, since Arrow makes objects of each field that take many times what it takes there.
+  One that comes in a call's first message has been decoded by then: that call ends at once, before its handler begins.
 - A client that does not read what it asked for is seen: `slow` names those who have kept a write waiting.
+- An error from `get_schema` reaches the client without the traceback that pyarrow makes of it.
 - Two servers of one process may listen on one port (SO_REUSEPORT), so that one can take over from the other.
 
 How: Arrow's registry of transports (`arrow/flight/transport.h`) is given two schemes of ours, ``marble`` and ``marble+tls``. Behind
@@ -39,7 +42,9 @@ cdef extern from "arrow/api.h" namespace "arrow" nogil:
 
 cdef extern from "gate.hpp" namespace "marble" nogil:
     CStatus RegisterGates()
-    void AddGate(int64_t id, int64_t message_bytes_max, int64_t unpacked_bytes_max, cbool reuse_port) except +
+    void AddGate(
+        int64_t id, int64_t message_bytes_max, int64_t unpacked_bytes_max, int64_t schema_bytes_max, cbool reuse_port
+    ) except +
     void DropGate(int64_t id) except +
     vector[string] SlowPeers(int64_t id, double seconds) except +
     void AskGate(int64_t id, int64_t* refused, int* builder, int* reader) except +
@@ -52,9 +57,9 @@ def register():
         raise RuntimeError(status.ToString().decode("utf-8", "replace"))
 
 
-def add(int64_t number, int64_t message_bytes_max, int64_t unpacked_bytes_max, bint reuse_port):
+def add(int64_t number, int64_t message_bytes_max, int64_t unpacked_bytes_max, int64_t schema_bytes_max, bint reuse_port):
     """Make gate `number`: the location of its server ends in ``?gate=number``."""
-    AddGate(number, message_bytes_max, unpacked_bytes_max, reuse_port)
+    AddGate(number, message_bytes_max, unpacked_bytes_max, schema_bytes_max, reuse_port)
 
 
 def drop(int64_t number):

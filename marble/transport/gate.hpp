@@ -40,7 +40,7 @@ class Gate final : public fl::FlightServerBase {
   }
   Status GetSchema(const fl::ServerCallContext& context, const fl::FlightDescriptor& request,
                    std::unique_ptr<fl::SchemaResult>* schema) override {
-    return base_->GetSchema(context, request, schema);
+    return Plain(base_->GetSchema(context, request, schema));
   }
   Status DoGet(const fl::ServerCallContext& context, const fl::Ticket& request,
                std::unique_ptr<fl::FlightDataStream>* stream) override {
@@ -58,23 +58,30 @@ class Gate final : public fl::FlightServerBase {
   Status DoPut(const fl::ServerCallContext& context, std::unique_ptr<fl::FlightMessageReader> reader,
                std::unique_ptr<fl::FlightMetadataWriter> writer) override {
     const auto filter = Watch(reader.get());
+    if (filter != nullptr && !filter->violation().empty()) return Told(Status::OK(), filter.get());
     auto timed = std::make_unique<TimedMetadataWriter>(std::move(writer), state_, context.peer());
     return Told(base_->DoPut(context, std::move(reader), std::move(timed)), filter.get());
   }
   Status DoExchange(const fl::ServerCallContext& context, std::unique_ptr<fl::FlightMessageReader> reader,
                     std::unique_ptr<fl::FlightMessageWriter> writer) override {
     const auto filter = Watch(reader.get());
+    if (filter != nullptr && !filter->violation().empty()) return Told(Status::OK(), filter.get());
     auto timed = std::make_unique<TimedMessageWriter>(std::move(writer), state_, context.peer());
     return Told(base_->DoExchange(context, std::move(reader), std::move(timed)), filter.get());
   }
 
  private:
+  // With an error from this one method pyarrow sends a traceback along, with the paths of this machine.
+  static Status Plain(const Status& status) { return status.ok() ? status : Status(status.code(), status.message()); }
+
   // The reader is freed inside the call that it is given to, so the filter, which the caller holds, outlives it.
   std::unique_ptr<Filter> Watch(fl::FlightMessageReader* reader) {
     fl::internal::TransportDataStream** stream = FindStream(reader);
-    state_->reader.store(stream == nullptr ? -1 : 1);
+    const int64_t first = stream == nullptr ? -1 : FirstHeaderBytes(stream);
+    state_->reader.store(first < 0 ? -1 : 1);
     if (stream == nullptr) return nullptr;
     auto filter = std::make_unique<Filter>(*stream, state_.get());
+    filter->TakesSchema(first);
     *stream = filter.get();
     return filter;
   }
@@ -132,10 +139,11 @@ inline Status RegisterGates() {
   return Status::OK();
 }
 
-inline void AddGate(int64_t id, int64_t message_bytes_max, int64_t unpacked_bytes_max, bool reuse_port) {
+inline void AddGate(int64_t id, int64_t message_bytes_max, int64_t unpacked_bytes_max, int64_t schema_bytes_max, bool reuse_port) {
   auto state = std::make_shared<GateState>();
   state->message_bytes_max = message_bytes_max;
   state->unpacked_bytes_max = unpacked_bytes_max;
+  state->schema_bytes_max = schema_bytes_max;
   state->reuse_port = reuse_port;
   const std::lock_guard<std::mutex> lock(GatesMutex());
   Gates()[id] = std::move(state);

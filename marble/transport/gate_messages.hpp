@@ -56,20 +56,21 @@ class Header {
   int64_t size_;
 };
 
-enum class Kind : uint8_t { kSchema = 1, kDictionary = 2, kBatch = 3 };
+enum class Kind : uint8_t { kNone = 0, kSchema = 1, kDictionary = 2, kBatch = 3 };
 
 // How many bytes the body of a message takes when it is unpacked; -1 if the header is not one that can be read.
-inline int64_t UnpackedBytes(const arrow::Buffer& metadata, const arrow::Buffer* body, bool* dictionary) {
+inline int64_t UnpackedBytes(const arrow::Buffer& metadata, const arrow::Buffer* body, Kind* kind) {
   const Header header(metadata.data(), metadata.size());
   const int64_t message = header.Root();
   if (message < 0) return -1;
   const int64_t kind_at = header.Field(message, 1);
-  uint8_t kind = 0;
-  if (kind_at < 0 || (kind_at > 0 && !header.Load(kind_at, &kind))) return -1;
-  *dictionary = kind == static_cast<uint8_t>(Kind::kDictionary);
-  if (!*dictionary && kind != static_cast<uint8_t>(Kind::kBatch)) return 0;
+  uint8_t number = 0;
+  if (kind_at < 0 || (kind_at > 0 && !header.Load(kind_at, &number))) return -1;
+  *kind = static_cast<Kind>(number);
+  const bool dictionary = *kind == Kind::kDictionary;
+  if (!dictionary && *kind != Kind::kBatch) return 0;
   int64_t batch = header.Follow(header.Field(message, 2));
-  if (batch >= 0 && *dictionary) batch = header.Follow(header.Field(batch, 1));
+  if (batch >= 0 && dictionary) batch = header.Follow(header.Field(batch, 1));
   if (batch < 0) return -1;
   const int64_t body_bytes = body == nullptr ? 0 : body->size();
   const int64_t compression = header.Field(batch, 3);
@@ -104,15 +105,24 @@ class Filter final : public fl::internal::TransportDataStream {
   bool ReadData(fl::internal::FlightData* data) override {
     if (!violation_.empty() || !inner_->ReadData(data)) return false;
     if (data->metadata == nullptr) return true;
-    bool dictionary = false;
-    const int64_t bytes = UnpackedBytes(*data->metadata, data->body.get(), &dictionary);
+    Kind kind = Kind::kNone;
+    const int64_t bytes = UnpackedBytes(*data->metadata, data->body.get(), &kind);
     if (bytes < 0) return Refuse("a message whose header cannot be read");
+    if (kind == Kind::kSchema && !TakesSchema(data->metadata->size())) return false;
+    const bool dictionary = kind == Kind::kDictionary;
     if (dictionary && __builtin_add_overflow(dictionaries_, bytes, &dictionaries_)) return Refuse("dictionaries without end");
     if (bytes > state_->unpacked_bytes_max || dictionaries_ > state_->unpacked_bytes_max) {
       return Refuse("a message that unpacks to " + std::to_string(dictionary ? dictionaries_ : bytes) +
                     " bytes: this node takes " + std::to_string(state_->unpacked_bytes_max) + " at most; send smaller batches");
     }
     return true;
+  }
+
+  // Arrow makes several objects of each field, which take many times what stands in the message.
+  bool TakesSchema(int64_t bytes) {
+    if (bytes <= state_->schema_bytes_max) return true;
+    return Refuse("a schema of " + std::to_string(bytes) + " bytes: this node takes " + std::to_string(state_->schema_bytes_max) +
+                  " at most; leave out metadata, and columns that no table has");
   }
 
   const std::string& violation() const { return violation_; }
@@ -143,6 +153,31 @@ inline fl::internal::TransportDataStream** FindStream(fl::FlightMessageReader* r
   if (!Peek(stream, &vtable) || !InFlightLibrary(vtable)) return nullptr;
   if (std::strstr(typeid(*static_cast<fl::internal::TransportDataStream*>(stream)).name(), "DataStream") == nullptr) return nullptr;
   return reinterpret_cast<fl::internal::TransportDataStream**>(peekable);
+}
+
+// Arrow's PeekableFlightDataReader.
+struct PeekableMirror {
+  void* stream;
+  void* descriptor;
+  void* metadata[2];  // a shared_ptr<Buffer>, and so the next two
+  void* app_metadata[2];
+  void* body[2];
+  bool finished;
+  bool valid;
+};
+
+// The bytes of the header of a call's first message, which Arrow has read already for its descriptor, so that no filter sees it. If it
+// has a header, that is the schema, of which Arrow has made fields: what can be done is to end the call, which frees them. 0 if it
+// has none; -1 if this is not laid out as we know.
+inline int64_t FirstHeaderBytes(const void* peekable) {
+  PeekableMirror seen;
+  if (!Peek(peekable, &seen)) return -1;
+  if (seen.finished || seen.metadata[0] == nullptr) return 0;
+  static const arrow::Buffer known(nullptr, 0);
+  void* vtable;
+  if (!Peek(seen.metadata[0], &vtable)) return -1;
+  if (vtable != *reinterpret_cast<void* const*>(&known) && !InFlightLibrary(vtable)) return -1;
+  return static_cast<const arrow::Buffer*>(seen.metadata[0])->size();
 }
 
 }  // namespace marble

@@ -27,6 +27,7 @@ struct Writing {
 struct GateState {
   int64_t message_bytes_max = 0;   // of one gRPC message
   int64_t unpacked_bytes_max = 0;  // of one record batch, and of all dictionaries of a stream, decompressed
+  int64_t schema_bytes_max = 0;    // of the message with a stream's schema
   bool reuse_port = false;         // whether another server may listen on the same port
   std::atomic<int64_t> refused{0};
   std::atomic<int> builder{0};     // 0 not tried, 1 set, -1 not the gRPC that we know: nothing was touched

@@ -31,6 +31,10 @@ TRIED: Final = ("26.0.",)
 MESSAGE_MARGIN_BYTES: Final = 4 * 1024 * 1024
 """What a gRPC message holds beside the buffers of its batch: headers of columns, and ``app_metadata``."""
 
+SCHEMA_BYTES_MAX: Final = 4 * 1024 * 1024
+"""The message of a schema: twice what the largest table's takes (4096 fields with names of 256 bytes), the rest is for metadata,
+which is dropped. Arrow's objects for a schema of as many fields as fit take some 20 MiB."""
+
 MESSAGE_BYTES_MAX: Final = 2**31 - 1
 """gRPC counts in a C int."""
 
@@ -62,7 +66,7 @@ class Gate:
                 _gate.register()
                 _registered.append(True)
             message_bytes_max = min(MESSAGE_BYTES_MAX, unpacked_bytes_max + MESSAGE_MARGIN_BYTES)
-            _gate.add(self._number, message_bytes_max, unpacked_bytes_max, shares_port)
+            _gate.add(self._number, message_bytes_max, unpacked_bytes_max, SCHEMA_BYTES_MAX, shares_port)
 
     def location(self, endpoint: str, *, tls: bool) -> str:
         """Where a server with these limits is to listen: a Flight URI."""

@@ -336,9 +336,11 @@ def test_errors_of_the_service_reach_the_client(port: Port) -> None:
     with pytest.raises(pa.ArrowException) as listed:
         list(client.list_flights(b"fail"))
     assert type(from_flight_error(listed.value)) is UsageError
-    # pyarrow 26 forgets to pass on a Flight error that get_schema raises: only its text arrives.
-    with pytest.raises(pa.ArrowException, match="there is no such table"):
+    # pyarrow 26 forgets to pass on a Flight error that get_schema raises: only its text arrives. It would add a traceback,
+    # and with it the paths of the node's machine.
+    with pytest.raises(pa.ArrowInvalid, match="there is no such table") as shown:
         client.get_schema(fl.FlightDescriptor.for_path("t"))
+    assert ".py" not in str(shown.value)
     with pytest.raises(fl.FlightInternalError, match="KeyError"):
         client.do_get(fl.Ticket(b"bug"))
     assert port.count("internal_errors") == 1

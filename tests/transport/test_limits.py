@@ -21,7 +21,7 @@ from marble.errors import UnavailableError, UsageError
 from marble.transport import limits
 from marble.transport.faults import from_flight_error
 from marble.transport.flight import FlightTransport
-from marble.transport.limits import Gate, address_of, drop_connections
+from marble.transport.limits import SCHEMA_BYTES_MAX, Gate, address_of, drop_connections
 from marble.transport.security import PLAIN
 
 SCHEMA = pa.schema([("a", pa.binary())])
@@ -114,6 +114,24 @@ def test_dictionaries_count_together(node: Takes) -> None:
     larger = pa.array([b"%d" % number + b"\0" * (1 << 20) for number in range(9)])
     with pytest.raises(fl.FlightServerError, match="unpacks to"):
         put(node, pa.record_batch({"a": pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int32()), larger)}), "zstd")
+
+
+def test_a_schema_is_refused_by_its_size(node: Takes) -> None:
+    largest = pa.schema(
+        [pa.field(f"{number:0256}", pa.binary()) for number in range(4096)], {"pandas": "x" * (1 << 20)}
+    )
+    put(node, pa.record_batch([[b"x"]] * 4096, largest))
+    assert node.rows.get(timeout=DEADLINE_S) == 1
+    for wide in (
+        pa.schema([pa.field(str(number), pa.null()) for number in range(100_000)]),
+        pa.schema([pa.field("a", pa.null())], {"pandas": "x" * (SCHEMA_BYTES_MAX + 1)}),
+    ):
+        with pytest.raises(
+            fl.FlightServerError, match=f"a schema of .* bytes: this node takes {SCHEMA_BYTES_MAX}"
+        ) as caught:
+            put(node, pa.record_batch([pa.nulls(1)] * len(wide), wide))
+        assert isinstance(from_flight_error(caught.value), UsageError)
+    assert node.rows.empty()
 
 
 def test_a_message_has_a_largest_size_and_grpc_unpacks_none(node: Takes) -> None:
