@@ -82,7 +82,7 @@ _KEYS: Final[tuple[Callable[[pa.DataType], bool], ...]] = (
     pt.is_integer,
     pt.is_float32,
     pt.is_float64,
-    pt.is_decimal128,
+    pt.is_decimal,
     pt.is_date,
     pt.is_time,
     pt.is_timestamp,
@@ -213,7 +213,7 @@ def _check_key(name: str, schema: pa.Schema, key: Sequence[str]) -> tuple[str, .
         if not any(accepts(type_) for accepts in _KEYS):
             raise UsageError(
                 f"table {name!r}: column {column!r} of type {type_} cannot be in the key: keys are booleans, "
-                "numbers up to 64 bits, decimal128, dates, times, timestamps, durations, strings or binary"
+                "numbers other than float16, decimals, dates, times, timestamps, durations, strings or binary"
             )
     return tuple(key)
 

@@ -3,7 +3,7 @@
 // Layout: the encoded key of a row is the concatenation of its key columns' encodings, in key order:
 //   bool                      1 byte, 0 or 1
 //   unsigned integers         big-endian
-//   signed integers, date, time, timestamp, duration, decimal128
+//   signed integers, date, time, timestamp, duration, decimals
 //                             big-endian with the sign bit flipped
 //   float32, float64          big-endian IEEE bits; all bits flipped if negative, else the sign bit; -0.0 becomes 0.0
 //   fixed_size_binary         its bytes
@@ -274,6 +274,8 @@ class KeyCodec {
         case arrow::Type::TIME64:
         case arrow::Type::TIMESTAMP:
         case arrow::Type::DURATION:
+        case arrow::Type::DECIMAL32:
+        case arrow::Type::DECIMAL64:
           part = {Kind::kSigned, field->type()->byte_width()};
           break;
         case arrow::Type::FLOAT:
@@ -281,7 +283,8 @@ class KeyCodec {
           part = {Kind::kFloat, field->type()->byte_width()};
           break;
         case arrow::Type::DECIMAL128:
-          part = {Kind::kDecimal, 16};
+        case arrow::Type::DECIMAL256:
+          part = {Kind::kDecimal, field->type()->byte_width()};
           break;
         case arrow::Type::FIXED_SIZE_BINARY:
           part = {Kind::kFixedBytes, field->type()->byte_width()};
@@ -297,7 +300,7 @@ class KeyCodec {
         default:
           return arrow::Status::Invalid("key column '", field->name(), "' has type ", field->type()->ToString(),
                                         ", which cannot be a key: use an integer, float32, float64, bool, date, time, "
-                                        "timestamp, duration, decimal128, string, binary or fixed_size_binary");
+                                        "timestamp, duration, decimal, string, binary or fixed_size_binary");
       }
       fixed_ += part.width;
       variable_ = variable_ || part.width == 0;
@@ -469,10 +472,10 @@ class KeyCodec {
         std::memcpy(place(row), values + row * part.width, static_cast<size_t>(part.width));
       }
     } else if (part.kind == Kind::kDecimal) {
-      const uint8_t* values = column.buffers[1]->data() + column.offset * 16;
+      const uint8_t* values = column.buffers[1]->data() + column.offset * part.width;
       for (int64_t row = 0; row < rows; ++row) {
         uint8_t* to = place(row);
-        for (int i = 0; i < 16; ++i) to[i] = values[row * 16 + 15 - i];
+        for (int64_t i = 0; i < part.width; ++i) to[i] = values[(row + 1) * part.width - 1 - i];
         to[0] ^= 0x80;
       }
     } else if (part.kind == Kind::kFloat) {

@@ -27,7 +27,7 @@ class KeyCodec:
     ----------
     schema
         The key columns in key order, at least one. Types: bool, integers, float32 and float64, date, time, timestamp,
-        duration, decimal128, string, binary (both also large), fixed_size_binary.
+        duration, decimal, string, binary (both also large), fixed_size_binary.
 
     Raises
     ------

@@ -41,6 +41,9 @@ VALUES: list[tuple[pa.DataType, list[Any]]] = [
     (pa.timestamp("us"), [datetime.datetime(1970, 1, 1), datetime.datetime(2026, 11, 23, 12)]),
     (pa.duration("ms"), [datetime.timedelta(0), datetime.timedelta(days=1)]),
     (pa.decimal128(9, 2), [Decimal("0.00"), Decimal("-12345.67")]),
+    (pa.decimal32(9, 2), [Decimal("0.00"), Decimal("-12345.67")]),
+    (pa.decimal64(18, 2), [Decimal("0.00"), Decimal("-12345.67")]),
+    (pa.decimal256(70, 2), [Decimal("0.00"), Decimal("-12345.67")]),
     (pa.list_(pa.int8()), [[], [1, None]]),
     (pa.struct([("a", pa.int8())]), [{"a": 1}, {"a": None}]),
 ]

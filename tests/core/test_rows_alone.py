@@ -188,7 +188,10 @@ KEY_TYPES = [
     (pa.string(), sorted(f"{'é' * (n % 5)}\0{n:03}" for n in range(300))),
     (pa.large_binary(), sorted(b"\0" * (n % 4) + b"%d" % n for n in range(300))),
     (pa.binary(3), sorted(b"%03d" % n for n in range(300))),
+    (pa.decimal32(9, 2), [Decimal(n) / 4 for n in range(-200, 200)]),
+    (pa.decimal64(18, 2), [Decimal(n) / 4 for n in range(-200, 200)]),
     (pa.decimal128(9, 2), [Decimal(n) / 4 for n in range(-200, 200)]),
+    (pa.decimal256(70, 2), [Decimal(n) / 4 for n in range(-200, 200)]),
     (pa.timestamp("us"), range(-(10**9), 10**9, 10**7 + 1)),
 ]
 

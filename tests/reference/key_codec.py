@@ -18,9 +18,9 @@ def encode_value(value: object, type_: pa.DataType) -> bytes:
         number = int.from_bytes(struct.pack(f">{letter}", value), "big")
         number = number ^ (2**bits - 1) if number >> (bits - 1) else number | 1 << (bits - 1)
         return number.to_bytes(bits // 8, "big")
-    if pa.types.is_decimal128(type_):
-        unscaled = int(value.scaleb(type_.scale, decimal.Context(prec=40)))
-        return (unscaled + 2**127).to_bytes(16, "big")
+    if pa.types.is_decimal(type_):
+        unscaled = int(value.scaleb(type_.scale, decimal.Context(prec=80)))
+        return (unscaled + 2 ** (type_.bit_width - 1)).to_bytes(type_.bit_width // 8, "big")
     if pa.types.is_unsigned_integer(type_):
         return value.to_bytes(type_.bit_width // 8, "big")
     if pa.types.is_fixed_size_binary(type_):
