@@ -92,7 +92,7 @@ class BlockFront {
     if (flat.Load<uint32_t>(nodes) != columns_ || flat.Load<uint32_t>(buffers) != buffers_of_all) {
       return Wrong("another number of columns");
     }
-    auto places = std::make_unique<ColumnPlace[]>(columns_);
+    auto places = MakePlaces(columns_);
     uint64_t buffer = buffers + 4;
     for (size_t column = 0; column < columns_; ++column) {
       const uint64_t node = nodes + 4 + 16 * column;

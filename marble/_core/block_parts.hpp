@@ -78,16 +78,16 @@ constexpr int64_t kNeverMost = std::numeric_limits<int64_t>::max() / 4;
 class PartialBlock {
  public:
   // Has fetched what Open needs, once what FileParts::Prefetch asks for is there.
-  static void Prefetch(const TableFile& file, size_t i, std::string_view key) noexcept {
+  static void Prefetch(const TableFile& file, size_t i, std::string_view key, Fetches* fetches) noexcept {
     const BlockParts& block = file.parts()[i];
-    file.parts().PrefetchWords(block, WordOf(key, block.skip));
+    file.parts().PrefetchWords(block, WordOf(key, block.skip), fetches);
     const ColumnPlace* places = block.places.load(std::memory_order_acquire);
     if (places == nullptr) {
-      file.parts().PrefetchBytes(block, 0, file.entry(i).metadata_bytes);
+      file.parts().PrefetchBytes(block, 0, file.entry(i).metadata_bytes, fetches);
       return;
     }
     const auto* first = reinterpret_cast<const char*>(places);
-    for (size_t at = 0; at < file.flat_columns().size() * sizeof(ColumnPlace); at += 64) __builtin_prefetch(first + at);
+    for (size_t at = 0; at < file.flat_columns().size() * sizeof(ColumnPlace); at += 64) fetches->Add(first + at);
   }
 
   // Block `i` of a file that has parts of it, and a key in [first_key(i), last_key(i)], which outlives its use here. What was
@@ -98,56 +98,40 @@ class PartialBlock {
     block_ = &file.parts()[i];
     key_ = key;
     // Without zeros, bytes are encoded as they are, and two zeros behind them: then they compare as they are.
-    const std::vector<int>& columns = file.layout()->key;
-    plain_ = columns.size() == 1 && Flat(static_cast<size_t>(columns[0])).buffers == 3 && key.size() >= 2 &&
+    plain_ = file.layout()->key.size() == 1 && PlainColumn().buffers == 3 && key.size() >= 2 &&
              std::memchr(key.data(), 0, key.size()) == key.data() + key.size() - 2;
     ARROW_ASSIGN_OR_RAISE(places_, BlockFront::Places(file, i));
     file.parts().Locate(*block_, WordOf(key, block_->skip), &first_, &end_);
     return arrow::Status::OK();
   }
   // What PrefetchKeys needs, and the places of the values in `columns`.
-  void PrefetchPlaces(std::span<const int> columns) const noexcept {
-    for (const int column : file_->layout()->key) PrefetchPlace(static_cast<size_t>(column), first_, end_ - first_);
+  void PrefetchPlaces(std::span<const int> columns, Fetches* fetches) const noexcept {
+    const auto fetch = [&](int column) {
+      PrefetchPlace(static_cast<size_t>(column), first_, end_ - first_, fetches);
+    };
+    for (const int column : file_->layout()->key) fetch(column);
     for (const int column : columns) {
-      if (!Flat(static_cast<size_t>(column)).in_key) PrefetchPlace(static_cast<size_t>(column), first_, end_ - first_);
+      if (!Flat(static_cast<size_t>(column)).in_key) fetch(column);
     }
   }
   // What Find needs.
-  void PrefetchKeys() const noexcept {
-    for (const int column : file_->layout()->key) PrefetchTexts(static_cast<size_t>(column), first_, end_ - first_);
+  void PrefetchKeys(Fetches* fetches) const noexcept {
+    for (const int column : file_->layout()->key) {
+      PrefetchTexts(static_cast<size_t>(column), first_, end_ - first_, fetches);
+    }
   }
   // What CheckRow needs.
-  void PrefetchRow(int64_t row, std::span<const int> columns) const noexcept {
+  void PrefetchRow(int64_t row, std::span<const int> columns, Fetches* fetches) const noexcept {
     for (const int column : columns) {
-      if (!Flat(static_cast<size_t>(column)).in_key) PrefetchTexts(static_cast<size_t>(column), row, 1);
+      if (!Flat(static_cast<size_t>(column)).in_key) PrefetchTexts(static_cast<size_t>(column), row, 1, fetches);
     }
   }
 
   // Sets `row` to the one that has the key, or to -1.
   arrow::Status Find(int64_t* row) {
-    int64_t first = first_;
-    int64_t end = end_;
-    *row = -1;
-    int order = 0;
-    while (first < end) {
-      const int64_t middle = first + (end - first) / 2;
-      ARROW_RETURN_NOT_OK(Compare(middle, &order));
-      if (order == 0) {
-        *row = middle;
-        return arrow::Status::OK();
-      }
-      order < 0 ? first = middle + 1 : end = middle;
-    }
-    // The search has met both neighbours, unless one of them lies outside of where it looked.
-    if (first == first_ && first > 0) {
-      ARROW_RETURN_NOT_OK(Compare(first - 1, &order));
-      if (order >= 0) return WrongWords();
-    }
-    if (first == end_ && first < block_->rows) {
-      ARROW_RETURN_NOT_OK(Compare(first, &order));
-      if (order <= 0) return WrongWords();
-    }
-    return arrow::Status::OK();
+    if (plain_ && PlainColumn().kind == FlatColumn::Kind::kNarrow) return FindBy(PlainKeys<int32_t>{this}, row);
+    if (plain_) return FindBy(PlainKeys<int64_t>{this}, row);
+    return FindBy(EncodedKeys{this}, row);
   }
 
   // Whether a row is a tombstone.
@@ -173,6 +157,11 @@ class PartialBlock {
             block_->bytes + place.data, 0};
   }
 
+  // About how many bytes so many rows have behind the offsets of a column.
+  uint64_t TextBytes(size_t column, uint64_t rows) const noexcept {
+    return static_cast<uint64_t>(places_[column].data_bytes) * rows / block_->rows;
+  }
+
   // The table's columns, to be made Python's objects; sound where View is. Arrays are there only where PointValue wants them.
   Source MakeSource() const {
     Source source;
@@ -189,22 +178,25 @@ class PartialBlock {
   size_t Columns() const noexcept { return file_->flat_columns().size(); }
   const FlatColumn& Flat(size_t column) const noexcept { return file_->flat_columns()[column]; }
 
+  // The key's first column: the only one, and bytes, if `plain_`.
+  const FlatColumn& PlainColumn() const noexcept { return Flat(static_cast<size_t>(file_->layout()->key[0])); }
+
   // The second buffer's bytes of `count` rows, and of offsets one more.
-  void PrefetchPlace(size_t column, int64_t row, int64_t count) const noexcept {
+  void PrefetchPlace(size_t column, int64_t row, int64_t count, Fetches* fetches) const noexcept {
     const FlatColumn& how = Flat(column);
     const bool bits = how.kind == FlatColumn::Kind::kBits;
     const auto first = static_cast<uint64_t>(bits ? row / 8 : row * how.width);
     const auto size = static_cast<uint64_t>(bits ? count / 8 + 1 : (count + (how.buffers == 3 ? 1 : 0)) * how.width);
-    if (size > 0) file_->parts().PrefetchBytes(*block_, places_[column].values + first, size);
+    if (size > 0) file_->parts().PrefetchBytes(*block_, places_[column].values + first, size, fetches);
   }
   // The texts of `count` rows, whose offsets are on their way.
-  void PrefetchTexts(size_t column, int64_t row, int64_t count) const noexcept {
+  void PrefetchTexts(size_t column, int64_t row, int64_t count, Fetches* fetches) const noexcept {
     const FlatColumn& how = Flat(column);
-    if (how.kind == FlatColumn::Kind::kNarrow) return PrefetchTexts<uint32_t>(column, row, count);
-    if (how.kind == FlatColumn::Kind::kLarge) return PrefetchTexts<uint64_t>(column, row, count);
+    if (how.kind == FlatColumn::Kind::kNarrow) return PrefetchTexts<uint32_t>(column, row, count, fetches);
+    if (how.kind == FlatColumn::Kind::kLarge) return PrefetchTexts<uint64_t>(column, row, count, fetches);
   }
   template <typename Offset>
-  void PrefetchTexts(size_t column, int64_t row, int64_t count) const noexcept {
+  void PrefetchTexts(size_t column, int64_t row, int64_t count, Fetches* fetches) const noexcept {
     const ColumnPlace& place = places_[column];
     const uint64_t at = place.values + static_cast<uint64_t>(row) * sizeof(Offset);
     // Whoever reads them for good says what is wrong with them.
@@ -213,12 +205,17 @@ class PartialBlock {
     Offset end;
     std::memcpy(&first, block_->bytes + at, sizeof(Offset));
     std::memcpy(&end, block_->bytes + at + static_cast<uint64_t>(count) * sizeof(Offset), sizeof(Offset));
-    if (first < end && end <= place.data_bytes) file_->parts().PrefetchBytes(*block_, place.data + first, end - first);
+    if (first < end && end <= place.data_bytes) {
+      file_->parts().PrefetchBytes(*block_, place.data + first, end - first, fetches);
+    }
   }
 
   template <typename... Words>
   arrow::Status Wrong(Words&&... words) const {
     return Damaged(file_->name(), file_->entry(number_).offset, "block ", number_, std::forward<Words>(words)...);
+  }
+  arrow::Status WrongOffsets(size_t column) const {
+    return Wrong(" cannot be read: offsets of column ", column, " point outside of it");
   }
   arrow::Status WrongWords() const { return Wrong(" has other keys than the index says"); }
   arrow::Status CheckBytes(const uint8_t* first, uint64_t size) const {
@@ -250,7 +247,7 @@ class PartialBlock {
     Offset ends[2];
     std::memcpy(ends, at, sizeof(ends));
     if (ends[0] < 0 || ends[1] < ends[0] || static_cast<uint64_t>(ends[1]) > places_[column].data_bytes) {
-      return Wrong(" cannot be read: offsets of column ", column, " point outside of it");
+      return WrongOffsets(column);
     }
     *value = {"", 0};
     if (ends[0] == ends[1]) return arrow::Status::OK();
@@ -291,22 +288,103 @@ class PartialBlock {
     return arrow::Status::OK();
   }
 
-  // Sets `order` to where the key of a row stands beside the one that is looked for.
-  arrow::Status Compare(int64_t row, int* order) {
-    const std::vector<int>& columns = file_->layout()->key;
-    std::string_view text;
-    if (plain_) {
-      ARROW_RETURN_NOT_OK(CheckPlace(static_cast<size_t>(columns[0]), row, &text));
-      *order = text.compare(key_.substr(0, key_.size() - 2));
+  // How keys of rows compare with the one that is looked for. Prepare checks what most rows of [first, end) need; Compare sets
+  // `order` to where the key of a row stands beside the other.
+  //
+  // One column of bytes without zeros in the key that is looked for:
+  template <typename Offset>
+  struct PlainKeys {
+    PartialBlock* block;
+    const uint8_t* offsets = nullptr;
+    const char* texts = nullptr;
+    std::string_view key{};
+    Offset bounds[2] = {0, 0};  // Texts in between lie in parts that are sound.
+
+    arrow::Status Prepare(int64_t first, int64_t end) {
+      const auto column = static_cast<size_t>(block->file_->layout()->key[0]);
+      const ColumnView view = block->View(column);
+      offsets = view.values;
+      texts = reinterpret_cast<const char*>(view.data);
+      key = block->key_.substr(0, block->key_.size() - 2);
+      const uint8_t* at = offsets + first * static_cast<int64_t>(sizeof(Offset));
+      ARROW_RETURN_NOT_OK(block->CheckBytes(at, static_cast<uint64_t>(end - first + 1) * sizeof(Offset)));
+      Load(first, &bounds[0]);
+      Load(end, &bounds[1]);
+      if (bounds[0] < 0 || bounds[1] < bounds[0] || static_cast<uint64_t>(bounds[1]) > block->places_[column].data_bytes) {
+        return block->WrongOffsets(column);
+      }
+      const auto size = static_cast<uint64_t>(bounds[1] - bounds[0]);
+      return size == 0 ? arrow::Status::OK() : block->CheckBytes(view.data + bounds[0], size);
+    }
+    arrow::Status Compare(int64_t row, int* order) const {
+      Offset first;
+      Offset end;
+      Load(row, &first);
+      Load(row + 1, &end);
+      if (first < bounds[0] || end < first || bounds[1] < end) {
+        return block->WrongOffsets(static_cast<size_t>(block->file_->layout()->key[0]));
+      }
+      *order = std::string_view(texts + first, static_cast<size_t>(end - first)).compare(key);
       return arrow::Status::OK();
     }
-    encoded_.clear();
-    for (size_t i = 0; i < columns.size(); ++i) {
-      const auto column = static_cast<size_t>(columns[i]);
-      ARROW_RETURN_NOT_OK(CheckPlace(column, row, &text));
-      AppendRowPart(file_->layout()->codec->parts()[i], View(column), static_cast<uint64_t>(row), &encoded_);
+    void Load(int64_t row, Offset* out) const noexcept {
+      std::memcpy(out, offsets + row * static_cast<int64_t>(sizeof(Offset)), sizeof(Offset));
     }
-    *order = std::string_view(encoded_).compare(key_);
+  };
+  // All others:
+  struct EncodedKeys {
+    PartialBlock* block;
+
+    arrow::Status Prepare(int64_t, int64_t) { return arrow::Status::OK(); }
+    arrow::Status Compare(int64_t row, int* order) const {
+      const Layout& layout = *block->file_->layout();
+      std::string_view text;
+      block->encoded_.clear();
+      for (size_t i = 0; i < layout.key.size(); ++i) {
+        const auto column = static_cast<size_t>(layout.key[i]);
+        ARROW_RETURN_NOT_OK(block->CheckPlace(column, row, &text));
+        AppendRowPart(layout.codec->parts()[i], block->View(column), static_cast<uint64_t>(row), &block->encoded_);
+      }
+      *order = std::string_view(block->encoded_).compare(block->key_);
+      return arrow::Status::OK();
+    }
+  };
+
+  template <typename Keys>
+  arrow::Status FindBy(Keys keys, int64_t* row) const {
+    *row = -1;
+    int order = 0;
+    // The first row that is not below the key. Which way each step goes cannot be predicted, so it is masked, not chosen.
+    int64_t at = first_;
+    if (first_ < end_) {
+      ARROW_RETURN_NOT_OK(keys.Prepare(first_, end_));
+      int64_t size = end_ - first_;
+      while (size > 1) {
+        const int64_t half = size / 2;
+        ARROW_RETURN_NOT_OK(keys.Compare(at + half - 1, &order));
+        at += half & (int64_t{0} - (order < 0 ? 1 : 0));
+        size -= half;
+      }
+      ARROW_RETURN_NOT_OK(keys.Compare(at, &order));
+      if (order == 0) {
+        *row = at;
+        return arrow::Status::OK();
+      }
+      at += order < 0 ? 1 : 0;
+      // Where keys ascend, a step has found the row behind not to be below, or there is none.
+      if (order < 0 && at < end_) return WrongWords();
+    }
+    // The search has met both neighbours, unless one of them lies outside of where it looked.
+    if (at == first_ && at > 0) {
+      ARROW_RETURN_NOT_OK(keys.Prepare(at - 1, at));
+      ARROW_RETURN_NOT_OK(keys.Compare(at - 1, &order));
+      if (order >= 0) return WrongWords();
+    }
+    if (at == end_ && at < block_->rows) {
+      ARROW_RETURN_NOT_OK(keys.Prepare(at, at + 1));
+      ARROW_RETURN_NOT_OK(keys.Compare(at, &order));
+      if (order <= 0) return WrongWords();
+    }
     return arrow::Status::OK();
   }
 

@@ -42,7 +42,8 @@ class BloomFilter {
     if (lines_ == 0) return true;
     const uint8_t* line = Line(hash);
     bool all = true;
-    Probe(hash, [line, &all](uint32_t bit) { all = all && (line[bit / 8] >> (bit % 8) & 1) != 0; });
+    // All of them, without a branch for each: which one says no cannot be predicted.
+    Probe(hash, [line, &all](uint32_t bit) { all &= (line[bit / 8] >> (bit % 8) & 1) != 0; });
     return all;
   }
   void Prefetch(uint64_t hash) const noexcept {

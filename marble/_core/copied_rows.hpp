@@ -11,23 +11,68 @@
 #include <arrow/status.h>
 #include <arrow/util/bit_util.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 namespace marble {
 
+// Bytes that are put behind one another, in memory of Arrow's pool, which keeps at hand what was freed: fresh pages would cost
+// more than the copying.
+class GrowingBytes {
+ public:
+  uint64_t size() const noexcept { return size_; }
+  const uint8_t* data() const noexcept { return size_ == 0 ? kNothing : bytes_.get(); }
+  uint8_t& back() noexcept { return bytes_[size_ - 1]; }
+
+  // Room for so many more bytes.
+  void Reserve(uint64_t more) {
+    if (size_ + more <= room_) return;
+    const uint64_t room = std::max(size_ + more, 2 * room_);
+    auto bytes = MakePoolArray<uint8_t>(room);
+    if (size_ > 0) std::memcpy(bytes.get(), bytes_.get(), size_);
+    bytes_ = std::move(bytes);
+    room_ = room;
+  }
+  void AddZeros(uint64_t size) {
+    Reserve(size);
+    std::memset(bytes_.get() + size_, 0, size);
+    size_ += size;
+  }
+  void Add(const uint8_t* from, uint64_t size) {
+    Reserve(size);
+    CopyStretch(bytes_.get() + size_, from, size);
+    size_ += size;
+  }
+
+ private:
+  PoolArray<uint8_t> bytes_;
+  uint64_t size_ = 0;
+  uint64_t room_ = 0;
+};
+
 class CopiedRows {
  public:
-  CopiedRows(const std::vector<FlatColumn>& flat, const std::vector<int>& columns) {
+  static constexpr uint64_t kReservedBytesMax = 1 << 20;  // Of a column, for rows that may never come.
+
+  // `rows_about`: how many are to come, and as long as those of `like`.
+  CopiedRows(const PartialBlock& like, const std::vector<FlatColumn>& flat, const std::vector<int>& columns,
+             uint64_t rows_about) {
     source_.rows = kNeverMost;
     source_.views.resize(flat.size());
     for (const int column : columns) {
       const FlatColumn& how = flat[static_cast<size_t>(column)];
       if (how.in_key) continue;  // Nobody asks for them: the caller has the keys.
       columns_.push_back({static_cast<size_t>(column), how, {}, {}, {}, false});
-      if (how.buffers == 3) columns_.back().values.assign(static_cast<size_t>(how.width), 0);  // The first offset.
+      columns_.back().validity.Reserve(rows_about / 8 + 1);
+      columns_.back().values.Reserve(how.BytesFor(rows_about));
+      if (how.buffers < 3) continue;
+      columns_.back().values.AddZeros(static_cast<uint64_t>(how.width));  // The first offset.
+      const uint64_t bytes = like.TextBytes(static_cast<size_t>(column), rows_about);
+      columns_.back().data.Reserve(std::min(bytes, kReservedBytesMax));
     }
   }
 
@@ -46,7 +91,7 @@ class CopiedRows {
           AddBit(&column.values, arrow::bit_util::GetBit(view.values, row));
           break;
         case FlatColumn::Kind::kFixed:
-          column.values.insert(column.values.end(), view.values + row * width, view.values + (row + 1) * width);
+          column.values.Add(view.values + row * width, static_cast<uint64_t>(width));
           break;
         case FlatColumn::Kind::kNarrow:
           AddBytes<int32_t>(view, row, &column);
@@ -61,37 +106,34 @@ class CopiedRows {
   // No more rows come.
   arrow::Status Finish() {
     for (const Column& column : columns_) {
-      if (column.how.kind == FlatColumn::Kind::kNarrow && column.data.size() > std::numeric_limits<int32_t>::max()) {
+      if (column.how.kind == FlatColumn::Kind::kNarrow && column.data.size() > uint64_t{std::numeric_limits<int32_t>::max()}) {
         return arrow::Status::CapacityError("more bytes than offsets reach");
       }
-      source_.views[column.number] = {column.nulls ? column.validity.data() : nullptr,
-                                      column.values.empty() ? kNothing : column.values.data(),
-                                      column.data.empty() ? kNothing : column.data.data(), 0};
+      source_.views[column.number] = {column.nulls ? column.validity.data() : nullptr, column.values.data(),
+                                      column.data.data(), 0};
     }
     return arrow::Status::OK();
   }
 
  private:
-  using Bytes = std::vector<uint8_t>;
   struct Column {
     size_t number;
     FlatColumn how;
-    Bytes validity, values, data;
+    GrowingBytes validity, values, data;
     bool nulls;  // Whether a row is null.
   };
 
-  void AddBit(Bytes* bits, bool bit) {
-    if (count_ % 8 == 0) bits->push_back(0);
+  void AddBit(GrowingBytes* bits, bool bit) {
+    if (count_ % 8 == 0) bits->AddZeros(1);
     bits->back() = static_cast<uint8_t>(bits->back() | (bit ? 1 : 0) << count_ % 8);
   }
   template <typename Offset>
   static void AddBytes(const ColumnView& view, int64_t row, Column* column) {
     Offset ends[2];
     std::memcpy(ends, view.values + row * static_cast<int64_t>(sizeof(Offset)), sizeof(ends));
-    column->data.insert(column->data.end(), view.data + ends[0], view.data + ends[1]);
+    column->data.Add(view.data + ends[0], static_cast<uint64_t>(ends[1] - ends[0]));
     const auto end = static_cast<Offset>(column->data.size());
-    const auto* bytes = reinterpret_cast<const uint8_t*>(&end);
-    column->values.insert(column->values.end(), bytes, bytes + sizeof(end));
+    column->values.Add(reinterpret_cast<const uint8_t*>(&end), sizeof(end));
   }
 
   Source source_;

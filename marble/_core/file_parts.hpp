@@ -23,6 +23,7 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <new>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -88,6 +89,38 @@ struct ColumnPlace {
   uint32_t data_bytes = 0;
 };
 
+// Cache lines to be fetched from memory. They are asked for one right behind the other: each may have to wait until it is known
+// in which page of memory it lies, and the processor finds that out for several of them at a time only if there is nothing
+// else to do in between.
+class Fetches {
+ public:
+  void Add(const void* at) noexcept {
+    lines_[count_++] = at;
+    if (count_ == kMost) Run();
+  }
+  void Run() noexcept {
+    for (size_t i = 0; i < count_; ++i) __builtin_prefetch(lines_[i]);
+    count_ = 0;
+  }
+
+ private:
+  static constexpr size_t kMost = 512;
+  size_t count_ = 0;
+  const void* lines_[kMost];
+};
+
+// Those of all columns of a block. They begin with a cache line, which mostly is all of them.
+struct FreePlaces {
+  void operator()(const ColumnPlace* places) const noexcept {
+    ::operator delete[](const_cast<ColumnPlace*>(places), std::align_val_t{64});
+  }
+};
+using ColumnPlaces = std::unique_ptr<ColumnPlace[], FreePlaces>;
+
+inline ColumnPlaces MakePlaces(size_t columns) {
+  return ColumnPlaces(new (std::align_val_t{64}) ColumnPlace[columns]);
+}
+
 // What looking keys up needs to know of a block: what changes never, and what is found out about it.
 struct alignas(64) BlockParts {
   static constexpr size_t kTops = 8;
@@ -126,7 +159,7 @@ class FileParts {
   FileParts(const FileParts&) = delete;
   FileParts& operator=(const FileParts&) = delete;
   ~FileParts() {
-    for (size_t i = 0; i < count_; ++i) delete[] blocks_[i].places.load(std::memory_order_relaxed);
+    for (size_t i = 0; i < count_; ++i) FreePlaces()(blocks_[i].places.load(std::memory_order_relaxed));
   }
 
   // `checksums` and `words` are the index's tables of so many entries; false if they are not those of `blocks`, which lie in
@@ -187,7 +220,7 @@ class FileParts {
   }
 
   // Keeps `places`, of all columns of a block. Returns those that are kept: another thread may have been faster.
-  static const ColumnPlace* Remember(const BlockParts& block, std::unique_ptr<const ColumnPlace[]> places) noexcept {
+  static const ColumnPlace* Remember(const BlockParts& block, ColumnPlaces places) noexcept {
     const ColumnPlace* there = nullptr;
     if (!block.places.compare_exchange_strong(there, places.get(), std::memory_order_acq_rel)) return there;
     return places.release();
@@ -210,19 +243,19 @@ class FileParts {
     __builtin_prefetch(&blocks_[i].tops);
   }
   // for Locate, of the block's own memory the former,
-  void PrefetchWords(const BlockParts& block, uint64_t word) const noexcept {
+  void PrefetchWords(const BlockParts& block, uint64_t word, Fetches* fetches) const noexcept {
     constexpr uint64_t kLine = 64;
     const size_t top = block.CountBelow(word);
     const auto* first = reinterpret_cast<const uint8_t*>(words_.data() + block.word + block.Top(top));
     const auto* last = reinterpret_cast<const uint8_t*>(words_.data() + block.word + block.Top(top + 1));
-    for (; first < last; first += kLine) __builtin_prefetch(first);
-    __builtin_prefetch(last);
+    for (; first < last; first += kLine) fetches->Add(first);
+    fetches->Add(last);
     const std::atomic<uint64_t>* memo = &checked_[block.part / 64];
-    __builtin_prefetch(memo);
-    __builtin_prefetch(memo + block.size / kPartBytes / 64 + 1);
+    fetches->Add(memo);
+    fetches->Add(memo + block.size / kPartBytes / 64 + 1);
   }
   // and the bytes [at, at + size) of a block, with all of their parts that are still to be checked.
-  void PrefetchBytes(const BlockParts& block, uint64_t at, uint64_t size) const noexcept {
+  void PrefetchBytes(const BlockParts& block, uint64_t at, uint64_t size, Fetches* fetches) const noexcept {
     constexpr uint64_t kLine = 64;
     constexpr uint64_t kMost = 1024;  // The processor goes on by itself.
     const uint64_t end = std::min<uint64_t>(at + std::min(size, kMost), block.size);
@@ -230,7 +263,7 @@ class FileParts {
       const bool checked = IsChecked(block.part + part);
       const uint64_t first = checked ? std::max(at, part * kPartBytes) : part * kPartBytes;
       const uint64_t last = checked ? std::min(end, (part + 1) * kPartBytes) : (part + 1) * kPartBytes;
-      for (uint64_t line = first / kLine * kLine; line < last; line += kLine) __builtin_prefetch(block.bytes + line);
+      for (uint64_t line = first / kLine * kLine; line < last; line += kLine) fetches->Add(block.bytes + line);
     }
   }
 

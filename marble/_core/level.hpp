@@ -159,6 +159,7 @@ inline arrow::Status FindInLevel(const Level& level, const KeyColumn& keys, cons
     if (file == level.files.size()) break;
     const TableFile& table = *level.files[file];
     at = FindBlocks(table, keys, hashes, open, at, &asked);
+    parts.Expect(asked.size());
     for (size_t first = 0, end = 0; first < asked.size(); first = end) {
       const size_t number = asked[first].number;
       while (end < asked.size() && asked[end].number == number) ++end;

@@ -25,13 +25,17 @@ using Held = std::vector<std::shared_ptr<const void>>;  // What a lookup refers 
 // whether the block has the key, be it as a tombstone. The key lies in the block's range.
 inline arrow::Status FindInParts(const TableFile& file, size_t number, std::string_view key, bool* known,
                                  PointHit* out) {
-  PartialBlock::Prefetch(file, number, key);
+  Fetches fetches;
+  PartialBlock::Prefetch(file, number, key, &fetches);
+  fetches.Run();
   PartialBlock block;
   ARROW_RETURN_NOT_OK(block.Open(file, number, key));
   std::vector<int> columns(file.flat_columns().size() - 2);
   std::iota(columns.begin(), columns.end(), 0);
-  block.PrefetchPlaces(columns);
-  block.PrefetchKeys();
+  block.PrefetchPlaces(columns, &fetches);
+  fetches.Run();
+  block.PrefetchKeys(&fetches);
+  fetches.Run();
   int64_t row = -1;
   bool deleted = false;
   ARROW_RETURN_NOT_OK(block.Find(&row));
@@ -39,7 +43,8 @@ inline arrow::Status FindInParts(const TableFile& file, size_t number, std::stri
   *known = true;
   ARROW_RETURN_NOT_OK(block.IsDeleted(row, &deleted));
   if (deleted) return arrow::Status::OK();
-  block.PrefetchRow(row, columns);
+  block.PrefetchRow(row, columns, &fetches);
+  fetches.Run();
   ARROW_RETURN_NOT_OK(block.CheckRow(row, columns));
   auto source = std::make_shared<Source>(block.MakeSource());
   *out = {source.get(), static_cast<uint32_t>(row), source};
@@ -52,9 +57,12 @@ class PartsLookup {
   PartsLookup(const std::vector<int>& columns, Lookup* lookup, std::vector<bool>* done)
       : columns_(columns), lookup_(lookup), done_(done) {}
 
+  // So many keys more may be added.
+  void Expect(size_t keys) noexcept { expected_ += keys; }
+
   // A key, which outlives the search, in the range of a block; `number` is the key's among those that are looked up.
   arrow::Status Add(const TableFile& file, size_t block, std::string_view key, uint32_t number) {
-    PartialBlock::Prefetch(file, block, key);
+    PartialBlock::Prefetch(file, block, key, &fetches_);
     Lane& lane = lanes_[count_];
     lane.file = &file;
     lane.number = block;
@@ -66,11 +74,14 @@ class PartsLookup {
   // Looks for all that were added.
   arrow::Status Search() {
     const std::span<Lane> lanes(lanes_.data(), std::exchange(count_, 0));
+    fetches_.Run();
     for (Lane& lane : lanes) {
       ARROW_RETURN_NOT_OK(lane.block.Open(*lane.file, lane.number, lane.key));
-      lane.block.PrefetchPlaces(columns_);
+      lane.block.PrefetchPlaces(columns_, &fetches_);
     }
-    for (Lane& lane : lanes) lane.block.PrefetchKeys();
+    fetches_.Run();
+    for (Lane& lane : lanes) lane.block.PrefetchKeys(&fetches_);
+    fetches_.Run();
     for (Lane& lane : lanes) {
       bool deleted = false;
       ARROW_RETURN_NOT_OK(lane.block.Find(&lane.row));
@@ -80,13 +91,16 @@ class PartsLookup {
       if (deleted) {
         lane.row = -1;
       } else {
-        lane.block.PrefetchRow(lane.row, columns_);
+        lane.block.PrefetchRow(lane.row, columns_, &fetches_);
       }
     }
+    fetches_.Run();
     for (Lane& lane : lanes) {
       if (lane.row < 0) continue;
       ARROW_RETURN_NOT_OK(lane.block.CheckRow(lane.row, columns_));
-      if (rows_ == nullptr) rows_ = std::make_shared<CopiedRows>(lane.file->flat_columns(), columns_);
+      if (rows_ == nullptr) {
+        rows_ = std::make_shared<CopiedRows>(lane.block, lane.file->flat_columns(), columns_, expected_);
+      }
       lookup_->Put(lane.asked, &rows_->source(), rows_->Add(lane.block, lane.row));
     }
     return arrow::Status::OK();
@@ -116,6 +130,8 @@ class PartsLookup {
   std::vector<bool>* const done_;
   std::vector<Lane> lanes_ = std::vector<Lane>(kLanes);
   size_t count_ = 0;
+  size_t expected_ = 0;
+  Fetches fetches_;
   std::shared_ptr<CopiedRows> rows_;
 };
 
