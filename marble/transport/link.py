@@ -2,6 +2,8 @@
 
 Rule 1: whoever sends never waits. What cannot be queued is dropped and the caller is told; Raft tolerates loss.
 Rule 2: what has gathered leaves together, small appends as one (`marble.transport.merging`); what has not is not waited for.
+Rule 3: entries that the core counts as lost, since it was told that they are, or that one of them was dropped, are not sent any more if
+they only wait here: the core sends them again, and on a slow line all that it sends would come twice, and late, and so again.
 
 Each lane is a `Pump` with a stream and a connection of its own:
 
@@ -20,6 +22,7 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -52,20 +55,36 @@ _log = logging.getLogger("marble.transport")
 _LANES: Final = {MessageKind.APPEND_ENTRIES: Lane.LOG, MessageKind.SNAPSHOT_PIECE: Lane.BULK}
 
 
+TAKEN_BYTES_MAX: Final = 2 << 20
+"""What is taken of a queue at once, or one message: enough for small ones to be merged. The rest can still be dropped."""
+
+
 def lane_of(envelope: Envelope) -> Lane:
     """On which stream it goes."""
     return _LANES.get(envelope.message.kind, Lane.CONTROL)
 
 
 class EnvelopeLoad:
-    """A queue of Raft messages to one peer: a `marble.transport.pump.Load`."""
+    """A queue of Raft messages to one peer: a `marble.transport.pump.Load`.
 
-    def __init__(self, peer: int, codec: Codec, options: TransportOptions, clock: Clock, metrics: Metrics) -> None:
+    Parameters
+    ----------
+    lane
+        Which messages they are. Of `Lane.LOG` each builds on the one before: if one does not fit none of those that wait is of use.
+    """
+
+    def __init__(
+        self, peer: int, lane: Lane, codec: Codec, options: TransportOptions, clock: Clock, metrics: Metrics
+    ) -> None:
         self._peer = peer
+        self._lane = lane
         self._squeezer = Squeezer(options.compression, clock, metrics)
         self._codec = codec
         self._options = options
-        self._queue: queue.SimpleQueue[Sequence[Envelope] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Sequence[Envelope], int] | None] = queue.SimpleQueue()
+        """Messages and their bytes; None only wakes."""
+        self._latest: Envelope | None = None
+        """What was queued last, if it waits."""
         self._lock = threading.Lock()
         self._queued_bytes = 0
         self._queued_messages = 0
@@ -76,10 +95,15 @@ class EnvelopeLoad:
         self._dropped = metrics.counter("transport_messages_dropped", peer=peer)
 
     def put(self, envelopes: Sequence[Envelope]) -> bool:
-        """Queue `envelopes`, in order, or drop all of them. Never waits. Returns whether they were queued."""
+        """Queue `envelopes`, in order, or drop all of them. Never waits. Returns whether they were queued.
+
+        A leader repeats what it asked a peer with each sign of life of that: what waits already is not queued again.
+        """
         count = len(envelopes)
         size = sum(envelope.nbytes for envelope in envelopes)
         with self._lock:
+            if count == 1 and self._accepting and _repeats(envelopes[0], self._latest):
+                return True
             full = self._queued_messages > 0 and (
                 self._queued_messages + count > self._options.queue_messages_max
                 or self._queued_bytes + size > self._options.queue_bytes_max
@@ -87,11 +111,30 @@ class EnvelopeLoad:
             if accepted := self._accepting and not full:
                 self._queued_messages += count
                 self._queued_bytes += size
+                self._latest = envelopes[-1] if self._lane is Lane.LOG else None
         if not accepted:
             self._dropped.add(count)
+            if full and self._lane is Lane.LOG:
+                self.drop_waiting()
             return False
-        self._queue.put(envelopes)
+        self._queue.put((envelopes, size))
         return True
+
+    def drop_waiting(self) -> None:
+        """Drop what was not taken by the pump. From any thread."""
+        waiting = self._drain()
+        self._dropped.add(len(waiting))
+        self._release(waiting)
+        # One that only wakes may have gone, too.
+        self.wake()
+
+    def _drain(self) -> list[Envelope]:
+        self._latest = None
+        waiting: list[Envelope] = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                waiting.extend((self._queue.get_nowait() or ((), 0))[0])
+        return waiting
 
     @property
     def queued_bytes(self) -> int:
@@ -123,13 +166,19 @@ class EnvelopeLoad:
             return False
         if first is None:
             return False
+        self._latest = None
+        self._unsent, size = first
         if self._queue.empty():
-            self._unsent = first
             return True
-        taken = list(first)
-        while len(taken) < MESSAGES_PER_PACKET_MAX and not self._queue.empty():
-            taken.extend(self._queue.get_nowait() or ())
+        taken = list(self._unsent)
+        with contextlib.suppress(queue.Empty):
+            while len(taken) < MESSAGES_PER_PACKET_MAX and size < TAKEN_BYTES_MAX:
+                more, more_bytes = self._queue.get_nowait() or ((), 0)
+                taken.extend(more)
+                size += more_bytes
         self._unsent = taken
+        # Only what surely waits counts as such: after all that was taken.
+        self._latest = None
         return True
 
     def packets(self, features: int) -> list[Packet]:
@@ -145,10 +194,8 @@ class EnvelopeLoad:
     def give_up(self) -> int:
         with self._lock:
             self._accepting = False
-        waiting = list(self._unsent)
+        waiting = [*self._unsent, *self._drain()]
         self._unsent = ()
-        while not self._queue.empty():
-            waiting.extend(self._queue.get_nowait() or ())
         self._dropped.add(len(waiting))
         self._release(waiting)
         return len(waiting)
@@ -160,6 +207,14 @@ class EnvelopeLoad:
             self._queued_messages -= len(envelopes)
             self._queued_bytes -= size
         return size
+
+
+def _repeats(envelope: Envelope, earlier: Envelope | None) -> bool:
+    """Whether it asks for the same entries to be appended as `earlier`."""
+    if earlier is None or earlier.group != envelope.group or not envelope.message.entries:
+        return False
+    one, other = envelope.message, earlier.message
+    return (one.term, one.log_index, one.entries) == (other.term, other.log_index, other.entries)
 
 
 class Link:
@@ -200,7 +255,7 @@ class Link:
         self._started = False
         self._warned = False
         loads = {
-            lane: EnvelopeLoad(peer, codec, around.options, around.clock, around.metrics)
+            lane: EnvelopeLoad(peer, lane, codec, around.options, around.clock, around.metrics)
             for lane in (Lane.CONTROL, Lane.LOG, Lane.BULK)
         }
         self._loads = loads
@@ -340,6 +395,11 @@ class Link:
             # The first message starts the thread of its lane.
             self._pumps[lane].start()
         return True
+
+    def give_entries_up(self) -> None:
+        """Entries go another way, where all that were sent here are sent again: what waits, or is being written, is not sent any more."""
+        self._loads[Lane.LOG].drop_waiting()
+        self._pumps[Lane.LOG].break_off("it does not answer, and entries go another way")
 
     def send_message(self, data: bytes | pa.Buffer) -> bool:
         """Queue a user's message if that is possible at once. Whether it was queued."""

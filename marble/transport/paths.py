@@ -15,8 +15,8 @@ Rule 1: who does not answer in time is not used while somebody else does. If nob
 that is slow is slow on all its ways. A way is not taken for dead because its answer is late, but because it is and another way has brought
 the answer to a later question.
 Rule 2: when a way that carried entries stops answering, the core is told that the peer is unreachable, though it is not: what was
-under way there is probably lost, and the core finds out what the peer has by asking. For other ways it is not, since it would send
-all again that is under way on those that work; only those who have connections to the peer of their own are told.
+under way there is probably lost, and given up, and the core finds out what the peer has by asking. For other ways it is not, since
+it would send all again that is under way on those that work; only those who have connections to the peer of their own are told.
 
 Invariants:
 - Between two ways there is no order. When a group changes its way an append may overtake another, once; Raft refuses it and
@@ -214,6 +214,8 @@ class Paths:
         """Way `at` is lost: tell who has used it, once, or that with it the peer is `unreachable`."""
         used, self._used[at] = self._used[at], False
         carried, self._carried[at] = self._carried[at], False
+        if carried:
+            self._links[at].give_entries_up()
         if carried or unreachable:
             self._unreachable(self.peer)
         elif used:

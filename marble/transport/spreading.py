@@ -5,8 +5,10 @@ payloads of large packets cut into parts, and writes stubs in their place (`marb
 takes the next part when it has room: so each gets as much as it drains.
 
 Rule 1: small packets, and all packets while the flow's own way is quick, go as if there was no other way.
-Rule 2: a way has room while fewer bytes than its window are out without an answer. The window grows while answers take about as long as
-the quickest, and shrinks when they take longer: more would only wait in front of a line that is full.
+Rule 2: a way has room while fewer bytes than its window are out without an answer. The window grows while little waits in front of the
+line, and shrinks when more does, to less than the line holds: so the quickest answer is measured anew. What waits there is what the way
+delivers in the time that answers take longer than the quickest: a part has to be sent whole before it can be answered, so on a slow
+line one alone takes much longer than a few bytes.
 Rule 3: a part is late if it has no answer for longer than answers take on that way, at least `patience_s`, and the way gives no other
 sign of life; on one that does, for much longer (`SLOW_FACTOR`). A peer that stands still for a moment makes nothing late. What is
 late, and whatever else is out there, is sent again by the others, and the way rests until it has answered for all, and then for as
@@ -50,6 +52,8 @@ KNOWN_BYTES: Final = 1 << 20
 """A flow has written so much before it is known how quick its way is."""
 WINDOW_BYTES_MAX: Final = 16 << 20
 """Out on one way without an answer: 160 MB/s at 100 ms."""
+AHEAD_BYTES: Final = PART_BYTES * 3 // 2
+"""What may wait in front of a line that is slow: enough that it never stands idle."""
 WAITING_PARTS_MAX: Final = 4
 """Parts that wait for each way when the next packet is cut: enough that no way stands idle while that is done."""
 SLOW_FACTOR: Final = 4.0
@@ -62,6 +66,8 @@ REST_MAX_S: Final = 30.0
 IDLE_S: Final = 1.0
 """A flow that has had nothing under way for so long finds out anew how quick its way is; ways' streams are wanted no longer."""
 
+_DRAINING: Final = 0.85
+"""Of what a line holds, while what waits in front of it drains."""
 _LOOK_S: Final = 0.05
 """Between two looks of a flow that waits for room whether its stream is still wanted."""
 _PARDON: Final = 256
@@ -90,9 +96,10 @@ class _Way:
 
     def __init__(self) -> None:
         self.open = False
-        self.out: dict[tuple[int, int, int], tuple[float, Part]] = {}
-        """Parts without an answer, and since when, the oldest first."""
+        self.out: dict[tuple[int, int, int], tuple[float, int, Part]] = {}
+        """Parts without an answer, since when, and how many bytes had been answered by then; the oldest first."""
         self.out_bytes = 0
+        self.answered_bytes = 0
         self.window = 2 * PART_BYTES
         self.least_s: float | None = None
         self.smoothed_s = 0.0
@@ -111,7 +118,7 @@ class _Way:
 
     def clear(self) -> list[Part]:
         """Nothing is out any more; what was and is still wanted."""
-        lost = [part for _, part in self.out.values() if not part.done]
+        lost = [part for *_, part in self.out.values() if not part.done]
         self.out.clear()
         self.out_bytes = 0
         self.late = False
@@ -135,19 +142,23 @@ class _Way:
             self.late = False
             self.rests_until = now + min(REST_MAX_S, now - self.late_since)
 
-    def learn(self, taken_s: float, size: int, now: float, slack_s: float) -> None:
-        """An answer has come after `taken_s`; it may take `slack_s` longer than the quickest."""
+    def learn(self, taken_s: float, size: int, meanwhile: int, now: float, slack_s: float) -> None:
+        """An answer for `size` bytes has come after `taken_s`, when `meanwhile` had been answered since they were sent; it may take
+        `slack_s` longer than the quickest.
+        """
         if self.least_s is None:
             self.least_s, self.smoothed_s, self.variation_s = taken_s, taken_s, taken_s / 2
         else:
             # What once was the quickest is forgotten slowly: a way may have become longer.
-            self.least_s = min(taken_s, self.least_s + (taken_s - self.least_s) / 256)
+            self.least_s = min(taken_s, self.least_s + (taken_s - self.least_s) / 1024)
             self.variation_s += (abs(self.smoothed_s - taken_s) - self.variation_s) / 4
             self.smoothed_s += (taken_s - self.smoothed_s) / 8
-        if taken_s <= self.least_s + slack_s:
+        longer_s = taken_s - self.least_s
+        if longer_s <= slack_s or meanwhile * longer_s <= AHEAD_BYTES * taken_s:
             self.window = min(WINDOW_BYTES_MAX, self.window + size)
         elif now - self.shrunk_at > taken_s:
-            self.window = max(PART_BYTES, self.window * 3 // 4)
+            fits = int(_DRAINING * meanwhile * self.least_s / taken_s)
+            self.window = max(PART_BYTES, self.window // 2, fits)
             self.shrunk_at = now
         self.in_time += 1
         if self.in_time >= _PARDON:
@@ -205,7 +216,7 @@ class Spreader:
                     kept.append(part)
             self._todo = deque(kept)
             for way in self._ways:
-                for _, part in way.out.values():
+                for *_, part in way.out.values():
                     part.done |= part.flow == flow.number
             self._changed.notify_all()
 
@@ -293,7 +304,7 @@ class Spreader:
             while not woken():
                 now = self.clock.monotonic()
                 if (part := self._pick(way, now)) is not None:
-                    state.out[part.key] = (now, part)
+                    state.out[part.key] = (now, state.answered_bytes, part)
                     state.out_bytes += part.body.size
                     self._changed.notify_all()
                     return part
@@ -325,15 +336,16 @@ class Spreader:
         now = self.clock.monotonic()
         with self._changed:
             state = self._ways[way]
-            sent_at, part = state.out.pop((notice.flow, notice.number, notice.offset), (0.0, None))
+            sent_at, before, part = state.out.pop((notice.flow, notice.number, notice.offset), (0.0, 0, None))
             if part is None or part.total != notice.total:
                 raise ProtocolError("the answer to a part that was not sent on this stream")
             state.out_bytes -= part.body.size
+            state.answered_bytes += part.body.size
             if not part.done:
                 part.done = True
                 if part.avoid and part in self._todo:
                     self._todo.remove(part)
-            state.learn(now - sent_at, part.body.size, now, self._patience_s / 4)
+            state.learn(now - sent_at, part.body.size, state.answered_bytes - before, now, self._patience_s / 4)
             if not state.out:
                 state.all_came(now)
             self._changed.notify_all()
@@ -355,12 +367,12 @@ class Spreader:
             for at, state in enumerate(self._ways):
                 if state.late or not state.out:
                     continue
-                sent_at, _ = next(iter(state.out.values()))
+                sent_at, *_ = next(iter(state.out.values()))
                 others = any(other.fit(now) for other in self._ways if other is not state)
                 if others and sent_at < proof_at and now - sent_at > self._most_s(state, answering[at]):
                     state.wait_for_all(sent_at)
                     self._late.add()
-                    self._repeat([part for _, part in state.out.values() if not part.done], at)
+                    self._repeat([part for *_, part in state.out.values() if not part.done], at)
 
     def _most_s(self, way: _Way, answering: bool) -> float:
         """How long the answer to a part may take."""

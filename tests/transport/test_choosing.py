@@ -49,6 +49,7 @@ class Way:
         self.sent: list[Envelope] = []
         self.round_trip_s: float | None = 0.001
         self.reclaimed = 0
+        self.given_up = 0
 
     def answers(self, now: float, proof_at: float = math.inf) -> bool:
         return self.connected and not self.pulse.late(now, proof_at)
@@ -70,6 +71,9 @@ class Way:
     def reclaim_messages(self) -> list[bytes]:
         self.reclaimed += 1
         return []
+
+    def give_entries_up(self) -> None:
+        self.given_up += 1
 
     def use_messages(self) -> None:
         """Nothing is kept here."""
@@ -193,6 +197,7 @@ def test_the_core_is_told_of_a_way_with_entries_and_only_of_that(scene: Scene) -
     scene.ways[1].connected = scene.working[1] = True
     scene.run(1.0)
     assert scene.told == ["way lost", "unreachable"]
+    assert [way.given_up for way in scene.ways] == [1, 0]
     scene.lose(0)
     assert scene.told == ["way lost", "unreachable"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import socket
 import threading
@@ -18,10 +19,10 @@ from marble.errors import InvariantError, UsageError
 from marble.metrics import Metrics
 from marble.raft.messages import Message, MessageKind
 from marble.transport.carrier import FlightCarrier
-from marble.transport.codec import Codec, Envelope, Packet
+from marble.transport.codec import Codec, Envelope, Lane, Packet
 from marble.transport.flight import FlightTransport
 from marble.transport.handshake import Handshake
-from marble.transport.link import Link
+from marble.transport.link import TAKEN_BYTES_MAX, Link
 from marble.transport.options import TransportOptions
 from marble.transport.pump import Surroundings
 from marble.types import EntryKind
@@ -217,12 +218,64 @@ def test_queue_is_bounded_by_messages_and_by_bytes() -> None:
     assert link.send([append(1, bytes_=64_000)])
     assert not link.send([append(2)])
     # What is full keeps nothing else from being sent.
+    assert link.send([append(1, bytes_=64_000)])
     assert link.send([heartbeat(1)])
     assert not link.send([heartbeat(2), append(2)])
     link, _ = link_to("127.0.0.1:1", TransportOptions(queue_bytes_max=10_000), metrics)
     assert link.send([append(1, rows=100)])
     assert not link.send([append(101, rows=100)])
     assert link.send([append(101, rows=20)])
+
+
+def test_what_waits_already_is_not_queued_again() -> None:
+    """A leader repeats its question with each heartbeat that is answered; on a slow line it would send nothing else any more."""
+    metrics = Metrics()
+    link, _ = link_to("127.0.0.1:1", TransportOptions(queue_bytes_max=10_000), metrics)
+    for _ in range(100):
+        assert link.send([append(1, bytes_=4_096)])
+    assert link.queued_bytes(Lane.LOG) < 5_000
+    assert link.send([append(2, bytes_=4_096)])
+    assert link.send([append(1, bytes_=128)])
+    assert link.queued_bytes(Lane.LOG) > 8_000
+    # Once it was taken it may have been lost.
+    load = link._loads[Lane.LOG]
+    load.put([append(3)])
+    assert load.take(0.0)
+    load.written(0.0)
+    before = load.queued_bytes
+    assert load.put([append(3)])
+    assert load.queued_bytes > before
+    assert metrics.total("transport_messages_dropped") == 0
+
+
+def test_entries_that_wait_behind_one_that_was_dropped_are_dropped_too() -> None:
+    """The core sends all of them again."""
+    metrics = Metrics()
+    link, _ = link_to("127.0.0.1:1", TransportOptions(queue_bytes_max=10_000), metrics)
+    assert link.send([append(1, bytes_=4_096)])
+    assert link.send([append(2, bytes_=4_096)])
+    assert not link.send([append(3, bytes_=4_096)])
+    assert link.queued_bytes(Lane.LOG) == 0
+    assert metrics.total("transport_messages_dropped") == 3
+    load = link._loads[Lane.LOG]
+    assert not load.take(0.0)
+    assert link.send([append(1, bytes_=4_096)])
+    assert load.take(0.0)
+
+
+def test_little_is_taken_at_once() -> None:
+    link, _ = link_to("127.0.0.1:1", TransportOptions(), Metrics())
+    load = link._loads[Lane.LOG]
+    for number in range(1, 9):
+        assert load.put([append(number, bytes_=TAKEN_BYTES_MAX // 2)])
+    taken = 0
+    while load.queued_bytes:
+        assert load.take(0.0)
+        before = load.queued_bytes
+        load.written(0.0)
+        assert before - load.queued_bytes <= 2 * TAKEN_BYTES_MAX
+        taken += 1
+    assert taken == 4
 
 
 def test_nothing_is_queued_for_a_peer_that_is_away() -> None:
@@ -265,9 +318,10 @@ def test_link_whose_peer_does_not_read_stops_and_drops() -> None:
 
     pair = Pair(TransportOptions(queue_bytes_max=1 << 20, compression="off"), block)
     large = append(1, bytes_=1 << 20)
+    numbers = itertools.count(2)
     assert pair.one.send(2, [large])
     assert entered.wait(DEADLINE_S)
-    wait_until(lambda: not pair.one.send(2, [large]))
+    wait_until(lambda: not pair.one.send(2, [append(next(numbers), bytes_=1 << 20)]))
     assert pair.one.stop(5.0)
     release.set()
     assert pair.two.stop(5.0)
@@ -288,9 +342,10 @@ def test_large_batches_delay_no_heartbeat() -> None:
 
     pair = Pair(TransportOptions(queue_bytes_max=1 << 20, compression="off"), receive)
     large = append(1, bytes_=1 << 20)
+    numbers = itertools.count(2)
     assert pair.one.send(2, [large])
     assert entered.wait(DEADLINE_S)
-    wait_until(lambda: not pair.one.send(2, [large]))
+    wait_until(lambda: not pair.one.send(2, [append(next(numbers), bytes_=1 << 20)]))
     for number in range(10):
         # Together with more of what does not get through, queued or dropped.
         pair.one.send(2, [large, heartbeat(number)])

@@ -144,9 +144,9 @@ class Net:
         assert len(untaken) <= 1 or sum(untaken) <= HELD_BYTES_MAX
         known = {part.key for part in spreader._todo if not part.done}
         for way in spreader._ways:
-            assert way.out_bytes == sum(part.body.size for _, part in way.out.values())
+            assert way.out_bytes == sum(part.body.size for *_, part in way.out.values())
             assert way.open or not way.out
-            known |= {part.key for _, part in way.out.values() if not part.done}
+            known |= {part.key for *_, part in way.out.values() if not part.done}
         held = self.assembly._held
         for number in range(len(self.taken), len(self.sent)):
             for offset in range(0, len(self.sent[number]), PART_BYTES):
@@ -241,6 +241,38 @@ def test_each_way_takes_what_it_drains(net: Net) -> None:
     # A slow way has little under way, so that nothing waits long for it.
     assert net.spreader._ways[1].window <= 4 * PART_BYTES
     assert len(net.taken) > 310
+
+
+@pytest.mark.parametrize(
+    ("delay_s", "bytes_per_s"), [(0.0, 8e6), (0.075, 8e6), (0.1, 1e6), (0.002, 200e6), (0.1, 60e6)]
+)
+def test_window_fills_a_line_and_not_much_more(net: Net, delay_s: float, bytes_per_s: float) -> None:
+    """A line of its own rate and length on way 1; payloads end in a part of a few bytes, which is answered much sooner than others."""
+    net.down(0)
+    step_s, run_s = 0.001, 12.0
+    line: deque[tuple[float, Part]] = deque()
+    free_at, arrived, most_waiting_s = net.clock.now, 0, 0.0
+    end = net.clock.now + run_s
+    while net.clock.now < end:
+        now = net.clock.now
+        while net.put(2 * PART_BYTES + 64):
+            pass
+        while (part := net.spreader.next(1, 0.0, lambda: False)) is not None:
+            free_at = max(free_at, now) + part.body.size / bytes_per_s
+            line.append((free_at + delay_s, part))
+        if now > end - run_s / 2:
+            most_waiting_s = max(most_waiting_s, free_at - now)
+        while line and line[0][0] <= now:
+            _, part = line.popleft()
+            arrived += part.body.size if now > end - run_s / 2 else 0
+            net.assembly.put(part.number, part.offset, part.total, part.body)
+            net.spreader.arrived(1, Notice(Kind.ARRIVED, part.flow, part.number, part.offset, part.total))
+        while net.take():
+            pass
+        net.clock.now += step_s
+        net.watch()
+    assert arrived > 0.9 * bytes_per_s * run_s / 2
+    assert most_waiting_s < max(8 * PART_BYTES / bytes_per_s, 4 * PATIENCE_S)
 
 
 def test_window_bounds_what_is_out(net: Net) -> None:
