@@ -132,6 +132,10 @@ class Marble:
     def between(self, first: bytes, last: bytes) -> int:
         return self._read(self.table.scan(between=(first, last)))
 
+    def delete_range(self, first: bytes, last: bytes) -> None:
+        """With a sync, as every write of marble has one."""
+        self.table.delete_range(between=(first, last))
+
     def _read(self, scan: Any) -> int:
         if self.form is Form.ARROW:
             return int(scan.to_table().num_rows)
@@ -207,6 +211,9 @@ class Rocks:
 
     def between(self, first: bytes, last: bytes) -> int:
         return self._range(first, last + b"\0")
+
+    def delete_range(self, first: bytes, last: bytes) -> None:
+        self.database.delete_range(first, last + b"\0", self._sync)
 
     def _range(self, lower: bytes, upper: bytes) -> int:
         options = self._read_options()

@@ -71,6 +71,32 @@ def test_write(benchmark: Any, shape: Shape, tmp_path: Path, name: str, write: W
         store.close()
 
 
+@pytest.mark.parametrize("scans", [0, 1], ids=["alone", "and-scan"])
+@pytest.mark.parametrize("percent", [10, 100])
+@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("name", ["marble-arrow", "rocksdict"])
+def test_delete_range(
+    benchmark: Any, shape: Shape, tmp_path: Path, name: str, layout: Layout, percent: int, scans: int
+) -> None:
+    """RocksDB writes a note that its readers heed from then on; marble counts the rows, and answers how many there were."""
+    benchmark.group = f"delete of a range of {percent} %{' and a full scan' * scans}, {layout.name}"
+    store = opened(name, tmp_path, shape, layout)
+    assert isinstance(store, Marble | peers.Rocks)
+    left = shape.rows - shape.rows * percent // 100
+
+    def work() -> None:
+        store.delete_range(shape.keys[0], shape.keys[shape.rows - left - 1])
+        for _ in range(scans):
+            assert store.scan() == left
+
+    try:
+        peers.load(store, shape, layout)
+        benchmark.pedantic(work, rounds=1)
+        assert store.scan() == left
+    finally:
+        store.close()
+
+
 @pytest.mark.parametrize("name", ["marble", "rocksdict", "lmdb"])
 def test_read_amplification(shape: Shape, tmp_path: Path, name: str) -> None:
     """No time is measured: it says how many blocks a look-up fetches when none is cached."""

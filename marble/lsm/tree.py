@@ -7,6 +7,8 @@ a compaction files in the place of files.
 Rule 3: a tombstone is kept for as long as something below may have its key.
 Rule 4: a range that is deleted takes the files that lie in it whole along, without tombstones. Until the entry that did it is
 published they stay in `Below`, for readers, and only the applying thread passes them over; nothing is made from them any more.
+Rule 5: nor does the memtable get any if all of it lies in the range: it is begun anew. States that were published, and scans of them,
+keep the old one. What its tombstones hid is read without it, and gets tombstones of its own.
 
 A table without files (`TableFiles` is None) is its memtable, and nothing lies below.
 """
@@ -232,15 +234,24 @@ class Tree:
             below = self._below_now()
             inside = [file for file in below.levels if file.first_key in keys and file.last_key in keys]
             gone, parts = self._count(below, inside, keys, time_us)
-            if not inside:
+            memtable = self._new_memtable() if self._holds_only(keys) else self._memtable
+            if inside or memtable is not self._memtable:
+                kept = below.without({file.name for file in inside}) if inside else below
+                active = memtable.snapshot()
+                parts = list(self._keys_in(kept, keys, active)) if self._meets(kept, keys, active) else []
+            if not inside or self._empty(inside):
                 break
-            kept = below.without({file.name for file in inside})
-            parts = [] if not self._meets(kept, keys) else list(self._keys_in(kept, keys))
-            if self._empty(inside):
-                break
+        if memtable is not self._memtable:
+            self._memtable, self.memory_bytes = memtable, 0
         for part in parts:
             self.bury(part, index)
         return gone
+
+    def _holds_only(self, keys: KeyRange) -> bool:
+        """Whether all that the memtable has lies in `keys`, tombstones too."""
+        memory = Reader([self._memtable.snapshot()], [])
+        outside = [KeyRange(b"", keys.lower), *([] if keys.upper is None else [KeyRange(keys.upper)])]
+        return all(next(memory.scan_versions(1, each.lower, each.upper), None) is None for each in outside)
 
     def _count(
         self, below: Below, inside: Sequence[TableFile], keys: KeyRange, time_us: int
@@ -249,13 +260,13 @@ class Tree:
 
         A file of `inside` whose keys nothing else has tells it of itself.
         """
-        until = expired_until(self.info.schema, self.info.options, time_us)
+        until, active = expired_until(self.info.schema, self.info.options, time_us), self._memtable.snapshot()
         alone = {file.name: living for file in inside if (living := self._told(below, file, until)) is not None}
         gone, parts = sum(alone.values()), []
         left = below.without(alone)
-        if self._meets(left, keys):
+        if self._meets(left, keys, active):
             columns = [*self.info.key, *([] if until is None else [self.info.options.ttl_column or ""])]
-            for batch in self._keys_in(left, keys, columns):
+            for batch in self._keys_in(left, keys, active, columns):
                 expired = 0 if until is None else expired_rows(batch, self.info, until).true_count
                 gone += batch.num_rows - expired
                 parts.append(batch.select(list(self.info.key)))
@@ -265,7 +276,9 @@ class Tree:
         """How many rows of `file` live, if it alone has keys where it lies, and all of them live or none; else None."""
         levels, ends = below.levels, (file.first_key, file.last_key)
         met = sum(len(levels.overlapping(level, *ends)) for level in range(len(levels.levels)))
-        if met > 1 or self._in_memory(below, KeyRange(file.first_key, file.last_key + b"\0")):
+        if met > 1 or self._in_memory(
+            below, KeyRange(file.first_key, file.last_key + b"\0"), self._memtable.snapshot()
+        ):
             return None
         if until is None:
             return file.rows - file.tombstones
@@ -273,23 +286,24 @@ class Tree:
             return None
         return 0 if file.ttl_max <= until else file.rows - file.tombstones
 
-    def _meets(self, below: Below, keys: KeyRange) -> bool:
-        """Whether the memtable, or `below`, has anything in `keys`, be it a tombstone. Of files only the ends are looked at."""
+    def _meets(self, below: Below, keys: KeyRange, active: Snapshot) -> bool:
+        """Whether `active`, a memtable, or `below` has anything in `keys`, be it a tombstone. Of files only the ends are looked at."""
         if any(
             file.first_key < (keys.upper or file.last_key + b"\0") and file.last_key >= keys.lower
             for file in below.levels
         ):
             return True
-        return self._in_memory(below, keys)
+        return self._in_memory(below, keys, active)
 
-    def _in_memory(self, below: Below, keys: KeyRange) -> bool:
+    def _in_memory(self, below: Below, keys: KeyRange, active: Snapshot) -> bool:
         """Whether a memtable has anything in `keys`, be it a tombstone."""
-        memory = [self._memtable.snapshot(), *(frozen.snapshot for frozen in below.frozen)]
+        memory = [active, *(frozen.snapshot for frozen in below.frozen)]
         return next(Reader(memory, []).scan_versions(1, keys.lower, keys.upper), None) is not None
 
-    def _keys_in(self, below: Below, keys: KeyRange, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        reader = below.behind(self._memtable.snapshot())
-        return reader.scan(RANGE_ROWS, list(columns or self.info.key), keys.lower, keys.upper)
+    def _keys_in(
+        self, below: Below, keys: KeyRange, active: Snapshot, columns: Sequence[str] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        return below.behind(active).scan(RANGE_ROWS, list(columns or self.info.key), keys.lower, keys.upper)
 
     def _empty(self, files: Sequence[TableFile]) -> bool:
         """Pass `files` over from now on; False if one of them is not here any more, and nothing changed."""

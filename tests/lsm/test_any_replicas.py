@@ -115,7 +115,9 @@ class Log:
         if draw < 0.92:
             batch = pa.record_batch([pa.array(keys)], schema=KEY_SCHEMA)
             return payload.Operation(EntryKind.DELETE, table, payload.encode_rows(batch))
-        data = payload.encode_range(*bounds(first, first + chance.randrange(2, 16)))
+        # All of it, too, so that whole memtables and files go.
+        ends = (first, first + chance.randrange(2, 16)) if chance.random() < 0.7 else (0, KEYS + 9)
+        data = payload.encode_range(*bounds(*ends))
         return payload.Operation(EntryKind.DELETE_RANGE, table, data)
 
 

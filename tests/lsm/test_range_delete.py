@@ -282,7 +282,65 @@ def test_any_history_is_that_of_a_machine_without_files(seed: int) -> None:
 def test_tombstones_of_a_range_count_as_memory() -> None:
     shelf = Shelf()
     with_tables(shelf.machine)
-    apply(shelf.machine, proposal(write(PLAIN, 1, range(1000))))
+    apply(shelf.machine, proposal(write(PLAIN, 1, range(1000))), proposal(write(PLAIN, 2, [1])))
     before = shelf.machine.memory_bytes
     apply(shelf.machine, proposal(window(PLAIN, 1)))
     assert shelf.machine.memory_bytes >= before + 1000 * 16
+
+
+def reopened(shelf: Shelf) -> Shelf:
+    shelf.snapshot()
+    return shelf.reopened()
+
+
+def active_entries(machine: TableMachine) -> int:
+    """Rows and tombstones of the memtable."""
+    return int(machine._trees[1].data().reader.memtables[0].entry_count)
+
+
+def test_a_memtable_that_lies_in_the_range_goes_without_tombstones() -> None:
+    shelf = Shelf(retention=9)
+    with_tables(shelf.machine)
+    apply(shelf.machine, proposal(write(PLAIN, 1, range(1000))))
+    begun = shelf.machine.read("plain").scan(["k"], batch_rows_max=100)
+    assert next(begun).num_rows == 100
+    index = shelf.machine.applied_index
+    assert apply(shelf.machine, proposal(window(PLAIN, 1))) == [Result(1000)]
+    assert (active_entries(shelf.machine), shelf.machine.memory_bytes) == (0, 0)
+    assert content(shelf.machine) == []
+    # Who had begun to read goes on, and the past is what it was.
+    assert sum(batch.num_rows for batch in begun) == 900
+    assert shelf.machine.read("plain", index).row_count == 1000
+    assert apply(shelf.machine, proposal(window(PLAIN, 1))) == [Result(0)]
+    assert apply(shelf.machine, proposal(write(PLAIN, 1, [7]))) == [Result(1)]
+    assert content(shelf.machine) == content(reopened(shelf).machine) == [(1, 7)]
+
+
+def test_what_such_a_memtable_hid_stays_hidden() -> None:
+    shelf = Shelf()
+    with_tables(shelf.machine)
+    # One file reaches out of the window, so it stays.
+    apply(shelf.machine, proposal(write(PLAIN, 0, range(10)), write(PLAIN, 1, range(100))))
+    shelf.snapshot()
+    apply(shelf.machine, proposal(delete(PLAIN, 1, range(20))), proposal(write(PLAIN, 1, range(50, 150))))
+    assert apply(shelf.machine, proposal(window(PLAIN, 1))) == [Result(130)]
+    assert active_entries(shelf.machine) == 100
+    for _ in range(2):
+        assert content(shelf.machine) == [(0, k) for k in range(10)]
+        shelf.snapshot()
+        shelf = shelf.reopened()
+        shelf.compact()
+
+
+def test_such_a_memtable_stays_if_the_entry_cannot_be_done(shelf: Shelf) -> None:
+    shelf = shelf.reopened()
+    apply(shelf.machine, proposal(write(PLAIN, 4, [51])))
+    flip(shelf, 4, 50)
+    entry = entry_batch.build(7, shelf.machine.applied_index + 1, 1, [proposal(window(PLAIN, 4))], 0)
+    with pytest.raises(CorruptionError):
+        shelf.machine.apply(entry)
+    assert active_entries(shelf.machine) == 1
+    flip(shelf, 4, 50)
+    (damaged,) = shelf.machine.damaged()
+    shelf.machine.healed(damaged.name)
+    assert shelf.machine.apply(entry) == [Result(100)]
