@@ -49,8 +49,9 @@ class _Stopped(BaseException):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: the process's own) and return the exit status."""
-    # gRPC reads this when its first channel is made. A peer that goes away is our news to tell, in our words.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # gRPC reads this when its first channel is made. What happens is our news to tell, in our words, and not more often than ours: gRPC
+    # writes lines of its own between them, one for each stranger who asks a TLS port for a name that it has not.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     parser = _parser()
     options = parser.parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command

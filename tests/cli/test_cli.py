@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import urllib.request
@@ -136,6 +139,9 @@ def test_a_reader_that_has_seen_enough_is_no_failure(tmp_path: Path) -> None:
     assert (tmp_path / "err").read_text() == ""
 
 
+TLS_FILES = {"certificate": "127.0.0.1.pem", "key": "127.0.0.1.key", "ca": "ca.pem"}
+
+
 def write_config(tmp_path: Path, node: int, endpoints: list[str]) -> Path:
     path = tmp_path / f"node-{node}.toml"
     listed = ", ".join(f'"{endpoint}"' for endpoint in endpoints)
@@ -190,6 +196,36 @@ def test_a_node_serves_says_so_answers_and_ends_in_order(
     assert lines[-1]["message"] == "node 1 has stopped"
     assert {line["node"] for line in lines} == {1}
     assert all("error" not in line for line in lines)
+
+
+def test_strangers_write_nothing_into_the_log_of_a_node(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+    certs = tmp_path / "certs"
+    assert run(capsys, "certs", str(certs), "--node", "127.0.0.1")[0] == 0
+    port = find_free_ports(1)[0]
+    config = write_config(tmp_path, 1, [f"127.0.0.1:{port}"])
+    paths = "".join(f'{key} = "{certs / name}"\n' for key, name in TLS_FILES.items())
+    text = config.read_text().replace("[cluster]", f"[node.tls]\n{paths}[cluster]\nenable_ssl = true")
+    config.write_text(text)
+    process = NodeProcess("node 1", [*serve_command(config), "--log-json"], tmp_path / "err")
+    believing = ssl.create_default_context(cafile=str(certs / "ca.pem"))
+    believing.check_hostname = False
+    with Nodes({1: process}) as nodes:
+        nodes.start()
+        for context in (believing, ssl.create_default_context()):
+            with socket.create_connection(("127.0.0.1", port), 30) as plain, contextlib.suppress(ssl.SSLError, OSError):
+                context.wrap_socket(plain, server_hostname="example.org").close()
+        with socket.create_connection(("127.0.0.1", port), 30) as plain:
+            plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            with contextlib.suppress(OSError):
+                plain.recv(1)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait_stopped() == 0
+    for line in (tmp_path / "err").read_text().splitlines():
+        assert json.loads(line)["component"].startswith("marble.")
 
 
 def test_a_node_whose_port_is_taken_is_status_1_with_the_reason(tmp_path: Path) -> None:
