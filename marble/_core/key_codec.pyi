@@ -1,7 +1,7 @@
 """Memcomparable bytes of primary keys. Layout, ownership and invariants: head of ``key_codec.pyx``."""
 
 from collections.abc import Iterable
-from typing import Self, final
+from typing import Any, Self, final
 
 import pyarrow as pa
 
@@ -84,6 +84,9 @@ class KeyCodec:
         UsageError
             Bytes that are no key of this codec.
         """
+
+def type_of_all(values: list[Any] | tuple[Any, ...]) -> type | None:
+    """Return the type that all of `values` have, exactly; None if there are several, or no values."""
 
 def prefix_end(prefix: bytes) -> bytes | None:
     """Return the smallest bytes that lie above all that begin with `prefix`; None if nothing does."""

@@ -7,6 +7,7 @@ Invariants: a `KeyColumn` and a `KeyCodec` always hold a C++ object, since neith
 """
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.memory cimport shared_ptr
@@ -44,6 +45,7 @@ cdef extern from "key_codec.hpp" namespace "marble" nogil:
 
 cdef extern from "key_value.hpp" namespace "marble":
     cbool encode_key_start "marble::EncodeKeyStart"(const CKeyCodec& codec, object values, string* key) except +
+    PyObject* c_type_of_all "marble::TypeOfAll"(object values) noexcept
 
 
 cdef extern from "key_decode.hpp" namespace "marble" nogil:
@@ -138,6 +140,13 @@ cdef class KeyCodec:
             status = decode_keys(self.codec.get()[0], c_keys, &batch)
         raise_status(status)
         return wrap_batch(batch)
+
+
+def type_of_all(values):
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"expected a list or a tuple, got {type(values).__name__}")
+    cdef PyObject* found = c_type_of_all(values)
+    return None if found == NULL else <object>found
 
 
 def prefix_end(bytes prefix):

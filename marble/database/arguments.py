@@ -9,12 +9,13 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.types as pt
 
+from marble._core.key_codec import type_of_all
 from marble.errors import UsageError
 from marble.rows import conform, conform_keys
 from marble.schema import TableInfo, to_batches
 from marble.table_options import fill
 
-_PLAIN: Final = ({int}, {str}, {bytes})
+_PLAIN: Final = frozenset({int, str, bytes})
 """Types of values of which a list is a list of keys, if the key has one column: no value is a tuple or a dict."""
 
 
@@ -50,12 +51,16 @@ def key_batch(table: TableInfo, keys: object) -> pa.RecordBatch:
         return conform_keys(one_batch(keys), table)
     if not isinstance(keys, Iterable) or isinstance(keys, str | bytes | Mapping):
         raise UsageError(f"table {table.name!r}: keys must be a list of keys or Arrow data, got {keys!r}")
-    if len(table.key) == 1 and isinstance(keys, Sequence) and set(map(type, keys)) in _PLAIN:
+    if len(table.key) == 1 and isinstance(keys, Sequence) and _type_of(keys) in _PLAIN:
         column = _checked_column(table, table.key_schema.field(0), keys)
         return conform_keys(pa.RecordBatch.from_arrays([column], names=list(table.key)), table)
     rows = [_key_row(table, key) for key in keys]
     arrays = key_columns(table, rows) if rows else [pa.array([], field.type) for field in table.key_schema]
     return conform_keys(pa.RecordBatch.from_arrays(arrays, names=list(table.key)), table)
+
+
+def _type_of(values: Sequence[object]) -> type | None:
+    return type_of_all(values if isinstance(values, list | tuple) else list(values))
 
 
 def key_columns(table: TableInfo, rows: Sequence[tuple[object, ...]]) -> list[pa.Array]:
@@ -79,7 +84,7 @@ def _key_column(values: Sequence[object], type_: pa.DataType) -> pa.Array:
         for value in values:
             if isinstance(value, datetime) and value.time() != time(0):
                 raise pa.ArrowInvalid(f"{value!r} is a moment and not a day")
-    elif (pt.is_integer(type_) or pt.is_temporal(type_)) and set(map(type, values)) != {int}:
+    elif (pt.is_integer(type_) or pt.is_temporal(type_)) and _type_of(values) is not int:
         pa.array(values).cast(type_)
     return pa.array(values, type_)
 
