@@ -3,8 +3,8 @@
     pytest bench/test_transport_processes.py --benchmark-enable --benchmark-group-by=group --benchmark-columns=median,rounds
 
 ``marble`` calls ``send_message`` for every message, ``marble-many`` ``send_messages`` for every hundred; the bare Flight stream gets
-marble's packets ready-made, the socket the same bytes. What a round sends is in its group's name: divide. Latencies stand beside the
-times as ``p50`` and ``p99``, in ms (in ``--benchmark-json``, and printed).
+marble's packets ready-made, ``flight-checked`` hashes them at both ends as well, the socket gets the same bytes. What a round sends is
+in its group's name: divide. Latencies stand beside the times as ``p50`` and ``p99``, in ms (in ``--benchmark-json``, and printed).
 """
 
 from __future__ import annotations

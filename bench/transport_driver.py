@@ -1,6 +1,6 @@
 """The receiving end of `test_transport_processes.py`, in a process of its own; and what the sending end shares with it.
 
-    python transport_driver.py marble|marble-many|flight|socket
+    python transport_driver.py marble|marble-many|flight|flight-checked|socket
 
 says its port in one line, then for every line ``bytes size`` that it reads takes that many bytes in, and answers with one line of JSON:
 the quantiles of how long messages of `size` bytes were under way, by the stamp in their first eight bytes, in ms.
@@ -20,13 +20,16 @@ import sys
 import time
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import pyarrow as pa
 import pyarrow.flight as fl
 
+from marble._core.checksum import xxh3_64
 from marble._core.packing import MESSAGE_SCHEMA
+from marble.errors import ProtocolError
 from marble.transport.arrow_flight import create_arrow_flight_transport
 from marble.transport.codec import Codec
 from marble.transport.messages import MessageCodec
@@ -105,6 +108,14 @@ class FlightSender:
             self._writer.close()
 
 
+class CheckedFlightSender(FlightSender):
+    """The same, with what no transport can spare that promises to notice damage: a checksum over the bytes, here and at the other end."""
+
+    def _write(self, packet: Any) -> None:
+        digest = xxh3_64(packet.batch.column(0).buffers()[1])
+        self._writer.write_with_metadata(packet.batch, digest.to_bytes(8, "little"))
+
+
 class SocketSender:
     """A TCP connection and ``sendall`` of as many bytes at once."""
 
@@ -130,6 +141,7 @@ SENDERS: Final = {
     "marble": MarbleSender,
     "marble-many": MarbleManySender,
     "flight": FlightSender,
+    "flight-checked": CheckedFlightSender,
     "socket": SocketSender,
 }
 
@@ -204,13 +216,16 @@ def marble_messages() -> Iterator[Any]:
         yield from transport.receive_messages()
 
 
-def flight_messages() -> Iterator[Any]:
+def flight_messages(checked: bool = False) -> Iterator[Any]:
     got: queue.SimpleQueue[pa.Buffer] = queue.SimpleQueue()
 
     class Server(fl.FlightServerBase):  # type: ignore[misc]
         def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
             for chunk in reader:
-                got.put(chunk.data.column(0).buffers()[1])
+                body = chunk.data.column(0).buffers()[1]
+                if checked and xxh3_64(body) != int.from_bytes(chunk.app_metadata.to_pybytes(), "little"):
+                    raise ProtocolError("damaged")
+                got.put(body)
 
     server = Server("grpc://127.0.0.1:0")
     print(server.port, flush=True)
@@ -233,6 +248,7 @@ def serve(kind: str) -> None:
         "marble": marble_messages,
         "marble-many": marble_messages,
         "flight": flight_messages,
+        "flight-checked": partial(flight_messages, True),
         "socket": socket_messages,
     }[kind]()
     # The first message lies ready when the first order is read: a generator says its port on the way to it.
