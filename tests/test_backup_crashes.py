@@ -10,12 +10,13 @@ Invariants, after whatever befell it:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from random import Random
 from typing import Any, Final
 
 import pytest
+from lsm.shelf import Noting
 from node.ring import Ring
 from node.test_rebuilding import eager
 
@@ -41,7 +42,7 @@ NEW: Final = "new"
 """What is made."""
 
 
-class Faulty(SimulatedFiles):
+class Faulty(Noting):
     """A disk on which something may befall any operation."""
 
     def __init__(self, seed: int) -> None:
@@ -50,21 +51,10 @@ class Faulty(SimulatedFiles):
         self.before: Callable[[], None] | None = None
         """Called before each operation."""
 
-    @contextlib.contextmanager
-    def operation(self, what: str, path: str) -> Iterator[bool]:
-        self._note(what, path)
-        with super().operation(what, path) as failing:
-            yield failing
-
-    def _before_sync(self, what: str, path: str, node: Any) -> None:
-        self._note(what, path)
-        super()._before_sync(what, path, node)
-
-    def _note(self, what: str, path: str) -> None:
-        if not self._off:
-            self.trace.append(f"{what} {path.rpartition('/')[0]}")
-            if self.before is not None:
-                self.before()
+    def note(self, what: str, path: str) -> None:
+        self.trace.append(f"{what} {path.rpartition('/')[0]}")
+        if self.before is not None:
+            self.before()
 
 
 # -- what there is -----------------------------------------------------------------------------------------------------

@@ -259,13 +259,13 @@ cdef class Reader:
         return scan
 
 
-@cython.final
-cdef class Scan:
+cdef class _Cursor:
+    """What all scans of a Reader have in common."""
     cdef shared_ptr[CMergeCursor] cursor
 
     def __cinit__(self, maker=None):
         if maker is not _MAKER:
-            raise TypeError("a Scan comes from Reader.scan")
+            raise TypeError(f"a {type(self).__name__} comes from a Reader")
 
     @property
     def schema(self):
@@ -278,42 +278,27 @@ cdef class Scan:
     def __iter__(self):
         return self
 
-    def __next__(self):
-        cdef CScanBatch batch
+    cdef int read(self, CScanBatch* batch) except -1:
         cdef CStatus status
         with nogil:
-            status = self.cursor.get().Next(&batch)
+            status = self.cursor.get().Next(batch)
         raise_read_status(status)
         if batch.rows.get() == NULL:
             raise StopIteration
+        return 0
+
+
+@cython.final
+cdef class Scan(_Cursor):
+    def __next__(self):
+        cdef CScanBatch batch
+        self.read(&batch)
         return wrap_batch(batch.rows)
 
 
 @cython.final
-cdef class VersionScan:
-    cdef shared_ptr[CMergeCursor] cursor
-
-    def __cinit__(self, maker=None):
-        if maker is not _MAKER:
-            raise TypeError("a VersionScan comes from Reader.scan_versions")
-
-    @property
-    def schema(self):
-        return wrap_schema(self.cursor.get().schema())
-
-    def close(self):
-        with nogil:
-            self.cursor.get().Close()
-
-    def __iter__(self):
-        return self
-
+cdef class VersionScan(_Cursor):
     def __next__(self):
         cdef CScanBatch batch
-        cdef CStatus status
-        with nogil:
-            status = self.cursor.get().Next(&batch)
-        raise_read_status(status)
-        if batch.rows.get() == NULL:
-            raise StopIteration
+        self.read(&batch)
         return wrap_batch(batch.rows), wrap_array(batch.indexes), wrap_array(batch.deleted)

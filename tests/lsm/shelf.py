@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from marble.env import SystemRandom
@@ -22,6 +24,25 @@ TINY = StorePolicy(
     inline_table_bytes_max=-1,
 )
 """Everything goes into files at once, and these change all the time."""
+
+
+class Noting(SimulatedFiles):
+    """A disk that calls `note` before each operation."""
+
+    def note(self, what: str, path: str) -> None:
+        """For who derives from it."""
+
+    @contextlib.contextmanager
+    def operation(self, what: str, path: str) -> Iterator[bool]:
+        if not self._off:
+            self.note(what, path)
+        with super().operation(what, path) as failing:
+            yield failing
+
+    def _before_sync(self, what: str, path: str, node: Any) -> None:
+        if not self._off:
+            self.note(what, path)
+        super()._before_sync(what, path, node)
 
 
 class Shelf:

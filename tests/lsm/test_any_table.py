@@ -14,6 +14,7 @@ import datetime
 import os
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import pyarrow as pa
@@ -27,7 +28,6 @@ from marble.database.ranges import key_range
 from marble.env import SystemRandom
 from marble.lsm import payload
 from marble.lsm.keyrange import KeyRange
-from marble.lsm.store import StorePolicy
 from marble.machine import Result
 from marble.schema import TableInfo
 from marble.table_options import TableOptions
@@ -39,17 +39,8 @@ LIVES = int(os.environ.get("MARBLE_TEST_LIVES", "3"))
 STEPS: Final = 90
 RETENTION: Final = 5
 TTL_US: Final = 30_000_000
-POLICY: Final = StorePolicy(
-    compaction=type(TINY.compaction)(
-        level0_files=2,
-        level0_files_max=3,
-        level0_share=2,
-        level1_bytes=6000,
-        ratio=2,
-        file_bytes_max=3000,
-        compressed_level=1,
-    ),
-    inline_table_bytes_max=-1,
+POLICY: Final = replace(
+    TINY, compaction=replace(TINY.compaction, level1_bytes=6000, file_bytes_max=3000, compressed_level=1)
 )
 """Level 1 is compressed already, so that most of what is read was."""
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Final
 
 import pytest
-from lsm.shelf import GROUP, Shelf
+from lsm.shelf import GROUP, Noting, Shelf
 from lsm.test_crashes import LOG
 from node.ring import Ring
 from node.test_rebuilding import eager
@@ -51,27 +51,16 @@ _KINDS: Final = {
 }
 
 
-class Traced(SimulatedFiles):
+class Traced(Noting):
     """A disk that says what was done with it: kinds of operations on kinds of files."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(SystemRandom(seed))
         self.trace: list[str] = []
 
-    @contextlib.contextmanager
-    def operation(self, what: str, path: str) -> Iterator[bool]:
-        self._note(what, path)
-        with super().operation(what, path) as failing:
-            yield failing
-
-    def _before_sync(self, what: str, path: str, node: Any) -> None:
-        self._note(what, path)
-        super()._before_sync(what, path, node)
-
-    def _note(self, what: str, path: str) -> None:
-        if not self._off:
-            kind = next((kind for pattern, kind in _KINDS.items() if re.fullmatch(pattern, path)), path)
-            self.trace.append(f"{what} {kind}")
+    def note(self, what: str, path: str) -> None:
+        kind = next((kind for pattern, kind in _KINDS.items() if re.fullmatch(pattern, path)), path)
+        self.trace.append(f"{what} {kind}")
 
 
 class Life:
