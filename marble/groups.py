@@ -55,14 +55,19 @@ class Groups:
         How often the node tells that it is alive, and how long it waits for others who do.
     life
         Names this run of the node; another run has another number.
+    log_bytes
+        What the log had when it was opened: it may be kept by a group that rests, and that counts as written.
     """
 
-    def __init__(self, node_id: int, send: Send, heartbeat_ticks: int, election_ticks: int, life: int) -> None:
+    def __init__(
+        self, node_id: int, send: Send, heartbeat_ticks: int, election_ticks: int, life: int, log_bytes: int = 0
+    ) -> None:
         self._node_id = node_id
         self._send = send
         self._heartbeat_ticks = heartbeat_ticks
         self._election_ticks = election_ticks
         self._life = life
+        self._log_bytes = log_bytes
         self._drivers: dict[int, Driver] = {}
         self._touched: set[int] = set()
         self._outgoing: dict[int, list[Envelope]] = {}
@@ -207,7 +212,7 @@ class Groups:
         purged = bool([group for group in self._touched if self._drivers[group].take_purged()])
         if purged and len(self._drivers) > 1:
             storing = [(driver.group, driver.snapshots) for driver in self if driver.snapshots is not None]
-            written = sum(snapshots.applied_bytes for _, snapshots in storing)
+            written = self._log_bytes + sum(snapshots.applied_bytes for _, snapshots in storing)
             self._touched |= {group for group, snapshots in storing if snapshots.make_way(written)}
         return purged
 

@@ -128,6 +128,7 @@ class Node:
                 options.heartbeat_ticks,
                 options.election_ticks,
                 self._random.randrange(1, 1 << 62),
+                self._log.nbytes,
             )
             self._desks: dict[int, Desk] = {}
             self._engine = Engine(

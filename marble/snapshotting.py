@@ -250,7 +250,7 @@ class Snapshots:
         Parameters
         ----------
         written
-            Bytes that all groups of the log have applied in this run.
+            Bytes that all groups of the log have applied in this run, and that it had before: a log must not grow with short lives.
 
         Returns
         -------

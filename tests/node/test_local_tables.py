@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 import marble
+import marble.local
 from marble.errors import UnavailableError, UsageError
 
 SCHEMA = pa.schema([pa.field("id", pa.int64()), pa.field("name", pa.string())])
@@ -91,3 +94,23 @@ def test_a_group_that_rests_does_not_hold_the_log(tmp_path: Path, busy: bool) ->
     with marble.open(tmp_path, max_log_size=limit) as db:
         assert db.table("resting").count_rows() == 10
         assert db.table("busy").count_rows() == 1000
+
+
+def test_a_group_that_rests_does_not_hold_the_log_over_short_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No life writes enough for the group of local tables, which has but an entry for each of them, to let go.
+    small = functools.partial(marble.local.NodeOptions, snapshot_log_bytes=1_000_000, segment_bytes_max=16_384)
+    monkeypatch.setattr(marble.local, "NodeOptions", small)
+    for _ in range(6):
+        with marble.open(tmp_path, snapshot_distance=50) as db:
+            table = db.create_table("busy", SCHEMA, ["id"], exist_ok=True)
+            for future in [table.write_async(rows(0, 200)) for _ in range(60)]:
+                future.result(30)
+    with marble.open(tmp_path, snapshot_distance=50) as db:
+        table, before = db.table("busy"), db.status()["log_bytes"]
+        deadline = time.monotonic() + 30
+        while db.status()["log_bytes"] >= before:
+            assert time.monotonic() < deadline, f"the log has {before} bytes and keeps them"
+            table.write(rows(0, 1))
+            time.sleep(0.02)
