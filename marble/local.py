@@ -68,10 +68,17 @@ def then(
     return answer
 
 
-def scan_view(view: TableView, request: ScanRequest) -> pa.RecordBatchReader:
+def scan_view(view: TableView, request: ScanRequest, batch_bytes_max: int | None = None) -> pa.RecordBatchReader:
     """What `request` asks for of `view`."""
     keys = KeyRange(request.lower or b"", request.upper)
-    return view.scan(request.columns, request.filter, keys=keys, reverse=request.reverse, limit=request.limit)
+    return view.scan(
+        request.columns,
+        request.filter,
+        keys=keys,
+        reverse=request.reverse,
+        limit=request.limit,
+        batch_bytes_max=batch_bytes_max,
+    )
 
 
 def _placed(info: TableInfo, local: bool) -> TableInfo:

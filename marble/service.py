@@ -68,8 +68,8 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 STREAMS_MAX: Final = 256
 """Streams open at a time. Each may hold a thread and a window of batches, also if its client has fallen silent."""
 
-READ_BATCH_BYTES_MAX: Final = 16 * 1024 * 1024
-"""What one message of a scan holds at most, unless a single row is larger: gRPC cannot carry 2 GiB."""
+READ_BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
+"""What one message of a scan holds at most, unless a single row is larger. A client that reads slowly keeps about so much in memory."""
 
 KEYS_MAX: Final = 1024 * 1024
 """Keys in one batch of a lookup; its rows are gathered at once."""
@@ -189,7 +189,7 @@ class TablesService:
         demand(context, Access.READ, asked.table)
         view = self._view(asked.table, asked.request.consistency, asked.request.at_index)
         check_scan(view.info, asked.request.columns, None)
-        reader = scan_view(view, asked.request)
+        reader = scan_view(view, asked.request, READ_BATCH_BYTES_MAX)
         return flight.GeneratorStream(reader.schema, self._rows(reader))
 
     def _take_writes(

@@ -130,6 +130,7 @@ class Reader:
         reverse: bool = False,
         limit: int | None = None,
         may_match: Callable[[pa.RecordBatch], pa.BooleanArray] | None = None,
+        batch_bytes_max: int | None = None,
     ) -> Scan:
         """Iterate over rows in key order, in bounded memory.
 
@@ -148,6 +149,9 @@ class Reader:
         may_match
             Says of the zone maps of a file (`SSTable.zone_maps`) which blocks can have a row that the caller wants; null
             means yes. Rows of other blocks may be left out, and may be there: the caller still looks at each row.
+        batch_bytes_max
+            About how many bytes a batch has at most, of all columns, if the rows of each source (a batch in memory, a block of a file) are
+            about as long as one another; at least one row. None: 64 MiB, which is never passed by more than a row.
 
         Raises
         ------

@@ -231,13 +231,18 @@ cdef class Reader:
         return 0
 
     def scan(
-        self, batch_rows_max=65536, columns=None, lower=None, upper=None, *, reverse=False, limit=None, may_match=None
+        self, batch_rows_max=65536, columns=None, lower=None, upper=None, *, reverse=False, limit=None, may_match=None,
+        batch_bytes_max=None
     ):
         cdef CScanOptions options
         cdef vector[Bitmaps] wanted
         cdef CStatus status
         cdef Scan scan = Scan.__new__(Scan, _MAKER)
         scan_options(&options, self.schema, batch_rows_max, columns, lower, upper, reverse, limit)
+        if batch_bytes_max is not None:
+            if batch_bytes_max < 1:
+                raise UsageError(f"batch_bytes_max must be at least 1, got {batch_bytes_max}")
+            options.batch_bytes_max = batch_bytes_max
         if may_match is not None:
             self.look_at_zones(may_match, lower, upper, &wanted)
         with nogil:

@@ -80,7 +80,7 @@ class MergeCursor {
   arrow::Status Next(ScanBatch* out) noexcept {
     return Guarded([&]() -> arrow::Status {
       const std::lock_guard<std::mutex> guard(mutex_);
-      const uint64_t wanted = std::min({options_.batch_rows_max, uint64_t{kScanBatchRows}, options_.limit - given_});
+      const uint64_t wanted = std::min({RowsMost(), uint64_t{kScanBatchRows}, options_.limit - given_});
       if (broken_) return arrow::Status::OutOfMemory("an earlier step of this scan ran out of memory: begin it anew");
       for (bool more = true; more && pending_.size() - pending_at_ < wanted && pending_bytes_ < kScanBytesMax;) {
         broken_ = true;
@@ -312,6 +312,13 @@ class MergeCursor {
     if (rows_are_long_) pending_bytes_ = CountBytes();
   }
 
+  // Rows of a batch, at most: so many that they have about as many bytes as wanted, if all are as long as those of that source
+  // whose rows are longest.
+  uint64_t RowsMost() const noexcept {
+    const uint64_t fit = longest_ == 0 ? options_.batch_rows_max : options_.batch_bytes_max / longest_;
+    return std::min(options_.batch_rows_max, std::max<uint64_t>(1, fit));
+  }
+
   uint64_t BytesOf(uint64_t ref) const noexcept {
     return sources_[SlotOf(ref)]->RowBytes();
   }
@@ -325,7 +332,7 @@ class MergeCursor {
   // How many of the pending rows make the next batch; 0 at the end.
   size_t CutBatch() const noexcept {
     const uint64_t left = pending_.size() - pending_at_;
-    const auto most = static_cast<size_t>(std::min({options_.batch_rows_max, left, options_.limit - given_}));
+    const auto most = static_cast<size_t>(std::min({RowsMost(), left, options_.limit - given_}));
     uint64_t bytes = 0;
     for (size_t i = 0; rows_are_long_ && i < most; ++i) {
       bytes += BytesOf(pending_[pending_at_ + i]);

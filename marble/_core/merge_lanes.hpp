@@ -34,6 +34,7 @@ constexpr size_t kRewordRows = 8192;  // Rows of a window whose words are made a
 struct ScanOptions {
   std::vector<int> columns;       // By position in the table's schema.
   uint64_t batch_rows_max = 65536;
+  uint64_t batch_bytes_max = std::numeric_limits<uint64_t>::max();  // About so many, taken as evenly spread in each source.
   std::string lower;              // Keys are not below it; empty: from the first.
   bool has_upper = false;
   std::string upper;              // Keys are below it.

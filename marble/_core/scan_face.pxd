@@ -16,6 +16,7 @@ cdef extern from "merge_cursor.hpp" namespace "marble" nogil:
     cdef cppclass CScanOptions "marble::ScanOptions":
         vector[int] columns
         uint64_t batch_rows_max
+        uint64_t batch_bytes_max
         string lower
         cbool has_upper
         string upper

@@ -100,6 +100,7 @@ class TableView:
         keys: KeyRange | None = None,
         reverse: bool = False,
         limit: int | None = None,
+        batch_bytes_max: int | None = None,
     ) -> pa.RecordBatchReader:
         """Read rows in key order, in bounded memory.
 
@@ -118,6 +119,8 @@ class TableView:
             From the largest key down.
         limit
             Most rows of all, after the filter.
+        batch_bytes_max
+            About how many bytes a batch has at most, where the table has files; see `marble._core.lsm.Reader.scan`.
 
         Raises
         ------
@@ -146,7 +149,14 @@ class TableView:
         most = limit if filter is None else None
         if isinstance(self.snapshot, Reader):
             batches: Iterator[pa.RecordBatch] = self.snapshot.scan(
-                batch_rows_max, read, bounds.lower, bounds.upper, reverse=reverse, limit=most, may_match=may_match
+                batch_rows_max,
+                read,
+                bounds.lower,
+                bounds.upper,
+                reverse=reverse,
+                limit=most,
+                may_match=may_match,
+                batch_bytes_max=batch_bytes_max,
             )
         else:
             batches = self.snapshot.scan(batch_rows_max, read, bounds.lower, bounds.upper, reverse=reverse, limit=most)

@@ -43,8 +43,8 @@ def test_any_tree_reads_as_the_dict_does(name: str, seed: int) -> None:
         assert reader.count_rows(lower, upper) == len(wanted)
         if reverse:
             wanted.reverse()
-        rows_max = chance.choice([3, 50, 65536])
-        found = rows_of(reader, batch_rows_max=rows_max, lower=lower, upper=upper, reverse=reverse, limit=limit)
+        most = {"batch_rows_max": chance.choice([3, 50, 65536]), "batch_bytes_max": chance.choice([None, 1, 1000])}
+        found = rows_of(reader, **most, lower=lower, upper=upper, reverse=reverse, limit=limit)
         assert found == [tree.rows.rows[k] for k in wanted[:limit]]
     asked = pa.RecordBatch.from_pylist([make_row(chance) for _ in range(200)], tree.schema).select(tree.key)
     rows, found = reader.get_many(asked)
@@ -347,3 +347,26 @@ def test_conjuncts_are_found_in_any_order_and_depth() -> None:
     assert found[0][2].to_pylist() == [3, 4]
     assert conjuncts(pc.starts_with(s, "ab", ignore_case=True)) == []
     assert conjuncts(pc.field("a", "b") == 3) == conjuncts(pc.scalar(True)) == []
+
+
+def test_a_batch_has_about_so_many_bytes() -> None:
+    """What a reader that is slow keeps in memory: from files and memtables alike, whether rows merge or not."""
+    schema = pa.schema([pa.field("k", pa.int64()), pa.field("v", pa.binary())])
+    cache, files = BlockCache(1 << 26), []
+    batches = [
+        pa.record_batch({"k": range(first, 6000, 3), "v": [bytes(500)] * len(range(first, 6000, 3))}, schema=schema)
+        for first in range(3)
+    ]
+    for batch in batches[:2]:
+        versions = batch, pa.array([1] * batch.num_rows, pa.uint64()), pa.array([False] * batch.num_rows)
+        files.append([write_file([versions], schema, ["k"], cache, block_rows_max=300)])
+    memtable = Memtable(schema, ["k"], keep_tombstones=True)
+    memtable.upsert(batches[2], 2)
+    reader = Reader([memtable.snapshot()], files)
+    for most in (1, 600, 10_000, 200_000):
+        found = list(reader.scan(batch_bytes_max=most))
+        assert [k for batch in found for k in batch.column("k").to_pylist()] == list(range(6000))
+        assert max(batch.nbytes for batch in found) <= max(most, 600)
+        assert len(found) <= max(1, 2 * sum(batch.nbytes for batch in found) // most)
+    with pytest.raises(UsageError, match="at least 1"):
+        reader.scan(batch_bytes_max=0)
