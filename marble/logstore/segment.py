@@ -135,6 +135,7 @@ class MarkFile:
 
     def __init__(self, files: Files, last: Mark | None) -> None:
         self._files = files
+        self._named = last is not None
         self._count = 0 if last is None else last.count
         self._older = bytes(_SLOT_BYTES)
         self._newer = bytes(_SLOT_BYTES) if last is None else last.pack()
@@ -147,6 +148,10 @@ class MarkFile:
         # The count decides which slot a mark lives in, so that the other slot's bytes do not change in this write.
         pair = (self._older, self._newer) if self._count % 2 else (self._newer, self._older)
         self._files.overwrite(SYNCED_PATH, pair[0] + pair[1])
+        if not self._named:
+            # What it says may be lost with the power. Its name may not: a log without it has been copied by somebody, or worse.
+            self._files.sync_directory(DIRECTORY)
+            self._named = True
 
 
 class Window:

@@ -18,7 +18,7 @@ from logstore.support import SEGMENT, SMALL, disk, entries, reopened
 from marble.env import SystemRandom
 from marble.errors import InvariantError
 from marble.logstore.log import Log
-from marble.logstore.segment import segment_numbers
+from marble.logstore.segment import SYNCED_PATH, segment_numbers
 from marble.testing.disk import DiskCrash, SimulatedFiles
 from marble.types import HardState
 
@@ -117,6 +117,7 @@ def test_power_lost_at_every_operation(script: tuple[Step, ...], seed: int) -> N
         assert model.allows(found), f"operation {operation}"
         # What it has shown it keeps, and it can go on from there.
         files.crash()
+        assert files.exists(SYNCED_PATH), "verify calls a log without it damaged"
         assert groups_of(files, writable=True) == found
         log = Log.open(files, SMALL)
         log.append(9, HardState(1, 1, 0), entries(1, [1], group=9))
