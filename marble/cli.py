@@ -131,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     simulate.set_defaults(command=_simulate)
 
     add_papers_options(commands)
+    parser.add_argument("--version", action=_Version, nargs=0, help="the same as `marble version`")
     version = commands.add_parser("version", help="print the versions of marble, pyarrow and Python")
     version.set_defaults(command=_version)
     return parser
@@ -425,6 +426,13 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 # -- version -----------------------------------------------------------------------------------------------------------
+
+
+class _Version(argparse.Action):
+    """What `marble version` does, and no more."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: object) -> None:
+        parser.exit(_version(namespace))
 
 
 def _version(options: argparse.Namespace) -> int:

@@ -33,6 +33,14 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return status, output.out, output.err
 
 
+def test_version_is_an_option_too(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "version")
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == out
+
+
 def test_version_names_what_matters_in_a_report(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "version")
     assert status == 0
