@@ -9,23 +9,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from hand_clock import HandClock
 
 import marble
 from marble.errors import InvariantError, OutcomeUnknownError
 from marble.workers import QUICK_AFTER, QUICK_S, Worker
 
 DEADLINE_S = 30.0
-
-
-class HandClock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def wall_us(self) -> int:
-        return 0
 
 
 class Job:
@@ -46,7 +36,7 @@ class Bench:
     """A worker, and in the engine's place this thread."""
 
     def __init__(self) -> None:
-        self.clock = HandClock()
+        self.clock = HandClock(0.0)
         self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.done: list[Job] = []
         self.worker: Worker[Job] = Worker("hand", self.inbox.put, self.done.append, self.clock)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 import pytest
+from hand_clock import HandClock
 
 from marble._core import entry_batch
 from marble._core.entry_batch import Proposal
@@ -25,17 +26,6 @@ from marble.types import EntryKind
 OPTIONS = TransportOptions(ping_s=0.05, answer_s=0.1)
 CODEC = Codec("c", 1, 1 << 30)
 STEP_S = 0.01
-
-
-class HandClock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def wall_us(self) -> int:
-        return 0
 
 
 class Way:

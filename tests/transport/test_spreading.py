@@ -7,6 +7,7 @@ from random import Random
 
 import pyarrow as pa
 import pytest
+from hand_clock import HandClock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,17 +33,6 @@ from marble.transport.spreading import (
 PATIENCE_S = 0.1
 NOISE = Random(1).randbytes(9 << 20)
 ONE, TWO = (PartsCodec(Codec("c", node, 1 << 30)) for node in (1, 2))
-
-
-class HandClock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def wall_us(self) -> int:
-        return 0
 
 
 def never() -> bool:
