@@ -1,9 +1,7 @@
 """From this node to one peer: a few streams, so that nothing small and urgent waits behind anything large.
 
 Rule 1: whoever sends never waits. What cannot be queued is dropped and the caller is told; Raft tolerates loss.
-Rule 2: what has gathered leaves together, small appends as one (`marble.transport.merging`); what has not is not waited for.
-Rule 3: entries that the core counts as lost, since it was told that they are, or that one of them was dropped, are not sent any more if
-they only wait here: the core sends them again, and on a slow line all that it sends would come twice, and late, and so again.
+Rule 2: what waits for each lane, and what of it is of no use any more, is its load's to say (`marble.transport.queueing`).
 
 Each lane is a `Pump` with a stream and a connection of its own:
 
@@ -22,12 +20,9 @@ Invariants:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
-import queue
-import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -35,19 +30,15 @@ import pyarrow as pa
 
 from marble._core.entry_batch import ENTRY_SCHEMA
 from marble._core.packing import MESSAGE_SCHEMA
-from marble.env import Clock
 from marble.logs import fields
-from marble.metrics import Metrics
 from marble.raft.messages import MessageKind
-from marble.transport.codec import MESSAGES_PER_PACKET_MAX, Codec, Envelope, Lane, Packet
-from marble.transport.compression import ALL_FEATURES, Squeezer, wrap
+from marble.transport.codec import Codec, Envelope, Lane
 from marble.transport.handshake import SPREAD
 from marble.transport.load import Dialogue, Load
-from marble.transport.merging import merge_appends
 from marble.transport.messages import MessageCodec, MessageLoad
-from marble.transport.options import TransportOptions
 from marble.transport.pulse import Pulse
 from marble.transport.pump import Pump, Surroundings
+from marble.transport.queueing import EnvelopeLoad
 from marble.transport.sharing import OrderDialogue, PartsLoad
 from marble.transport.spreading import Spreader
 
@@ -55,166 +46,9 @@ _log = logging.getLogger("marble.transport")
 _LANES: Final = {MessageKind.APPEND_ENTRIES: Lane.LOG, MessageKind.SNAPSHOT_PIECE: Lane.BULK}
 
 
-TAKEN_BYTES_MAX: Final = 2 << 20
-"""What is taken of a queue at once, or one message: enough for small ones to be merged. The rest can still be dropped."""
-
-
 def lane_of(envelope: Envelope) -> Lane:
     """On which stream it goes."""
     return _LANES.get(envelope.message.kind, Lane.CONTROL)
-
-
-class EnvelopeLoad:
-    """A queue of Raft messages to one peer: a `marble.transport.pump.Load`.
-
-    Parameters
-    ----------
-    lane
-        Which messages they are. Of `Lane.LOG` each builds on the one before: if one does not fit none of those that wait is of use.
-    """
-
-    def __init__(
-        self, peer: int, lane: Lane, codec: Codec, options: TransportOptions, clock: Clock, metrics: Metrics
-    ) -> None:
-        self._peer = peer
-        self._lane = lane
-        self._squeezer = Squeezer(options.compression, clock, metrics)
-        self._codec = codec
-        self._options = options
-        self._queue: queue.SimpleQueue[tuple[Sequence[Envelope], int] | None] = queue.SimpleQueue()
-        """Messages and their bytes; None only wakes."""
-        self._latest: Envelope | None = None
-        """What was queued last, if it waits."""
-        self._lock = threading.Lock()
-        self._queued_bytes = 0
-        self._queued_messages = 0
-        self._accepting = True
-        self._refusing = False
-        self._unsent: Sequence[Envelope] = ()
-        self._sent = metrics.counter("transport_messages_sent", peer=peer)
-        self._dropped = metrics.counter("transport_messages_dropped", peer=peer)
-
-    def put(self, envelopes: Sequence[Envelope]) -> bool:
-        """Queue `envelopes`, in order, or drop all of them. Never waits. Returns whether they were queued.
-
-        A leader repeats what it asked a peer with each sign of life of that: what waits already is not queued again.
-        """
-        count = len(envelopes)
-        size = sum(envelope.nbytes for envelope in envelopes)
-        with self._lock:
-            if count == 1 and self._accepting and _repeats(envelopes[0], self._latest):
-                return True
-            full = self._queued_messages > 0 and (
-                self._queued_messages + count > self._options.queue_messages_max
-                or self._queued_bytes + size > self._options.queue_bytes_max
-            )
-            if accepted := self._accepting and not full:
-                self._queued_messages += count
-                self._queued_bytes += size
-                self._latest = envelopes[-1] if self._lane is Lane.LOG else None
-        if not accepted:
-            self._dropped.add(count)
-            if full and self._lane is Lane.LOG:
-                self.drop_waiting()
-            return False
-        self._queue.put((envelopes, size))
-        return True
-
-    def drop_waiting(self) -> None:
-        """Drop what was not taken by the pump. From any thread."""
-        waiting = self._drain()
-        self._dropped.add(len(waiting))
-        self._release(waiting)
-        # One that only wakes may have gone, too.
-        self.wake()
-
-    def _drain(self) -> list[Envelope]:
-        self._latest = None
-        waiting: list[Envelope] = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                waiting.extend((self._queue.get_nowait() or ((), 0))[0])
-        return waiting
-
-    @property
-    def queued_bytes(self) -> int:
-        """What was accepted and neither written nor dropped."""
-        return self._queued_bytes
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing is queued."""
-        return self._queued_messages == 0
-
-    def accept(self) -> None:
-        with self._lock:
-            self._accepting = not self._refusing
-
-    def refuse(self) -> None:
-        with self._lock:
-            self._accepting, self._refusing = False, True
-
-    def wake(self) -> None:
-        self._queue.put(None)
-
-    def take(self, timeout_s: float) -> bool:
-        if self._unsent:
-            return True
-        try:
-            first = self._queue.get(timeout=timeout_s)
-        except queue.Empty:
-            return False
-        if first is None:
-            return False
-        self._latest = None
-        self._unsent, size = first
-        if self._queue.empty():
-            return True
-        taken = list(self._unsent)
-        with contextlib.suppress(queue.Empty):
-            while len(taken) < MESSAGES_PER_PACKET_MAX and size < TAKEN_BYTES_MAX:
-                more, more_bytes = self._queue.get_nowait() or ((), 0)
-                taken.extend(more)
-                size += more_bytes
-        self._unsent = taken
-        # Only what surely waits counts as such: after all that was taken.
-        self._latest = None
-        return True
-
-    def packets(self, features: int) -> list[Packet]:
-        envelopes = merge_appends(self._unsent) if len(self._unsent) > 1 else self._unsent
-        packets = self._codec.encode(self._peer, envelopes)
-        return [wrap(packet, self._squeezer, features) for packet in packets] if features & ALL_FEATURES else packets
-
-    def written(self, seconds: float) -> None:
-        self._sent.add(len(self._unsent))
-        self._squeezer.wrote(self._release(self._unsent), seconds)
-        self._unsent = ()
-
-    def give_up(self) -> int:
-        with self._lock:
-            self._accepting = False
-        waiting = [*self._unsent, *self._drain()]
-        self._unsent = ()
-        self._dropped.add(len(waiting))
-        self._release(waiting)
-        return len(waiting)
-
-    def _release(self, envelopes: Sequence[Envelope]) -> int:
-        """They count no longer; how many bytes that are."""
-        size = sum(envelope.nbytes for envelope in envelopes)
-        with self._lock:
-            self._queued_messages -= len(envelopes)
-            self._queued_bytes -= size
-        return size
-
-
-def _repeats(envelope: Envelope, earlier: Envelope | None) -> bool:
-    """Whether it asks for the same entries to be appended as `earlier`."""
-    if earlier is None or earlier.group != envelope.group or not envelope.message.entries:
-        return False
-    one, other = envelope.message, earlier.message
-    return (one.term, one.log_index, one.entries) == (other.term, other.log_index, other.entries)
 
 
 class Link:

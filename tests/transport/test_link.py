@@ -22,9 +22,10 @@ from marble.transport.carrier import FlightCarrier
 from marble.transport.codec import Codec, Envelope, Lane, Packet
 from marble.transport.flight import FlightTransport
 from marble.transport.handshake import Handshake
-from marble.transport.link import TAKEN_BYTES_MAX, Link
+from marble.transport.link import Link
 from marble.transport.options import TransportOptions
 from marble.transport.pump import Surroundings
+from marble.transport.queueing import TAKEN_BYTES_MAX
 from marble.types import EntryKind
 
 DEADLINE_S = 30.0
@@ -235,7 +236,6 @@ def test_what_waits_already_is_not_queued_again() -> None:
         assert link.send([append(1, bytes_=4_096)])
     assert link.queued_bytes(Lane.LOG) < 5_000
     assert link.send([append(2, bytes_=4_096)])
-    assert link.send([append(1, bytes_=128)])
     assert link.queued_bytes(Lane.LOG) > 8_000
     # Once it was taken it may have been lost.
     load = link._loads[Lane.LOG]
@@ -263,11 +263,14 @@ def test_entries_that_wait_behind_one_that_was_dropped_are_dropped_too() -> None
     assert load.take(0.0)
 
 
-def test_little_is_taken_at_once() -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_little_is_taken_at_once(together: bool) -> None:
+    """However much the core sends at once: what is taken cannot be dropped when the core begins anew."""
     link, _ = link_to("127.0.0.1:1", TransportOptions(), Metrics())
     load = link._loads[Lane.LOG]
-    for number in range(1, 9):
-        assert load.put([append(number, bytes_=TAKEN_BYTES_MAX // 2)])
+    appends = [append(number, bytes_=TAKEN_BYTES_MAX // 2) for number in range(1, 9)]
+    for sent in [appends] if together else [[each] for each in appends]:
+        assert load.put(sent)
     taken = 0
     while load.queued_bytes:
         assert load.take(0.0)
