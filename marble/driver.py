@@ -450,8 +450,10 @@ class Driver:
         return progress is not None and progress.state is ProgressState.REPLICATE
 
     def _is_current(self, message: Message) -> bool:
-        """Whether `message` is still of use: what a leader has committed stays true when it steps down."""
-        return message.term == self.raft.term
+        """Whether it is still of use: what a leader has committed stays true when it steps down. Who is asked anew might refuse it."""
+        peer = self.raft.progress.get(message.to)
+        in_step = peer is None or (peer.state is ProgressState.REPLICATE and message.log_index < peer.next_index)
+        return in_step and message.term == self.raft.term
 
     def _send_late(self) -> None:
         late, self._late = self._late, {}

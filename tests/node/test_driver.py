@@ -154,3 +154,26 @@ def test_a_leader_probes_a_peer_whose_queue_took_nothing() -> None:
     # What was under way may be lost: no more is sent into the void, and the next answer says where to go on.
     assert peer.state is ProgressState.PROBE
     assert peer.next_index == 2
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_was_held_back_for_a_peer_goes_only_while_it_is_in_step(lost: bool) -> None:
+    """A commit index waits for the next entries. Who is asked anew what it has may lack the entries before it, and would refuse it, and
+    all that was sent since would be sent again.
+    """
+    bench = Bench()
+    bench.driver.raft.campaign()
+    bench.turn()
+    bench.take(MessageKind.REQUEST_VOTE_RESPONSE, 1)
+    bench.turn()
+    bench.take(MessageKind.APPEND_ENTRIES_RESPONSE, 1, log_index=1)
+    bench.driver.propose([command(b"a"), command(b"b")])
+    bench.turn()
+    bench.take(MessageKind.APPEND_ENTRIES_RESPONSE, 1, log_index=2)
+    assert not [message for message in bench.turn() if message.to == 2]
+    if lost:
+        bench.driver.raft.report_unreachable(2)
+    bench.sent.clear()
+    bench.driver.tick()
+    told = [(message.log_index, message.commit) for message in bench.sent if message.to == 2]
+    assert told == ([] if lost else [(3, 2)])
