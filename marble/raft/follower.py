@@ -62,10 +62,15 @@ def refuse_read(state: State, message: Message) -> None:
 def _append(state: State, message: Message) -> None:
     log, entries = state.log, message.entries
     assert entries is not None  # Message holds to this; the line is for the type checker.
-    if message.log_index < log.commit_index:
-        # Old, or a leader that probes too low: what is committed here matches in any case.
-        state.send(MessageKind.APPEND_ENTRIES_RESPONSE, message.sender, log_index=log.commit_index)
-    elif log.matches(message.log_index, message.log_term):
+    before, term = message.log_index, message.log_term
+    commit = log.commit_index
+    if before < commit < entries.end - 1 and log.matches(commit, entries.term_at(commit)):
+        # What is committed here matches in any case. What comes behind that is of use: the next append builds on it.
+        before, term, entries = commit, log.term_at(commit), entries.slice(commit + 1, entries.end)
+    if before < commit:
+        # Old, or a leader that probes too low.
+        state.send(MessageKind.APPEND_ENTRIES_RESPONSE, message.sender, log_index=commit)
+    elif log.matches(before, term):
         log.splice(entries, message.changes)
         last_verified = entries.end - 1
         # Beyond the verified prefix there may be entries here that the leader does not have.
