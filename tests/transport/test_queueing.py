@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 import pytest
+from hand_clock import HandClock
 
 from marble._core import entry_batch
 from marble._core.entry_batch import Proposal
@@ -14,7 +15,6 @@ from marble.transport.codec import Codec, Envelope, Lane
 from marble.transport.options import TransportOptions
 from marble.transport.queueing import TAKEN_BYTES_MAX, EnvelopeLoad
 from marble.types import EntryKind
-from tests.hand_clock import HandClock
 
 MIB = 1 << 20
 
