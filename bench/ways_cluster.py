@@ -4,6 +4,7 @@
 
     python -P bench/ways_cluster.py                                     # one network, two, and two with each fault
     python -P bench/ways_cluster.py --mib-per-s 12 8 --fault slow --seconds 30
+    python -P bench/ways_cluster.py --fault cut --under-way 0           # no large writes
 
 Nodes are processes of their own, and so is each relay: there is one before each node on each network, which all streams to that
 node over that network share. So what a node can take in is the sum of its networks' rates, and no cluster commits more than
@@ -12,9 +13,10 @@ beside that writes one small row at a time. A fault begins after a third of the 
 after two thirds.
 
 For each third is shown: MiB/s of acknowledged rows and their share of the networks' sum (while a fault lasts, of what is left of it);
-median, p99 and worst of the small writes, in ms; the longest time without an acknowledgement of a large one. For all of it: terms,
-streams that broke, parts sent again, and the most memory of its own that any node had. What nodes logged about peers that they lost is
-counted by its reason. Figures are of this machine and of what else it does.
+median, p99 and worst of the small writes, in ms; the longest time without an acknowledgement of a large one, and of a small one. A small
+write is acknowledged after the large ones that were under way before it: how long a fault itself takes is seen by `--under-way 0`,
+without large ones. For all of it: terms, streams that broke, parts sent again, and the most memory of its own that any node had.
+What nodes logged about peers that they lost is counted by its reason. Figures are of this machine and of what else it does.
 """
 
 from __future__ import annotations
@@ -210,7 +212,7 @@ class Cluster:
 
 
 def write_large(table: Table, told: Told, stop: threading.Event, under_way: int) -> None:
-    """Keep so many upserts of 1 MiB under way until `stop`."""
+    """Keep so many upserts of 1 MiB under way until `stop`; none for 0."""
     noise = random.Random(1).randbytes(2 * MIB)
     flying: deque[Future[int]] = deque()
 
@@ -222,7 +224,7 @@ def write_large(table: Table, told: Told, stop: threading.Event, under_way: int)
             told.errors[type(error).__name__] += 1
 
     number = 0
-    while not stop.is_set():
+    while under_way and not stop.is_set():
         start = number * 4099 % MIB
         rows = pa.record_batch({"id": [number % KEYS], "value": [noise[start : start + MIB]]}, schema=SCHEMA)
         flying.append(table.write_async(rows))
@@ -303,16 +305,20 @@ def report(setting: Setting, told: Told, marks: Sequence[float]) -> None:
     delay = f", {1000 * setting.delay_s:g} ms on the last" if setting.delay_s else ""
     bad = f", a fault of the one of {setting.rates[setting.bad]:g} MiB/s" if setting.fault != "none" else ""
     print(f"{setting.nodes} nodes, networks of {rates} MiB/s{delay}{bad}")
+    answered = [called + taken for called, taken in told.small]
     for at, (began, ended) in enumerate(pairwise(marks)):
         name = "load" if len(marks) == 2 else ("before", setting.fault, "healed")[at]
         large = [moment for moment in told.large if began <= moment < ended]
         small = sorted(1000 * taken for called, taken in told.small if began <= called < ended) or [0.0]
         whole = setting.left() if name == setting.fault else sum(setting.rates)
         rate = len(large) / (ended - began)
-        gap = max(b - a for a, b in pairwise([began, *large, ended]))
+        gap, small_gap = (
+            max(b - a for a, b in pairwise([began, *moments, ended]))
+            for moments in (large, [end for end in answered if began <= end < ended])
+        )
         print(
             f"  {name:8} {rate:6.1f} MiB/s, {rate / whole:5.2f} of {whole:4.1f};  small writes {median(small):5.0f} "
-            f"{small[int(0.99 * (len(small) - 1))]:5.0f} {small[-1]:5.0f} ms;  longest gap {gap:5.2f} s"
+            f"{small[int(0.99 * (len(small) - 1))]:5.0f} {small[-1]:5.0f} ms;  longest gap {gap:5.2f} {small_gap:5.2f} s"
         )
 
 
@@ -339,7 +345,7 @@ def main() -> None:
     parser.add_argument("--delay-ms", type=float, default=0.0, help="of the last network, towards nodes")
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=30.0, help="of load in each case")
-    parser.add_argument("--under-way", type=int, default=32, help="upserts of 1 MiB that are not acknowledged yet")
+    parser.add_argument("--under-way", type=int, default=32, help="upserts of 1 MiB not acknowledged yet; 0: none")
     parser.add_argument("--election-ms", type=int, default=1000)
     parser.add_argument("--keep", type=Path, help="an empty directory for the nodes' logs and data")
     given = parser.parse_args()

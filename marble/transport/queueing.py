@@ -194,6 +194,7 @@ class EnvelopeLoad:
     def take(self, timeout_s: float) -> bool:
         if self._unsent:
             if self._unsent_drops == self._drops:
+                self._note_under_way()
                 return True
             # It was taken for a stream that is gone, and the core has begun anew.
             self._give_up_unsent()
@@ -214,13 +215,17 @@ class EnvelopeLoad:
                     size += more_bytes
             # Only what surely waits counts as such: after all that was taken.
             self._latest = None
+        self._unsent = taken
+        self._note_under_way()
+        return True
+
+    def _note_under_way(self) -> None:
+        """What was taken goes on the stream that stands, if one does: when one opens it is noted again."""
         if self._lane is Lane.LOG:
             now = self._clock.monotonic()
-            asked = {each.group: (each._replace(batch=None), now) for each in taken if each.message.entries}
+            asked = {each.group: (each._replace(batch=None), now) for each in self._unsent if each.message.entries}
             with self._lock:
                 self._under_way.update(asked)
-        self._unsent = taken
-        return True
 
     def packets(self, features: int) -> list[Packet]:
         envelopes = merge_appends(self._unsent) if len(self._unsent) > 1 else self._unsent

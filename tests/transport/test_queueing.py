@@ -153,6 +153,9 @@ def test_a_question_that_is_under_way_is_repeated_without_its_entries(scene: Sce
     probe = append(4, 3)
     assert scene.load.put([probe])
     assert scene.take() == [(0, 4)]
+    # For it the stream is opened that it goes on.
+    scene.load.accept()
+    assert scene.take() == [(0, 4)]
     scene.load.written(0.0)
     for _ in range(3):
         assert scene.load.put([probe])
