@@ -126,7 +126,7 @@ def options_of(
         entry_bytes_max=config.max_entry_size,
         append_bytes_max=config.append_bytes_max,
         inflight_messages_max=config.inflight_messages_max,
-        inflight_bytes_max=config.inflight_bytes_max,
+        inflight_bytes_max=_window_of(config),
         uncommitted_bytes_max=config.uncommitted_bytes_max,
         segment_bytes_max=config.segment_bytes_max,
         cache_bytes_max=config.cache_bytes_max,
@@ -137,3 +137,12 @@ def options_of(
         lease_reads=config.lease_reads,
         join=join,
     )
+
+
+def _window_of(config: RaftClusterConfig) -> int:
+    """Bytes of entries under way to one follower: what fits into a queue of the transport's, with the append by which the core may pass its
+    window and one that is being written. Of a window that does not fit all is dropped and sent again, and so again, for ever.
+    """
+    assert config.transport.queue_bytes_max is not None
+    fits = config.transport.queue_bytes_max - 2 * config.append_bytes_max
+    return min(config.inflight_bytes_max, max(fits, config.append_bytes_max))

@@ -74,7 +74,8 @@ class RaftClusterConfig:
     inflight_messages_max
         AppendEntries that may be under way to one follower without an answer.
     inflight_bytes_max
-        Payload bytes that may be under way to one follower without an answer.
+        Payload bytes that may be under way to one follower without an answer; no more than `transport.queue_bytes_max` holds with
+        two appends beside.
     uncommitted_bytes_max
         Payload bytes that a leader takes in before a majority has them; beyond it, writes are refused with
         `UnavailableError`.

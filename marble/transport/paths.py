@@ -161,7 +161,9 @@ class Paths:
         live = self._live(now)
         for envelope in envelopes:
             at = self._way(envelope, live, now)
-            self._carried[at] |= lane_of(envelope) is Lane.LOG
+            if lane_of(envelope) is Lane.LOG:
+                # Not by reading what is there: who is told meanwhile, on another thread, would be told twice.
+                self._carried[at] = True
             parts.setdefault(at, []).append(envelope)
         queued = True
         for at, part in parts.items():
