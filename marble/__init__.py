@@ -16,6 +16,7 @@ The floors; imports only run downwards, and modules of one floor never import ea
 2   raft | logstore | lsm | database | members                                                                      log, LSM
 1   _core rows                                                                                                      kernels
 0   types errors table_options schema requests filters env metrics sampling machine config sessions writing logs    words
+    memory
 ==  ==============================================================================================================  =========
 
 ``testing`` stands beside them: it imports floors 0 to 4, and nothing but ``simulate`` imports it.

@@ -17,6 +17,7 @@ import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -36,7 +37,7 @@ SNAPSHOT_TIMEOUT_S: Final = 600.0
 """How long the nodes may take to write their snapshots."""
 
 _ALIVE_CHECK_S: Final = 0.5
-"""How often a serving process looks whether its engine still runs."""
+"""How often a serving process looks whether its engine still runs, and whether there is nothing else to do than to tidy up."""
 
 
 class _Stopped(BaseException):
@@ -254,6 +255,7 @@ def _serve(options: argparse.Namespace) -> int:
         _die_with_parent(options.exit_with_parent)
     from marble.config import load_config
     from marble.logs import check_level, initialize_logging
+    from marble.memory import Housekeeper, keep_freed_memory
     from marble.server import server_from_config
 
     if options.log_level is not None:
@@ -261,6 +263,9 @@ def _serve(options: argparse.Namespace) -> int:
     config = load_config(options.config)
     json_lines = options.log_json or config.log_format == "json"
     initialize_logging(options.log_level or config.log_level, json_lines=json_lines, node=config.id)
+    # Before anything large is taken: what was mapped until then glibc gives back as it always does.
+    keep_freed_memory()
+    housekeeper = Housekeeper(time.monotonic, time.process_time)
     server = server_from_config(config)
     # Until the server runs, a signal ends the process at once: that is a crash, and a crash is safe at any moment.
     server.start()
@@ -275,6 +280,7 @@ def _serve(options: argparse.Namespace) -> int:
             while not signals.wait(_ALIVE_CHECK_S):
                 if not server.is_running():
                     raise InvariantError(f"node {config.id} has stopped by itself: {server.failure}")
+                housekeeper.look()
         finally:
             server.stop()
     return EXIT_OK

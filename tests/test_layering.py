@@ -28,6 +28,7 @@ FLOORS = [
         "sessions",
         "writing",
         "logs",
+        "memory",
     ),
     ("_core", "rows"),
     ("raft", "logstore", "lsm", "database", "members"),

@@ -178,6 +178,35 @@ def test_a_node_says_where_its_page_is(tmp_path: Path) -> None:
         assert process.wait(30) == 0
 
 
+HOUSEKEEPING = """
+import os, signal, sys
+import marble.memory
+from marble.cli import main
+
+class Housekeeper:
+    def __init__(self, monotonic, spent):
+        assert 0 <= spent() <= monotonic()
+
+    def look(self):
+        print("looks after it", flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+marble.memory.keep_freed_memory = lambda: print("keeps memory", flush=True)
+marble.memory.Housekeeper = Housekeeper
+sys.exit(main(["serve", "--config", sys.argv[1]]))
+"""
+"""A node that ends when it has looked after its memory."""
+
+
+def test_a_node_keeps_freed_memory_and_looks_after_it(tmp_path: Path) -> None:
+    config = write_config(tmp_path, 1, [f"127.0.0.1:{find_free_ports(1)[0]}"])
+    command = [sys.executable, "-P", "-c", HOUSEKEEPING, str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    first, listens, *others = done.stdout.splitlines()
+    assert (first, others) == ("keeps memory", ["looks after it"])
+    assert listens.startswith("marble: node 1 listens on ")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_node_serves_says_so_answers_and_ends_in_order(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, number: signal.Signals
