@@ -248,9 +248,11 @@ inline arrow::Result<std::shared_ptr<arrow::Buffer>> GatherFixed(const RowPlan& 
   return buffer;
 }
 
-constexpr size_t kFetchAhead = 16;    // Stretches whose bytes are on their way from memory.
-constexpr size_t kFetchBytes = 256;   // So many bytes of a stretch are asked for; the processor goes on by itself.
+constexpr size_t kAheadBytes = 7 << 10;  // What is on its way from memory: so many bytes,
+constexpr size_t kAheadStretches = 64;   // of so many stretches, at most.
+constexpr size_t kFetchBytes = 576;      // So many bytes of a stretch are asked for; the processor goes on by itself.
 constexpr size_t kLineBytes = 64;
+constexpr size_t kInlineBytes = 256;     // Longer stretches are worth a call of memcpy.
 
 // Asks for the bytes of a stretch, line by line.
 inline void FetchBytes(const uint8_t* bytes, size_t size) noexcept {
@@ -261,7 +263,7 @@ inline void FetchBytes(const uint8_t* bytes, size_t size) noexcept {
 
 // memcpy for sizes up to a few cache lines: whole words of 16 bytes and a last one that overlaps, without a call.
 inline void CopyStretch(uint8_t* to, const uint8_t* from, size_t size) noexcept {
-  if (size <= 16 || size > kFetchBytes) return CopyBytes(to, from, size);
+  if (size <= 16 || size > kInlineBytes) return CopyBytes(to, from, size);
   for (size_t at = 0; at + 16 < size; at += 16) std::memcpy(to + at, from + at, 16);
   std::memcpy(to + size - 16, from + size - 16, 16);
 }
@@ -287,7 +289,7 @@ arrow::Status GatherBytes(const RowPlan& plan, const ColumnViews& views, arrow::
   uint64_t total = 0;
   Offset* end = ends;
   for (size_t i = 0; i < count; ++i) {
-    fetch_offsets(i + kFetchAhead);
+    fetch_offsets(i + kAheadStretches / 2);
     const Span& span = plan.spans[i];
     const ColumnView& view = views[span.source];
     if (view.width > 0) {
@@ -313,17 +315,14 @@ arrow::Status GatherBytes(const RowPlan& plan, const ColumnViews& views, arrow::
   uint8_t* const to = data->mutable_data();
   size_t ahead = 0;      // The stretch to be asked for next,
   size_t ahead_row = 0;  // and its first row.
-  const auto fetch = [&]() {
-    if (ahead == count) return;
-    const size_t first = static_cast<size_t>(ends[ahead_row]);
-    ahead_row += plan.spans[ahead].length;
-    FetchBytes(starts[ahead++], static_cast<size_t>(ends[ahead_row]) - first);
-  };
-  while (ahead < std::min(count, kFetchAhead)) fetch();
   size_t row = 0;
   for (size_t i = 0; i < count; ++i) {
-    fetch();
     const auto first = static_cast<size_t>(ends[row]);
+    while (ahead < std::min(count, i + kAheadStretches) && static_cast<size_t>(ends[ahead_row]) < first + kAheadBytes) {
+      const auto from = static_cast<size_t>(ends[ahead_row]);
+      ahead_row += plan.spans[ahead].length;
+      FetchBytes(starts[ahead++], static_cast<size_t>(ends[ahead_row]) - from);
+    }
     row += plan.spans[i].length;
     CopyStretch(to + first, starts[i], static_cast<size_t>(ends[row]) - first);
   }

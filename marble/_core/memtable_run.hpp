@@ -166,6 +166,23 @@ inline size_t LowerBoundWordAlone(const uint64_t* words, size_t size, uint64_t w
   return static_cast<size_t>(base - words) + LowerBoundWord(base, 0, size, word);
 }
 
+// First position in [first, end) whose word is above `word`, if none from `first` on is below it. Equal words are mostly few: the steps
+// are small at first.
+inline size_t EndOfTies(const uint64_t* words, size_t first, size_t end, uint64_t word) noexcept {
+  size_t step = 1;
+  for (; step <= end - first && words[first + step - 1] == word; step *= 2) first += step;
+  size_t stop = std::min(end, first + step - 1);
+  while (first < stop) {
+    const size_t middle = first + (stop - first) / 2;
+    if (words[middle] == word) {
+      first = middle + 1;
+    } else {
+      stop = middle;
+    }
+  }
+  return first;
+}
+
 // First position in [first, run.size) whose key is not below `key`; `at` is the first there whose word is not below the
 // key's.
 inline size_t LowerBoundTail(const Run& run, size_t at, const KeyView& key, const KeyShape& shape) noexcept {

@@ -93,8 +93,8 @@ inline size_t LowerBoundBytes(const State& state, const Run& run, std::string_vi
   uint8_t padded[8] = {};
   std::memcpy(padded, bytes.data() + skip, std::min<size_t>(8, bytes.size() - skip));
   const uint64_t word = LoadBigEndian64(padded);
-  size_t first = LowerBoundWord(run.words.get(), 0, run.size, word);
-  size_t end = word == ~uint64_t{0} ? run.size : LowerBoundWord(run.words.get(), first, run.size, word + 1);
+  size_t first = LowerBoundWordAlone(run.words.get(), run.size, word);
+  size_t end = EndOfTies(run.words.get(), first, run.size, word);
   // What is left has the same word: a whole key is below if the bytes go on behind it.
   while (first < end) {
     const size_t middle = first + (end - first) / 2;
@@ -216,7 +216,7 @@ struct Lane {
   // First entry of the window whose key is not below `key`, or, with `after`, is above it.
   size_t Bound(const KeyView& key, bool after, const KeyShape& shape, const Source* const* sources) const noexcept {
     size_t at = LowerBoundWord(words, first, end, key.word);
-    size_t stop = key.word == ~uint64_t{0} ? end : LowerBoundWord(words, at, end, key.word + 1);
+    size_t stop = EndOfTies(words, at, end, key.word);
     while (at < stop) {
       const size_t middle = at + (stop - at) / 2;
       const int order = Compare(Key(middle, shape, sources), key, shape);

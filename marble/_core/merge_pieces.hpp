@@ -64,7 +64,7 @@ size_t FindPlace(const Piece& piece, const Piece& other, size_t at, const MergeK
   const uint64_t word = other.words[at];
   size_t first = LowerBoundWord(piece.words, 0, piece.size, word);
   if constexpr (!kWhole) {
-    size_t end = word == ~uint64_t{0} ? piece.size : LowerBoundWord(piece.words, first, piece.size, word + 1);
+    size_t end = EndOfTies(piece.words, first, piece.size, word);
     while (first < end) {
       const size_t middle = first + (end - first) / 2;
       if (keys.Compare(piece.refs[middle] + piece.base, other.refs[at] + other.base) < 0) {

@@ -5,7 +5,6 @@ Thread safety: immutable; any number of threads.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -65,8 +64,11 @@ class TableView:
         CorruptionError
             A file is damaged; it is named.
         """
-        with self._telling():
+        try:
             rows, found = self.snapshot.get_many(keys)
+        except CorruptionError as error:
+            self._tell(error)
+            raise
         if self.expired_until is not None:
             living = pc.and_not(found, expired_rows(rows, self.info, self.expired_until))
             # Nothing of a row that is gone may be seen: its place is taken by a null of every column.
@@ -87,8 +89,7 @@ class TableView:
         try:
             return self.snapshot.get_row(names, key)
         except CorruptionError as error:
-            if self.blame is not None:
-                self.blame(error)
+            self._tell(error)
             raise
 
     def scan(
@@ -144,7 +145,7 @@ class TableView:
             if isinstance(self.snapshot, Reader) and self._has_expired(self.snapshot):
                 may_match = living_blocks(self.info, self.expired_until, may_match)
         read = wanted if filter is None else columns_read(schema, wanted, filter)
-        given = pa.schema([schema.field(name) for name in read])
+        given = schema.remove_metadata() if read == schema.names else pa.schema([schema.field(name) for name in read])
         # What a filter leaves is counted behind it.
         most = limit if filter is None else None
         if isinstance(self.snapshot, Reader):
@@ -174,19 +175,17 @@ class TableView:
         return any(end is not None and end <= until for end in ends)
 
     def _typed(self, batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        with self._telling():
+        try:
             for batch in batches:
                 # Mostly they are of this schema already.
                 yield batch if batch.schema.equals(schema) else pa.RecordBatch.from_arrays(batch.columns, schema=schema)
-
-    @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
-        try:
-            yield
         except CorruptionError as error:
-            if self.blame is not None:
-                self.blame(error)
+            self._tell(error)
             raise
+
+    def _tell(self, error: CorruptionError) -> None:
+        if self.blame is not None:
+            self.blame(error)
 
 
 def expired_rows(batch: pa.RecordBatch, info: TableInfo, until: int) -> pa.BooleanArray:
