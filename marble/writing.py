@@ -16,9 +16,12 @@ huge page: a mapping then finds where they lie by one look for 2 MiB, and not by
 
 
 def write_paced(
-    file: AppendFile, messages: Iterable[bytes | memoryview | pa.Buffer], pace: Callable[[int], None] | None
+    file: AppendFile,
+    messages: Iterable[bytes | memoryview | pa.Buffer],
+    pace: Callable[[int], None] | None,
+    sync_bytes: int = SYNC_BYTES,
 ) -> None:
-    """Write and sync all `messages`, with a sync at least every `SYNC_BYTES` and `pace` called after each.
+    """Write and sync all `messages`, with a sync at least every `sync_bytes` and `pace` called after each.
 
     What goes under one sync is written by one call: the system keeps a file in pieces as large as the writes that made it, and
     a mapping of large pieces is faulted in several times as fast as one of single pages.
@@ -38,11 +41,11 @@ def write_paced(
     for message in messages:
         view = memoryview(message).cast("B")
         while len(view):
-            part = view[: SYNC_BYTES - gathered]
+            part = view[: sync_bytes - gathered]
             parts.append(part)
             gathered += len(part)
             view = view[len(part) :]
-            if gathered == SYNC_BYTES:
+            if gathered == sync_bytes:
                 put()
     if parts:
         put()
