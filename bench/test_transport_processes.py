@@ -3,8 +3,9 @@
     pytest bench/test_transport_processes.py --benchmark-enable --benchmark-group-by=group --benchmark-columns=median,rounds
 
 ``marble`` calls ``send_message`` for every message, ``marble-many`` ``send_messages`` for every hundred; the bare Flight stream gets
-marble's packets ready-made, ``flight-checked`` hashes them at both ends as well, the socket gets the same bytes. What a round sends is
-in its group's name: divide. Latencies stand beside the times as ``p50`` and ``p99``, in ms (in ``--benchmark-json``, and printed).
+marble's packets ready-made, ``flight-checked`` hashes them at both ends as well, the socket gets the same bytes. Each has its turn with
+a receiver that handles memory as Python's processes do (``as-it-is``), and as ``marble serve`` does (``kept``). What a round sends
+is in its group's name: divide. Latencies stand beside the times as ``p50`` and ``p99``, in ms (in ``--benchmark-json``, and printed).
 """
 
 from __future__ import annotations
@@ -21,9 +22,15 @@ from transport_driver import SENDERS, Pair
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
+@pytest.fixture(scope="module", params=["", "kept"], ids=["as-it-is", "kept"])
+def memory(request: pytest.FixtureRequest) -> bool:
+    """Whether the receivers keep freed memory, as ``marble serve`` does."""
+    return bool(request.param)
+
+
 @pytest.fixture(scope="module", params=list(SENDERS))
-def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    made = Pair(request.param)
+def pair(request: pytest.FixtureRequest, memory: bool) -> Iterator[Pair]:
+    made = Pair(request.param, memory)
     yield made
     made.close()
 
@@ -32,10 +39,13 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 def test_sustained(benchmark: Any, pair: Pair, size: int, count: int) -> None:
     count = count if benchmark.enabled else 10
     benchmark.group = f"sustained: {count} messages of {size} B"
+    before_s = pair.spent_s()
     benchmark.pedantic(pair.sustain, args=(size, count), rounds=5, warmup_rounds=1)
     if benchmark.enabled:
         per_s = count / benchmark.stats.stats.median
+        spent_ms = 1000 * (pair.spent_s() - before_s) / 6 / (count * size / 2**20)
         benchmark.extra_info.update(messages_per_s=round(per_s), mib_per_s=round(per_s * size / 2**20))
+        benchmark.extra_info.update(processor_ms_per_mib=round(spent_ms, 3))
         show(benchmark)
 
 

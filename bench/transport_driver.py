@@ -1,9 +1,10 @@
 """The receiving end of `test_transport_processes.py`, in a process of its own; and what the sending end shares with it.
 
-    python transport_driver.py marble|marble-many|flight|flight-checked|socket
+    python transport_driver.py marble|marble-many|flight|flight-checked|socket [kept]
 
-says its port in one line, then for every line ``bytes size`` that it reads takes that many bytes in, and answers with one line of JSON:
-the quantiles of how long messages of `size` bytes were under way, by the stamp in their first eight bytes, in ms.
+handles memory as ``marble serve`` does if it is told to (`marble.memory`), says its port in one line, then for every line ``bytes
+size`` that it reads takes that many bytes in, and answers with one line of JSON: the quantiles of how long messages of `size` bytes
+were under way, by the stamp in their first eight bytes, in ms.
 What is sent is random. Both ends read the same clock (``CLOCK_MONOTONIC``), which on Linux all processes share.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import random
 import socket
@@ -30,6 +32,7 @@ import pyarrow.flight as fl
 from marble._core.checksum import xxh3_64
 from marble._core.packing import MESSAGE_SCHEMA
 from marble.errors import ProtocolError
+from marble.memory import keep_freed_memory
 from marble.transport.arrow_flight import create_arrow_flight_transport
 from marble.transport.codec import Codec
 from marble.transport.messages import MessageCodec
@@ -147,11 +150,11 @@ SENDERS: Final = {
 
 
 class Pair:
-    """A sender here and its receiver in another process."""
+    """A sender here and its receiver in another process; `kept`: that one keeps freed memory. A sender frees little, and all the same."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, kept: bool = False) -> None:
         self.kind = kind
-        command = [sys.executable, str(Path(__file__)), kind]
+        command = [sys.executable, str(Path(__file__)), kind, *(["kept"] if kept else [])]
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._child.stdin is not None
         assert self._child.stdout is not None
@@ -188,6 +191,11 @@ class Pair:
                 time.sleep(ahead_ns / 1e9)
             self.sender.send(_STAMP.pack(due_ns) + rest)
         return self._result()
+
+    def spent_s(self) -> float:
+        """Processor time of both ends so far, in seconds."""
+        there = sum(map(int, Path(f"/proc/{self._child.pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+        return time.process_time() + there / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
         """End both sides. A stream that broke ends with an error: that is the caller's to see, when nothing of the pair is left."""
@@ -271,4 +279,6 @@ def serve(kind: str) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[2:] == ["kept"] and not keep_freed_memory():
+        sys.exit("the C library is not glibc, or the environment sets its tunables")
     serve(sys.argv[1])
