@@ -229,7 +229,7 @@ def main() -> None:
             continue
         what = f"{shape.rows:,} rows of {shape.key_bytes} B and {shape.value_bytes} B"
         if given.only in (title := f"writes: {what}"):
-            show(title, writes(shape, given.directory, max(1, given.rounds // 2)))
+            show(title, writes(shape, given.directory, given.rounds))
         for layout in LAYOUTS:
             if given.only in (title := f"reads, {layout.name}: {what}"):
                 show(title, reads(shape, layout, given.directory, given.rounds, clock))
