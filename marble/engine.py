@@ -278,6 +278,10 @@ class Engine:
         """The transport lost the link to `peer`."""
         self._inbox.put(lambda: self._groups.report_unreachable(peer))
 
+    def way_lost(self, peer: int) -> None:
+        """The transport lost one of several ways to `peer`, with entries under way on it."""
+        self._inbox.put(lambda: self._groups.report_way_lost(peer))
+
     def fail(self, error: BaseException) -> None:
         """Stop because of `error`, which is marble's own: nothing that follows could be trusted."""
 

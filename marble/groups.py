@@ -142,6 +142,12 @@ class Groups:
             if peer in driver.raft.progress:
                 self.use(driver.group).raft.report_unreachable(peer)
 
+    def report_way_lost(self, peer: int) -> None:
+        """One of several ways to `peer` was lost, with entries under way on it."""
+        for driver in self:
+            if peer in driver.raft.progress:
+                self.use(driver.group).raft.report_way_lost(peer)
+
     def _hear(self, beat: Message) -> None:
         beats = self._beats.setdefault(beat.sender, _Beats())
         reborn = beats.life not in (0, beat.context)

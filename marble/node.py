@@ -360,6 +360,10 @@ class Node:
         """The transport lost the link to `peer`."""
         self._engine.unreachable(peer)
 
+    def way_lost(self, peer: int) -> None:
+        """The transport lost one of several ways to `peer`, with entries under way on it."""
+        self._engine.way_lost(peer)
+
     def fail(self, error: BaseException) -> None:
         """Stop the engine because of `error`, which is marble's own: nothing that follows could be trusted."""
         self._engine.fail(error)

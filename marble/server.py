@@ -261,12 +261,17 @@ class RaftServer(Operated, Watched):
                 node.unreachable(peer)
                 service.unreachable(peer)
 
+            def way_lost(peer: int, carried: bool) -> None:
+                if carried:
+                    node.way_lost(peer)
+                service.unreachable(peer)
+
             node.start()
             carrier.start(
                 node.receive,
                 service,
                 unreachable=unreachable,
-                way_lost=service.unreachable,
+                way_lost=way_lost,
                 failed=node.fail,
                 acquaintances=node.acquaintances,
             )

@@ -344,6 +344,11 @@ class Raft(View):
         if self._state.role is Role.LEADER:
             leader.report_unreachable(self._state, peer)
 
+    def report_way_lost(self, peer: int) -> None:
+        """Messages to `peer` were lost, and it is reached on another way than theirs."""
+        if self._state.role is Role.LEADER:
+            leader.report_way_lost(self._state, peer)
+
     # Outputs.
 
     def has_ready(self) -> bool:

@@ -182,6 +182,14 @@ def report_unreachable(state: State, peer: int) -> None:
         progress.become_probe()
 
 
+def report_way_lost(state: State, peer: int) -> None:
+    """What is under way to `peer` is probably lost, a probe too, but there is another way to it: probe at once."""
+    progress = state.progress.get(peer)
+    if progress is not None and peer != state.id and progress.state is not ProgressState.SNAPSHOT:
+        progress.become_probe()
+        _send_append(state, peer)
+
+
 def read_index(state: State, request: int, lease: bool) -> None:
     """A read of this node itself; by `lease` if there is one."""
     in_lease = state.clock_us < state.lease_until_us and state.transferee == NO_NODE and not state.lease_void

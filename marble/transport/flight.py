@@ -72,6 +72,7 @@ _CANCEL_RESERVE_S: Final = 0.25
 
 Receiver = Callable[[list[Envelope]], None]
 Told = Callable[[int], None]
+WayLost = Callable[[int, bool], None]
 
 
 class FlightTransport(Messaging):
@@ -124,7 +125,7 @@ class FlightTransport(Messaging):
         self._receiver: Receiver | None = None
         self._service: FlightService | None = None
         self._unreachable: Told = _ignore
-        self._way_lost: Told = _ignore
+        self._way_lost: WayLost = self._tell_way_lost
         self._failed: Callable[[BaseException], None] = _ignore
         self._calls = 0
         self._succession = Succession()
@@ -154,7 +155,7 @@ class FlightTransport(Messaging):
             self._clock,
             self.metrics,
             unreachable=lambda peer: self._unreachable(peer),
-            way_lost=lambda peer: self._way_lost(peer),
+            way_lost=lambda peer, carried: self._way_lost(peer, carried),
             failed=lambda error: self._failed(error),
         )
         self._peers = Peers(node_id, lambda peer, endpoint: make_link(peer, endpoint, self._codec, self._around))
@@ -186,7 +187,7 @@ class FlightTransport(Messaging):
         service: FlightService | None = None,
         *,
         unreachable: Told | None = None,
-        way_lost: Told | None = None,
+        way_lost: WayLost | None = None,
         failed: Callable[[BaseException], None] | None = None,
         acquaintances: Acquaintances | None = None,
         on_messages: OnMessages | None = None,
@@ -203,7 +204,8 @@ class FlightTransport(Messaging):
         unreachable
             Called with a peer's id when the link to it broke or could not be opened; must not block.
         way_lost
-            The same when it was one of several ways to the peer, and no entries were under way on it.
+            The same when it was one of several ways to the peer, and whether entries were under way on it, which are lost then.
+            Without one, `unreachable` is called if there were.
         failed
             Called with an error that is marble's own; the node should stop.
         acquaintances
@@ -217,7 +219,7 @@ class FlightTransport(Messaging):
             if self._started:
                 raise UsageError("the transport has been started before")
             self._service = service
-            self._unreachable, self._way_lost = unreachable or _ignore, way_lost or _ignore
+            self._unreachable, self._way_lost = unreachable or _ignore, way_lost or self._tell_way_lost
             self._failed = failed or _log_failure
             self._handshake.acquaintances = acquaintances or self._handshake.acquaintances
             self._receiver, self._on_messages = receiver, on_messages
@@ -357,6 +359,10 @@ class FlightTransport(Messaging):
             raise UsageError("a transport cannot be used in a forked child: start it there, or spawn the process")
         if self._stopped:
             raise UnavailableError(f"the transport of node {self.node_id} has stopped")
+
+    def _tell_way_lost(self, peer: int, carried: bool) -> None:
+        if carried:
+            self._unreachable(peer)
 
     def _abandon(self) -> None:
         """In a forked child: gRPC's threads are not here, so that every call and every destructor would hang."""

@@ -14,9 +14,9 @@ Each address is a `Link` of its own, with its streams open all the time, so that
 Rule 1: who does not answer in time is not used while somebody else does. If nobody answers, everything stays where it is: a node
 that is slow is slow on all its ways. A way is not taken for dead because its answer is late, but because it is and another way has brought
 the answer to a later question.
-Rule 2: when a way that carried entries stops answering, the core is told that the peer is unreachable, though it is not: what was
-under way there is probably lost, and given up, and the core finds out what the peer has by asking. For other ways it is not, since
-it would send all again that is under way on those that work; only those who have connections to the peer of their own are told.
+Rule 2: when a way that carried entries stops answering, the core is told: what was under way there is probably lost, and given up,
+and the core finds out what the peer has by asking, at once. Of other ways it is not told, since it would send all again that is under
+way on those that work; only those are who have connections to the peer of their own.
 
 Invariants:
 - Between two ways there is no order. When a group changes its way an append may overtake another, once; Raft refuses it and
@@ -218,10 +218,10 @@ class Paths:
         carried, self._carried[at] = self._carried[at], False
         if carried:
             self._links[at].give_entries_up()
-        if carried or unreachable:
+        if unreachable:
             self._unreachable(self.peer)
-        elif used:
-            self._way_lost(self.peer)
+        elif used or carried:
+            self._way_lost(self.peer, carried)
 
     def send_message(self, data: bytes | pa.Buffer) -> bool:
         """Queue a user's message if that is possible at once. Whether it was queued."""

@@ -51,7 +51,7 @@ class Surroundings:
     - ``options``, ``random``, ``clock``, ``metrics``: limits; jitter; what tells how long a stream has lasted; where sent,
       dropped and broken are counted.
     - ``unreachable``: called with the peer's id, on a pump's thread, whenever a stream broke or could not be opened.
-    - ``way_lost``: called with the peer's id when one of several ways to it was lost that nothing was sent on which the core must know of.
+    - ``way_lost``: called with the peer's id when one of several ways to it was lost, and whether entries were under way on it.
     - ``failed``: called on a pump's thread with an error that is ours; the thread ends after it.
     """
 
@@ -62,7 +62,7 @@ class Surroundings:
     clock: Clock
     metrics: Metrics
     unreachable: Callable[[int], None]
-    way_lost: Callable[[int], None]
+    way_lost: Callable[[int, bool], None]
     failed: Callable[[BaseException], None]
 
 

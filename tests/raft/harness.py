@@ -156,6 +156,7 @@ class Harness:
             "crash": self.crash,
             "restart": lambda args, _: self.restart(int(args[0])),
             "unreachable": lambda args, _: self._raft(args).report_unreachable(int(args[1])),
+            "way-lost": lambda args, _: self._raft(args).report_way_lost(int(args[1])),
             "log": lambda args, _: self.show_log(self._ids(args)),
             "status": lambda args, _: self.show_status(self._ids(args)),
             "members": lambda args, _: [self._say_members(node) for node in self._ids(args)],

@@ -98,7 +98,8 @@ class RandomCluster:
         elif chance < 0.9:
             self.partition()
         else:
-            node.raft.report_unreachable(self.random.choice(list(self.nodes)))
+            peer = self.random.choice(list(self.nodes))
+            (node.raft.report_unreachable if chance < 0.95 else node.raft.report_way_lost)(peer)
 
     def tick(self, node: Node) -> None:
         """Time passes at `node`; never two ticks closer than they should be."""

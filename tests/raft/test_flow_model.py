@@ -164,6 +164,11 @@ class FlowModel(RuleBasedStateMachine):
         self.leader.report_unreachable(FOLLOWER)
         self.run()
 
+    @rule()
+    def way_is_lost(self) -> None:
+        self.leader.report_way_lost(FOLLOWER)
+        self.run()
+
     @precondition(lambda self: self.wire)
     @rule()
     def snapshot_is_refused(self) -> None:

@@ -84,7 +84,7 @@ class Scene:
             self.clock,
             metrics,
             unreachable=lambda peer: self.told.append("unreachable"),
-            way_lost=lambda peer: self.told.append("way lost"),
+            way_lost=lambda peer, carried: self.told.append("entries lost" if carried else "way lost"),
             failed=lambda error: self.told.append(repr(error)),
         )
         self.paths = Paths(2, "127.0.0.1:1,127.0.0.1:2", CODEC, around)
@@ -186,10 +186,10 @@ def test_the_core_is_told_of_a_way_with_entries_and_only_of_that(scene: Scene) -
     scene.working[0] = False
     scene.ways[1].connected = scene.working[1] = True
     scene.run(1.0)
-    assert scene.told == ["way lost", "unreachable"]
+    assert scene.told == ["way lost", "entries lost"]
     assert [way.given_up for way in scene.ways] == [1, 0]
     scene.lose(0)
-    assert scene.told == ["way lost", "unreachable"]
+    assert scene.told == ["way lost", "entries lost"]
 
 
 def test_the_core_is_told_when_the_last_way_is_gone(scene: Scene) -> None:

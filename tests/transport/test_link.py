@@ -198,7 +198,7 @@ def link_to(endpoint: str, options: TransportOptions, metrics: Metrics) -> tuple
         SystemClock(),
         metrics,
         unreachable=broken.put,
-        way_lost=broken.put,
+        way_lost=lambda peer, carried: broken.put(peer),
         failed=failures.append,
     )
     link = Link(2, endpoint, codec, around)
