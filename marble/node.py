@@ -243,9 +243,8 @@ class Node:
 
         What is offered under one term takes effect in the order in which it was offered, without gaps: after one that was
         refused because the leadership is over, none of it can be accepted any more. What is offered in one `lane` has no
-        gaps for any other reason either (a full log). The future, that which is given or a new one, ends with `Committed`, or
-        with NotLeaderError or UnavailableError (nothing was replicated), OutcomeUnknownError, or the error that
-        applying it gave on every replica.
+        gaps for any other reason either (a full log). The future, that which is given or a new one, ends with `Committed`, or with
+        NotLeaderError or UnavailableError (nothing was replicated), OutcomeUnknownError, or the error that applying it gave everywhere.
         """
         self.desk(group)
         check_proposal(proposal, self.options.entry_bytes_max)

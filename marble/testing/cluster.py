@@ -83,7 +83,7 @@ class Simulation:
             if plan.tables is not None:
                 self.world.models[group] = Model()
         voters = range(1, plan.nodes + 1)
-        self.network = Network(self.loop, plan.network, self._deliver, self.world.injected)
+        self.network = Network(self.loop, plan.network, self._deliver, self._tell, self.world.injected)
         self.world.send = self.network.send
         self.nodes = {number: SimulatedNode(self.world, number, voters) for number in voters}
         self.sales = Sales(History(), {})
@@ -233,6 +233,15 @@ class Simulation:
 
     def _deliver(self, to: int, envelopes: Sequence[Envelope]) -> None:
         self.nodes[to].receive(envelopes)
+
+    def _tell(self, sender: int, to: int, another: bool) -> None:
+        """A stream of `sender` to another node broke; it may have another way."""
+        node = self.nodes[sender]
+        for group in list(node.seats):
+            if another:
+                node.act(group, lambda driver: driver.raft.report_way_lost(to))
+            else:
+                node.act(group, lambda driver: driver.raft.report_unreachable(to))
 
     def run(self, steps: int = STEPS) -> Report:
         """Play the whole history.

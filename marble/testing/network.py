@@ -15,6 +15,11 @@ from marble.testing.plan import NetworkFaults
 from marble.transport.codec import Envelope
 
 Deliver = Callable[[int, Sequence[Envelope]], None]
+Tell = Callable[[int, int, bool], None]
+
+
+LOST_US = SECOND // 5
+"""So long after a packet was lost who sent it hears of it, at most."""
 
 
 class Network:
@@ -28,14 +33,17 @@ class Network:
         How bad it is; may be replaced at any time.
     deliver
         Takes the number of the receiver and what arrives there.
+    tell
+        Takes the numbers of a sender and of whom it wrote to in vain, and whether there is another way, as far as is known.
     injected
         Where faults are counted, by kind.
     """
 
-    def __init__(self, loop: Loop, faults: NetworkFaults, deliver: Deliver, injected: Counter[str]) -> None:
+    def __init__(self, loop: Loop, faults: NetworkFaults, deliver: Deliver, tell: Tell, injected: Counter[str]) -> None:
         self.faults = faults
         self._loop = loop
         self._deliver = deliver
+        self._tell = tell
         self._injected = injected
         self._cuts: Counter[tuple[int, int]] = Counter()
         """(from, to) -> how many cuts lie on this way at the moment."""
@@ -126,6 +134,7 @@ class Network:
         faults, loop = self.faults, self._loop
         if loop.chance(faults.loss):
             self._injected["lost packets"] += 1
+            self._break(sender, to)
             return
         copies = 1
         if loop.chance(faults.duplication):
@@ -142,5 +151,13 @@ class Network:
     def _arrive(self, sender: int, to: int, envelopes: list[Envelope]) -> None:
         if self._cuts and (sender, to) in self._cuts:
             self._injected["cut packets"] += 1
+            self._break(sender, to)
             return
         self._deliver(to, envelopes)
+
+    def _break(self, sender: int, to: int) -> None:
+        loop = self._loop
+        if loop.chance(self.faults.told):
+            another = loop.chance(0.5)
+            self._injected["lost ways" if another else "broken streams"] += 1
+            loop.after(loop.between(0, LOST_US), self._tell, sender, to, another)

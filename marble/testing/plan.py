@@ -40,6 +40,8 @@ class NetworkFaults:
     """Cuts are "both" ways, "one" way, or "any" of these."""
     partial: float = 0.3
     """Chance that a cut takes only some of the links around those whom it hits."""
+    told: float = 0.3
+    """Chance that who sent a packet that is lost hears of it, as of a stream that breaks: half the time that there is another way."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,8 +39,8 @@ def test_fresh_seeds_with_tables_in_files(offset: int) -> None:
 def test_every_fault_of_the_plans_happens() -> None:
     injected: set[str] = set()
     for plan in PLANS:
-        # Lost disks are rare: the others must be able to do without.
-        for seed in range(1, 13 if plan in ("members", "damage") else 3):
+        # Lost disks and crashes within a backup are rare: the others must be able to do without.
+        for seed in range(1, 13 if plan in ("members", "damage", "backups") else 3):
             injected.update(simulate(plan, seed, STEPS).injected)
     assert {
         "blackouts", "clock jumps", "cuts", "cut packets", "elections out of turn", "failed disk operations", "flapping cuts",
@@ -48,7 +48,7 @@ def test_every_fault_of_the_plans_happens() -> None:
         "power losses", "repeated packets", "slow syncs", "lags", "transfers", "wiped disks", "new nodes",
         "membership changes asked for", "snapshots taken", "snapshots installed", "purges",
         "compactions", "damaged files", "failed reads", "healed files", "lost files", "reads of damaged files", "logs at rest",
-        "backups", "backups restored", "backups interrupted",
+        "backups", "backups restored", "backups interrupted", "broken streams", "lost ways",
     } <= injected  # fmt: skip
 
 
