@@ -185,7 +185,13 @@ def report_unreachable(state: State, peer: int) -> None:
 def report_way_lost(state: State, peer: int) -> None:
     """What is under way to `peer` is probably lost, a probe too, but there is another way to it: probe at once."""
     progress = state.progress.get(peer)
-    if progress is not None and peer != state.id and progress.state is not ProgressState.SNAPSHOT:
+    # To a group that sleeps nothing is under way.
+    if (
+        progress is not None
+        and peer != state.id
+        and progress.state is not ProgressState.SNAPSHOT
+        and not state.quiesced
+    ):
         progress.become_probe()
         _send_append(state, peer)
 

@@ -40,6 +40,18 @@ def test_who_sleeps_wants_nothing() -> None:
     assert not raft.has_ready()
 
 
+def test_who_sleeps_has_nothing_on_a_way_that_is_lost() -> None:
+    """Thousands of groups may sleep: an append would wake the followers of each."""
+    raft = make_asleep()
+    raft.report_way_lost(2)
+    assert raft.quiesced
+    assert not raft.has_ready()
+    raft.wake()
+    carry_out(raft)
+    raft.report_way_lost(2)
+    assert [m.to for m in of_kind(carry_out(raft), MessageKind.APPEND_ENTRIES)] == [2]
+
+
 def test_leader_that_wakes_gives_its_peers_time() -> None:
     raft = make_asleep(quiesce_ticks=15)
     raft.wake()
