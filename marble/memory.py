@@ -32,10 +32,15 @@ REST_WINDOW_S: Final = 5.0
 """A process is looked at for so long each time."""
 REST_SHARE: Final = 0.2
 """One that has used less than this share of one processor rests: what it then faults in again costs nothing that matters."""
+WORK_S: Final = 2.0
+"""Processor time after which there may be something to give back. A burst of less is given back when the process's own ticks have
+added up to it, in minutes.
+"""
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
-_VARIABLES: Final = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
+_VARIABLES: Final = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
+_TUNABLES: Final = tuple(f"glibc.malloc.{name}" for name in ("trim_threshold", "mmap_threshold", "top_pad", "mmap_max"))
 
 
 def keep_freed_memory() -> bool:
@@ -47,9 +52,11 @@ def keep_freed_memory() -> bool:
     -------
     bool
         Whether it does. Not so if the C library is not glibc, or the environment sets glibc's thresholds
-        (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TOP_PAD_``, ``GLIBC_TUNABLES``).
+        (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TOP_PAD_``, ``MALLOC_MMAP_MAX_``, or the same in
+        ``GLIBC_TUNABLES``).
     """
-    chosen = any(name in os.environ for name in _VARIABLES) or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    chosen = any(name in os.environ for name in _VARIABLES) or any(name in tunables for name in _TUNABLES)
     library = None if chosen else _glibc()
     if library is None:
         return False
@@ -88,8 +95,8 @@ class Housekeeper:
     ) -> None:
         self._monotonic, self._spent, self._give_back = monotonic, spent, give_back
         self._at, self._spent_s = monotonic(), spent()
-        self._worked = True
-        """Since memory was last given back. A start is work, too."""
+        self._given_s = 0.0
+        """Processor time when memory was last given back. A start is work, too."""
 
     def look(self) -> bool:
         """Call this again and again; whether memory was given back."""
@@ -99,16 +106,19 @@ class Housekeeper:
             return False
         spent_s = self._spent()
         rests = spent_s - self._spent_s < REST_SHARE * lasted_s
-        due = rests and self._worked
+        due = rests and spent_s - self._given_s >= WORK_S
         if due:
             self._give_back()
-        self._worked = not rests
         # What giving back has cost is no work.
         self._at, self._spent_s = self._monotonic(), self._spent()
+        if due:
+            self._given_s = self._spent_s
         return due
 
 
 def _glibc() -> ctypes.CDLL | None:
     """The C library of this process, if it is glibc."""
     library = ctypes.CDLL(None)
-    return library if hasattr(library, "gnu_get_libc_version") and hasattr(library, "malloc_trim") else None
+    return (
+        library if all(hasattr(library, name) for name in ("gnu_get_libc_version", "mallopt", "malloc_trim")) else None
+    )

@@ -10,7 +10,7 @@ import sys
 import pytest
 from machine import machine_lacks
 
-from marble.memory import BLOCK_BYTES_MAX, KEPT_BYTES_MAX, REST_SHARE, REST_WINDOW_S, Housekeeper
+from marble.memory import BLOCK_BYTES_MAX, KEPT_BYTES_MAX, REST_SHARE, REST_WINDOW_S, WORK_S, Housekeeper
 
 PROGRAM = """
 import ctypes, json, resource, sys
@@ -75,13 +75,22 @@ def test_what_is_free_between_blocks_that_live_is_given_back() -> None:
 
 
 @pytest.mark.parametrize(
-    "environment", [{"MALLOC_TRIM_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}]
+    "environment",
+    [
+        {"MALLOC_TRIM_THRESHOLD_": "131072"},
+        {"GLIBC_TUNABLES": "glibc.malloc.arena_max=4:glibc.malloc.trim_threshold=131072"},
+    ],
 )
 def test_who_has_set_the_tunables_has_decided(environment: dict[str, str]) -> None:
     size = BLOCK_BYTES_MAX // 2
     found = run(size, **environment)
     assert not found["kept"]
     assert found["faults"] > size // os.sysconf("SC_PAGE_SIZE")
+
+
+def test_another_tunable_decides_nothing() -> None:
+    run(1 << 20)  # Left out where there is none to keep.
+    assert run(1 << 20, GLIBC_TUNABLES="glibc.malloc.arena_max=4")["kept"]
 
 
 class Process:
@@ -111,13 +120,24 @@ class Process:
 
 def test_memory_is_given_back_once_for_each_time_of_work() -> None:
     process = Process()
+    process.spent = WORK_S  # It has started.
     assert process.go(REST_WINDOW_S - 1, 0.0) == 0
-    assert process.go(60, REST_SHARE / 2) == 1
+    assert process.go(60, 0.0) == 1
     assert process.go(60, 2 * REST_SHARE) == 0
     assert process.go(60, 0.0) == 1
     assert process.go(600, 0.0) == 0
     assert process.go(REST_WINDOW_S, 3.0) == 0
     assert process.go(2 * REST_WINDOW_S, 0.0) == 1
+
+
+def test_bursts_that_are_shorter_than_a_window_add_up() -> None:
+    """Each is so short that its window is one of rest, and leaves memory behind all the same."""
+    process = Process()
+    for _ in range(3):
+        for _ in range(3):
+            assert process.go(0.5, WORK_S / 2) == 0
+            assert process.go(2 * REST_WINDOW_S, 0.0) == 0
+        assert process.go(0.5, WORK_S / 2) + process.go(2 * REST_WINDOW_S, 0.0) == 1
 
 
 def test_a_process_that_never_rests_keeps_what_it_has() -> None:
